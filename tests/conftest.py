@@ -1,0 +1,41 @@
+"""JAX in its strictest mode for every test: no silent promotion, no silent broadcasting, eight fake devices."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu") if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu" else None
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_threefry_partitionable", True)
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+CACHE = REPOSITORY / ".cache" / f"jax-{jax.__version__}"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture
+def key():
+    """A typed key, the same in every test."""
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def x64():
+    """Float64 inside one test: for finite differences and exact oracles."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The real data beside the checkout; tests that need it are skipped where it is not there."""
+    path = REPOSITORY.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("../shared/data is not beside this checkout")
+    return path
