@@ -6,15 +6,14 @@ import pathlib
 import jax
 import pytest
 
-jax.config.update("jax_platforms", "cpu") if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu" else None
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-CACHE = REPOSITORY / ".cache" / f"jax-{jax.__version__}"
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "jaxlib_methods"
+jax.config.update("jax_compilation_cache_dir", str(CACHE / f"xla-{jax.__version__}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -1,0 +1,44 @@
+# make demo   sets everything up and trains a pruned network and a structured-prediction model on embedded data
+# make test   sets everything up and passes the tests, on every supported Python that this machine has
+PYTHON ?= python3
+NEWEST ?= $(shell .ci/find-python 3.12)
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test test-oldest test-newest lint format clean
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	.venv/bin/python -m experiments run snip
+	.venv/bin/python -m experiments run denoise
+	.venv/bin/python -m experiments report
+
+test: lint test-oldest $(if $(NEWEST),test-newest)
+
+test-oldest: .venv/installed
+	.venv/bin/python -m pytest -q -n $(JOBS) --dist worksteal
+
+# The oldest supported JAX comes with Python 3.11, the newest with 3.12; with one interpreter only, one pair is tested.
+test-newest: .venv-3.12/installed
+	.venv-3.12/bin/python -m pytest -q -n $(JOBS) --dist worksteal
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+.venv/installed: pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxlib_methods needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --editable '.[experiments,test]'
+	touch $@
+
+.venv-3.12/installed: pyproject.toml setup.py
+	$(NEWEST) -m venv .venv-3.12
+	.venv-3.12/bin/pip install --quiet --editable '.[experiments,test]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-3.12 build dist *.egg-info
