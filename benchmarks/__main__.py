@@ -1,0 +1,193 @@
+"""Runs benchmarks and compares their records.
+
+python -m benchmarks list
+python -m benchmarks run NAME --out FILE.json [--case PATTERN] [--quick]
+python -m benchmarks compare OLD.json NEW.json
+"""
+
+import argparse
+import ast
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import compare
+
+FOLDER = pathlib.Path(__file__).resolve().parent
+EXIT_SLOWER = 1
+EXIT_USAGE = 2
+
+
+def main(arguments: Sequence[str] | None = None, *, folder: pathlib.Path = FOLDER) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measures jaxlib_methods beside its peers."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="show the benchmarks")
+    run = commands.add_parser("run", help="measure, show a table and write the records")
+    run.add_argument("name", metavar="NAME", help="a benchmark of `list`")
+    run.add_argument("--out", type=pathlib.Path, metavar="FILE.json", help="write the records here (default: nowhere)")
+    run.add_argument("--case", default="*", metavar="PATTERN", help="only the cases that match this shell pattern")
+    run.add_argument("--quick", action="store_true", help="few samples, and no large cases")
+    against = commands.add_parser(
+        "compare", help="what got slower or faster; exit code 1 when something got clearly slower"
+    )
+    against.add_argument("old", type=pathlib.Path, metavar="OLD.json")
+    against.add_argument("new", type=pathlib.Path, metavar="NEW.json")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "list":
+            return _list(folder)
+        if options.command == "compare":
+            return _compare(_read(options.old), _read(options.new))
+        return _run(folder, options.name, options.out, options.case, options.quick)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+class UsageError(Exception):
+    """What the user can put right; shown as one line."""
+
+
+def discover(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
+    """Benchmark's name -> its file and one line about it: every module of the folder that defines `run(options)`.
+
+    The files are parsed, not imported, so that `list` is quick and one broken benchmark does not hide the others.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.py")):
+        module = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in module.body):
+            found[path.stem] = (path, (ast.get_docstring(module) or "").partition("\n")[0])
+    return found
+
+
+def _list(folder: pathlib.Path) -> int:
+    table = Table("benchmark", "measures")
+    for name, (_, line) in discover(folder).items():
+        table.add_row(name, line)
+    Console().print(table)
+    return 0
+
+
+def _run(folder: pathlib.Path, name: str, out: pathlib.Path | None, pattern: str, quick: bool) -> int:
+    found = discover(folder)
+    if name not in found:
+        raise UsageError(f"NAME must be a benchmark, got {name!r}; there are: {', '.join(found)}")
+    if out is not None:
+        _check_writable(out)
+    import jax  # after the checks: a mistyped name is told at once
+
+    from benchmarks.timing import Options
+
+    # Times to compile are part of the records, so nothing may come from a cache of earlier runs.
+    jax.config.update("jax_enable_compilation_cache", False)
+    options = Options(case=pattern, quick=quick)
+    records = []
+    for record in _load(name, found[name][0]).run(options):
+        records.append(dataclasses.asdict(record))
+        if out is not None:  # after every record: what a long run has measured survives its end
+            _write(out, records)
+    if not records:
+        raise UsageError(f"--case must match a case of {name}, got {pattern!r}, which left nothing to measure")
+    Console().print(_table(records))
+    for message in options.notes:
+        print(f"note: {message}")
+    return 0
+
+
+def _compare(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> int:
+    for warning in compare.differences(old, new):
+        print(f"warning: {warning}", file=sys.stderr)
+    changes = compare.compare(old, new)
+    table = Table("benchmark", "case", "implementation", title="time, then and now")
+    for title in ("old ms", "new ms", "new/old", "against peers", "noise"):
+        table.add_column(title, justify="right")
+    table.add_column("verdict")
+    colours = {"slower": "red", "faster": "green"}
+    for c in changes:
+        growth = None if c.old_ms is None or c.new_ms is None else c.new_ms / c.old_ms
+        noise = "" if c.noise is None else f"±{c.noise:.0%}"
+        numbers = (_short(c.old_ms), _short(c.new_ms), _short(growth), _short(c.against_peers), noise)
+        table.add_row(c.benchmark, c.case, c.implementation, *numbers, c.verdict, style=colours.get(c.verdict))
+    Console().print(table)
+    slower = sum(c.verdict == "slower" for c in changes)
+    print(f"{slower} of {len(changes)} clearly slower")
+    return EXIT_SLOWER if slower else 0
+
+
+def _load(name: str, path: pathlib.Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks.{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by its name
+    spec.loader.exec_module(module)
+    return module
+
+
+def _table(records: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("case", "implementation", title=records[0]["benchmark"])
+    for title in ("median ms", "lower ms", "compile ms", "peak MiB", "ceiling", "error"):
+        table.add_column(title, justify="right")
+    table.add_column("other's time / this time")
+    for r in records:
+        peak = None if r["peak_bytes"] is None else r["peak_bytes"] / 2**20
+        ceiling = ""
+        if r["fraction_of_ceiling"] is not None:
+            ceiling = f"{r['fraction_of_ceiling']:.1%} of {r['device']['ceiling']}"
+        numbers = (_short(r["median_ms"]), _short(r["lower_ms"]), _short(r["compile_ms"]), _short(peak), ceiling)
+        ratios = ", ".join(f"{name} {ratio:.3g}" for name, ratio in r["ratios"].items())
+        table.add_row(r["case"], r["implementation"], *numbers, _short(r["error"]), ratios)
+    return table
+
+
+def _short(x: float | None) -> str:
+    return "" if x is None else f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"
+
+
+def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    needed = {"benchmark", "case", "implementation", "samples_ms", "median_ms", "versions", "device"}
+    if not isinstance(records, list) or not all(isinstance(r, dict) and needed <= r.keys() for r in records):
+        raise UsageError(f"{path} is not a list of benchmark records; write one with `run NAME --out {path}`")
+    return records
+
+
+def _check_writable(out: pathlib.Path) -> None:
+    """Before any measurement, not after it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
+    if out.is_dir():
+        raise UsageError(f"--out must be a file, got the folder {out}")
+
+
+def _write(out: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """All of the file or nothing of it: a reader never sees half a list."""
+    with tempfile.NamedTemporaryFile("w", dir=out.parent, prefix=f".{out.name}.", delete=False, encoding="utf-8") as f:
+        f.write(json.dumps(records, indent=1, allow_nan=False) + "\n")
+    os.chmod(f.name, 0o644)  # temporary files are for their owner only
+    os.replace(f.name, out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
