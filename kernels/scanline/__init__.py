@@ -1,0 +1,20 @@
+"""Scanline min-sum sweeps: min-plus product, normalisation, argmin and update of one direction, and the backward of it.
+
+BibTeX:
+@inproceedings{xu2020fast,
+  author = {Zhiwei Xu and Thalaiyasingam Ajanthan and Richard Hartley},
+  title = {Fast and Differentiable Message Passing on Pairwise {M}arkov Random Fields},
+  booktitle = {Asian Conference on Computer Vision (ACCV)},
+  year = {2020},
+}
+"""
+
+from jaxlib_methods.kernels.scanline.api import sweep as sweep
+from jaxlib_methods.kernels.scanline.api import sweep_backward as sweep_backward
+from jaxlib_methods.kernels.scanline.cost import Cost as Cost
+from jaxlib_methods.kernels.scanline.cost import cost_estimate as cost_estimate
+from jaxlib_methods.kernels.scanline.pairwise import Pairwise as Pairwise
+from jaxlib_methods.kernels.scanline.pairwise import dense as dense
+from jaxlib_methods.kernels.scanline.pairwise import transpose as transpose
+
+__all__ = ["Cost", "Pairwise", "cost_estimate", "dense", "sweep", "sweep_backward", "transpose"]

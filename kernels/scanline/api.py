@@ -1,0 +1,226 @@
+"""One scanline sweep in the "lines last" layout, and its backward: validation and the choice of an implementation.
+
+Arrays are [positions, L, lines]: a sweep runs over `positions` of a line, all `lines` in parallel. Recursion, with u
+the unary cost plus
+every message that is not of this direction d or its opposite q, and a the carry (zero before the first position):
+
+    m_i(lam) = min_mu [a(mu) + w_i V(mu, lam)] - min_nu(same),   P_i(lam) and Q_i the two argmins,   m = 0 at the first
+    position
+    a        = rho (u_i + m_i + opposite_i) - opposite_i
+
+Index ties go to the lowest label. Where V is a `semimetric`, Q is the argmin of a: the lowest argmin of the outgoing
+message too,
+except at w_i = 0, where every label is one. P and Q at the first position are unspecified; no gradient passes there.
+
+An implementation is a module with `sweep` and `sweep_backward` of the signatures below (without `implementation`),
+called with validated
+arguments; it raises `NotImplementedError` with the reason where it does not support them.
+"""
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlib_methods.kernels.scanline.pairwise import Pairwise
+
+IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
+_MODULE = {"xla": "reference", "pallas_gpu": "pallas_gpu", "pallas_tpu": "pallas_tpu"}
+# Order of preference by platform; the plain `jax.numpy` program always works and so stands last.
+_PREFERENCE = {"gpu": ("pallas_gpu", "xla"), "tpu": ("pallas_tpu", "xla"), "cpu": ("xla",)}
+MAX_LABELS = 65535
+
+
+def index_dtype(num_labels: int) -> Any:
+    """The dtype of P and Q: uint8 up to 256 labels, uint16 above.
+
+    Source: this library.
+    """
+    return jnp.uint8 if num_labels <= 256 else jnp.uint16
+
+
+def sweep(
+    u: jax.Array,
+    opposite: jax.Array | None,
+    pairwise: Pairwise,
+    edge_weight: jax.Array | None = None,
+    *,
+    rho: float,
+    reverse: bool = False,
+    with_indices: bool = False,
+    step: tuple[int, int] = (1, 0),
+    images: int = 1,
+    out: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
+    """Messages of one direction along every line.
+
+    Args:
+      u: [positions, L, lines] float32 or float64; unary costs plus all messages but this direction's and its
+        opposite's.
+      opposite: [positions, L, lines], messages of the opposite direction; None means zeros, which is also exact at rho
+        = 1.
+      pairwise: V(mu, lam), mu at the sending pixel. For an asymmetric table the caller transposes it for the way back.
+      edge_weight: [positions, lines], factor of V on the edge into each position (the receiving pixel); None means 1.
+      rho: edge appearance probability, in (0, 1]; static.
+      reverse: walk from the last position to the first; static.
+      with_indices: also return the argmins; static.
+      step: (positions, lines) from the sending to the receiving pixel when walking forward, (1, 0) along the lines; a
+        diagonal has
+        a second entry, and with `reverse` both are negated. A pixel whose sender lies outside the image gets a zero
+        message. Static.
+      images: number of images side by side in `lines` (image-major), which a diagonal must not connect; static.
+      out: an array like `u` that is no longer needed: its storage may take the result, its values are never read.
+      implementation: None for the best that supports the arguments, or one of `IMPLEMENTATIONS`, which then never falls
+        back.
+
+    Returns:
+      m [positions, L, lines]; with indices (m, P [positions, L, lines], Q [positions, lines]), uint8 up to 256 labels,
+      else uint16.
+
+    Raises:
+      ValueError: on shapes, dtypes or static arguments that do not fit.
+      NotImplementedError: if the named implementation does not support the arguments.
+      ExceptionGroup: if none is named and none works; it holds every reason.
+
+    Example:
+      >>> u = jnp.array([[[0.0], [2.0]], [[1.0], [0.0]], [[3.0], [0.0]]])  # a chain of three pixels, two labels
+      >>> sweep(u, None, Pairwise("potts", jnp.float32(1.0), semimetric=True), rho=1.0)[..., 0]
+      Array([[0., 0.],
+             [0., 1.],
+             [0., 0.]], dtype=float32)
+
+    Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
+    """
+    _check(u, opposite, pairwise, edge_weight, rho, step, images)
+    return _dispatch(
+        "sweep",
+        implementation,
+        (u, opposite, pairwise, edge_weight),
+        {"rho": rho, "reverse": reverse, "with_indices": with_indices, "step": step, "images": images, "out": out},
+    )
+
+
+def sweep_backward(
+    dm: jax.Array,
+    p: jax.Array,
+    q: jax.Array,
+    pairwise: Pairwise,
+    edge_weight: jax.Array | None = None,
+    *,
+    rho: float,
+    reverse: bool = False,
+    step: tuple[int, int] = (1, 0),
+    images: int = 1,
+    out: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array | None, Pairwise]:
+    """Routes the gradient of a sweep's messages back along the stored argmins.
+
+    Walking against the sweep, with g the carry from the pixel that i sent to:
+
+        v = dm_i + g;   v[Q_i] -= sum v;   dS_p(mu) = sum over lam with P_i(lam) = mu of v(lam) at the sender p;   g =
+        rho dS_p
+        dw_i = sum_lam V(P_i(lam), lam) v(lam);   dV(mu, lam) += w_i v(lam)
+
+    Args:
+      dm: [positions, L, lines] gradient of the loss in the messages.
+      p: [positions, L, lines] indices of the sweep.
+      q: [positions, lines] indices of the sweep.
+      pairwise, edge_weight, rho, reverse, step, images: those of the sweep.
+      out: an array like `dm` that is no longer needed: its storage may take dS.
+      implementation: as in `sweep`.
+
+    Returns:
+      (dS, dw, dpairwise). dS [positions, L, lines]: du = rho dS and dopposite = (rho - 1) dS. dw [positions, lines], or
+      None without edge
+      weights. dpairwise: a `Pairwise` whose arrays are the gradients in `weight`, `profile` and `table`.
+
+    Raises:
+      ValueError, NotImplementedError, ExceptionGroup: as `sweep`.
+
+    Example:
+      >>> dm = jnp.zeros((3, 2, 1)).at[1:, 1].set(1.0)
+      >>> p = jnp.array([[[0], [1]], [[0], [0]], [[0], [1]]], jnp.uint8)
+      >>> q = jnp.array([[0], [0], [0]], jnp.uint8)
+      >>> potts = Pairwise("potts", jnp.float32(1.0), semimetric=True)
+      >>> ds, _, dpairwise = sweep_backward(dm, p, q, potts, rho=1.0)
+      >>> ds[..., 0]
+      Array([[ 0.,  0.],
+             [-1.,  1.],
+             [ 0.,  0.]], dtype=float32)
+      >>> float(dpairwise.weight)
+      2.0
+
+    Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
+    """
+    _check(dm, None, pairwise, edge_weight, rho, step, images)
+    expected = index_dtype(dm.shape[1])
+    if p.shape != dm.shape or q.shape != (dm.shape[0], dm.shape[2]) or p.dtype != expected or q.dtype != expected:
+        raise ValueError(
+            f"p and q must be {dm.shape} and {(dm.shape[0], dm.shape[2])} of {jnp.dtype(expected)}, "
+            f"got {p.shape} of {p.dtype} and {q.shape} of {q.dtype}"
+        )
+    return _dispatch(
+        "sweep_backward",
+        implementation,
+        (dm, p, q, pairwise, edge_weight),
+        {"rho": rho, "reverse": reverse, "step": step, "images": images, "out": out},
+    )
+
+
+def _check(
+    u: jax.Array,
+    opposite: jax.Array | None,
+    pairwise: Pairwise,
+    edge_weight: jax.Array | None,
+    rho: float,
+    step: tuple[int, int],
+    images: int,
+) -> None:
+    """Static facts only: shapes, dtypes and Python values."""
+    if u.ndim != 3 or u.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"u must be [positions, L, lines] of float32 or float64, got {u.shape} of {u.dtype}")
+    positions, num_labels, lines = u.shape
+    if num_labels > MAX_LABELS:
+        raise ValueError(f"at most {MAX_LABELS} labels fit the uint16 indices, got {num_labels}")
+    if opposite is not None and (opposite.shape != u.shape or opposite.dtype != u.dtype):
+        raise ValueError(f"opposite must be like u, {u.shape} of {u.dtype}, got {opposite.shape} of {opposite.dtype}")
+    if edge_weight is not None and (edge_weight.shape != (positions, lines) or edge_weight.dtype != u.dtype):
+        raise ValueError(
+            f"edge_weight must be [positions, lines] = {(positions, lines)} of {u.dtype}, "
+            f"got {edge_weight.shape} of {edge_weight.dtype}"
+        )
+    if pairwise.kind == "table" and pairwise.table.shape != (num_labels, num_labels):
+        raise ValueError(
+            f"table must be {(num_labels, num_labels)} for {num_labels} labels, got {pairwise.table.shape}"
+        )
+    if not 0.0 < rho <= 1.0:
+        raise ValueError(f"rho must lie in (0, 1], got {rho}")
+    if step[0] < 1 or images < 1 or lines % images:
+        raise ValueError(
+            f"step[0] must be positive and images divide the {lines} lines, got step={step}, images={images}"
+        )
+
+
+def _dispatch(function: str, implementation: str | None, arguments: tuple, options: dict[str, Any]) -> Any:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation is not None:
+        return getattr(_load(implementation), function)(*arguments, **options)
+    reasons: list[Exception] = []
+    for name in _PREFERENCE.get(jax.default_backend(), ("xla",)):
+        try:
+            return getattr(_load(name), function)(*arguments, **options)
+        except NotImplementedError as reason:
+            reasons.append(NotImplementedError(f"{name}: {reason}"))
+    raise ExceptionGroup(f"no implementation of {function} supports these arguments", reasons)
+
+
+def _load(name: str) -> Any:
+    """Backends are imported on first use: a JAX without a Pallas backend still runs the others."""
+    try:
+        return importlib.import_module(f"jaxlib_methods.kernels.scanline.{_MODULE[name]}")
+    except ImportError as error:
+        raise NotImplementedError(f"cannot be imported here: {error}") from error

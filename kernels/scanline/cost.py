@@ -1,0 +1,86 @@
+"""What a sweep costs in arithmetic and in memory traffic, for rooflines and Pallas cost estimates."""
+
+import math
+from typing import NamedTuple
+
+from jaxlib_methods.kernels.scanline.pairwise import Pairwise
+
+# Above this many shifts the window loses against the loop over all labels (and unrolls into too large a program).
+MAX_WINDOW = 32
+
+
+class Cost(NamedTuple):
+    """Floating-point operations and bytes moved between memory and chip.
+
+    Source: this library.
+    """
+
+    flops: int
+    bytes_accessed: int
+
+
+def window_radius(pairwise: Pairwise, num_labels: int) -> int | None:
+    """Largest |d| a Toeplitz window visits by shifts, or None where the loop over all labels is to be used.
+
+    Beyond it the floor min a + w profile[R] stands for every label; at R >= L - 1 there is no floor.
+
+    Source: this library.
+    """
+    if pairwise.kind != "toeplitz":
+        return None
+    radius = min(pairwise.profile.shape[0] - 1, num_labels)
+    return radius - 1 if 2 * radius - 1 <= min(MAX_WINDOW, num_labels) else None
+
+
+def minplus_flops(pairwise: Pairwise, num_labels: int) -> int:
+    """Additions and minima of min_mu [a(mu) + w V(mu, .)] for one pixel.
+
+    Source: this library.
+    """
+    L = num_labels
+    if pairwise.kind == "potts":
+        return 3 * L
+    if pairwise.kind == "truncated_linear":
+        return 4 * L * math.ceil(math.log2(pairwise.truncation)) + 2 * L
+    radius = window_radius(pairwise, L)
+    return 2 * L * L if radius is None else 2 * L * (2 * radius + 1) + 2 * L
+
+
+def cost_estimate(
+    positions: int,
+    num_labels: int,
+    lines: int,
+    pairwise: Pairwise,
+    *,
+    with_indices: bool = False,
+    weighted: bool = False,
+    itemsize: int = 4,
+) -> Cost:
+    """Cost of one sweep whose label vector stays on chip: u and the opposite message are read, m (P and Q) written.
+
+    A forward and reverse pair therefore moves 24 bytes per pixel and label in float32.
+
+    Args:
+      positions, num_labels, lines: the shape of u.
+      pairwise: decides the min-plus arithmetic; only its structure matters.
+      with_indices: whether P and Q are stored.
+      weighted: whether edge weights are read.
+      itemsize: bytes of a message entry.
+
+    Returns:
+      A `Cost` for the whole sweep.
+
+    Example:
+      >>> cost_estimate(384, 16, 288, Pairwise("potts", 1.0))
+      Cost(flops=14155776, bytes_accessed=21233664)
+
+    Source: this library.
+    """
+    pixels = positions * lines
+    entries = pixels * num_labels
+    index_size = 1 if num_labels <= 256 else 2
+    # 4 for the carry rho (u + m + q) - q, 1 for subtracting the minimum
+    flops = pixels * minplus_flops(pairwise, num_labels) + 5 * entries
+    traffic = 3 * itemsize * entries + (itemsize * pixels if weighted else 0)
+    traffic += index_size * (entries + pixels) if with_indices else 0
+    return Cost(flops, traffic)

@@ -1,0 +1,350 @@
+"""The sweep in plain `jax.numpy`: works everywhere, and is what every other implementation is compared with.
+
+The loop writes each message into a buffer that it never reads, so XLA updates it in place; what it reads is
+loop-invariant.
+Each kind of V has its own exact min-plus product:
+
+* Potts: min(a, min a + w);
+* truncated linear: doubling, o <- min(o, shift(o, +-2^k) + s 2^k) for 2^k < T, then the floor min a + s T;
+* Toeplitz profile: the shifts inside the window, then the floor;
+* table (and wide profiles): a loop over the sending label.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlib_methods.kernels.scanline.api import index_dtype
+from jaxlib_methods.kernels.scanline.cost import window_radius
+from jaxlib_methods.kernels.scanline.pairwise import Pairwise, base_cost
+
+# Sending labels per trip of the table loop: the accumulator is then read and written once for all of them.
+_UNROLL = 8
+
+
+def sweep(
+    u: jax.Array,
+    opposite: jax.Array | None,
+    pairwise: Pairwise,
+    edge_weight: jax.Array | None = None,
+    *,
+    rho: float,
+    reverse: bool = False,
+    with_indices: bool = False,
+    step: tuple[int, int] = (1, 0),
+    images: int = 1,
+    out: jax.Array | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
+    """See `jaxlib_methods.kernels.scanline.sweep`.
+
+    Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
+    """
+    positions, num_labels, lines = u.shape
+    rows, shift = step
+    index = index_dtype(num_labels)
+    shift = -shift if reverse else shift
+    inside = _inside(lines, shift, images)
+    m = jnp.zeros_like(u) if out is None else out
+    results = (m,)
+    if with_indices:
+        results = (m, jnp.zeros(u.shape, index), jnp.zeros((positions, lines), index))
+
+    def body(k: jax.Array, carry: tuple) -> tuple:
+        (*senders, a), results = carry[0], carry[1]
+        i = positions - 1 - k if reverse else k
+        sender = (*senders, a)[0]
+        found = minplus(
+            _shift_lines(sender, shift, images), pairwise, None if edge_weight is None else edge_weight[i], with_indices
+        )
+        m_i = found[0] if with_indices else found
+        if not pairwise.semimetric or rows > 1:
+            # A semimetric V turns the zero carry into a zero message by itself; others (and skipped rows) need the
+            # mask.
+            m_i = jnp.where(k >= rows, m_i, jnp.zeros_like(m_i))
+        if inside is not None:
+            m_i = jnp.where(inside, m_i, jnp.zeros_like(m_i))
+        if opposite is None:
+            a_i = jnp.asarray(rho, u.dtype) * (u[i] + m_i)
+        else:
+            q = opposite[i]
+            a_i = jnp.asarray(rho, u.dtype) * (u[i] + q + m_i) - q
+        values = (m_i, *found[1:]) if with_indices else (m_i,)
+        results = tuple(r.at[i].set(value) for r, value in zip(results, values, strict=True))
+        return (*senders, a, a_i)[1:], results
+
+    start = tuple(jnp.zeros((num_labels, lines), u.dtype) for _ in range(rows))
+    _, results = jax.lax.fori_loop(0, positions, body, (start, results))
+    return results if with_indices else results[0]
+
+
+def minplus(
+    a: jax.Array, pairwise: Pairwise, edge_weight: jax.Array | None, with_indices: bool, normalise: bool = True
+) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
+    """min_mu [a(mu) + w V(mu, lam)] along the first axis of a [L, lines], less its minimum; with indices also P and Q.
+
+    Source: this library.
+    """
+    num_labels = a.shape[0]
+    index = index_dtype(num_labels)
+    scale = jnp.asarray(pairwise.weight).astype(a.dtype)
+    scale = scale[None] if edge_weight is None else scale * edge_weight  # [1 or lines]
+    label = jax.lax.broadcasted_iota(jnp.int32, a.shape, 0)
+    low = a.min(0, keepdims=True)
+    first = jnp.argmin(a, 0).astype(jnp.int32) if with_indices else None
+    p = None
+    radius = window_radius(pairwise, num_labels)
+
+    if pairwise.kind == "potts":
+        t, p = a, label
+        floor = low + scale[None]
+    elif pairwise.kind == "truncated_linear":
+        t, p = _doubling(a, label if with_indices else None, pairwise.truncation, scale)
+        floor = low + (scale * jnp.asarray(pairwise.truncation, a.dtype))[None]
+    elif radius is not None:
+        profile = jnp.asarray(pairwise.profile).astype(a.dtype)
+        t, p = _window(a, label if with_indices else None, profile, radius, scale)
+        floor = low + (scale * profile[-1])[None] if profile.shape[0] <= num_labels else None
+    else:
+        t, p = _table(a, dense_base(pairwise, num_labels, a.dtype), scale, with_indices)
+        floor = None
+
+    if floor is not None and with_indices:
+        through = (floor < t) | ((floor == t) & (first[None] < p))
+        p = jnp.where(through, first[None], p)
+    if floor is not None:
+        t = jnp.minimum(t, floor)
+    if not normalise:
+        return t
+    # For a semimetric min t = min a, attained at argmin a.
+    m = t - (low if pairwise.semimetric else t.min(0, keepdims=True))
+    if not with_indices:
+        return m
+    q = first if pairwise.semimetric else jnp.argmin(t, 0)
+    return m, p.astype(index), q.astype(index)
+
+
+def dense_base(pairwise: Pairwise, num_labels: int, dtype: Any) -> jax.Array:
+    """The (L, L) table without `weight`.
+
+    Source: this library.
+    """
+    label = jnp.arange(num_labels, dtype=jnp.int32)
+    return base_cost(pairwise, *jnp.meshgrid(label, label, indexing="ij"), dtype)
+
+
+def _doubling(
+    a: jax.Array, p: jax.Array | None, truncation: int, scale: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """Truncated linear up to distance 2^K - 1 >= T - 1; farther labels pay the floor."""
+    for k in range(math.ceil(math.log2(truncation))):
+        cost = (scale * jnp.asarray(2**k, a.dtype))[None]
+        t, winner = a, p
+        for offset in (2**k, -(2**k)):
+            candidate = _shift_labels(a, offset, jnp.inf) + cost
+            if p is not None:
+                sender = _shift_labels(p, offset, 0)
+                better = (candidate < t) | ((candidate == t) & (sender < winner))
+                winner = jnp.where(better, sender, winner)
+            t = jnp.minimum(t, candidate)
+        a, p = t, winner
+    return a, p
+
+
+def _window(
+    a: jax.Array, label: jax.Array | None, profile: jax.Array, radius: int, scale: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """All senders within `radius`. Ascending |d| with <= for lower senders and < for higher ones keeps the lowest
+    index."""
+    t, p = a + (scale * profile[0])[None], label
+    for d in range(1, radius + 1):
+        cost = (scale * profile[d])[None]
+        below = _shift_labels(a, d, jnp.inf) + cost
+        above = _shift_labels(a, -d, jnp.inf) + cost
+        if p is not None:
+            p = jnp.where(below <= t, label - d, p)
+            p = jnp.where(above < jnp.minimum(below, t), label + d, p)
+        t = jnp.minimum(jnp.minimum(t, below), above)
+    return t, p
+
+
+def _table(a: jax.Array, base: jax.Array, scale: jax.Array, with_indices: bool) -> tuple[jax.Array, jax.Array | None]:
+    """Loop over the sending label, ascending with <: the lowest index wins."""
+    num_labels, lines = a.shape
+
+    def visit(mu: jax.Array, found: tuple) -> tuple:
+        cost = jax.lax.dynamic_slice_in_dim(base, mu, 1, 0)[0]  # [L]
+        candidate = jax.lax.dynamic_slice_in_dim(a, mu, 1, 0) + scale[None] * cost[:, None]
+        if not with_indices:
+            return (jnp.minimum(found[0], candidate),)
+        t, p = found
+        return jnp.minimum(t, candidate), jnp.where(candidate < t, mu, p)
+
+    start = (jnp.full(a.shape, jnp.inf, a.dtype),)
+    if with_indices:
+        start = (*start, jnp.zeros((num_labels, lines), jnp.int32))
+    found = jax.lax.fori_loop(0, num_labels, visit, start, unroll=min(_UNROLL, num_labels))
+    return found if with_indices else (found[0], None)
+
+
+def sweep_backward(
+    dm: jax.Array,
+    p: jax.Array,
+    q: jax.Array,
+    pairwise: Pairwise,
+    edge_weight: jax.Array | None = None,
+    *,
+    rho: float,
+    reverse: bool = False,
+    step: tuple[int, int] = (1, 0),
+    images: int = 1,
+    out: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None, Pairwise]:
+    """See `jaxlib_methods.kernels.scanline.sweep_backward`.
+
+    Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
+    """
+    positions, num_labels, lines = dm.shape
+    dtype = dm.dtype
+    rows, shift = step
+    shift = -shift if reverse else shift
+    inside = _inside(lines, shift, images)
+    label = jax.lax.broadcasted_iota(jnp.int32, (num_labels, lines), 0)
+    ds = jnp.zeros_like(dm) if out is None else out
+    dw = None if edge_weight is None else jnp.zeros((positions, lines), dtype)
+    histogram = _empty_histogram(pairwise, num_labels, lines, dtype)
+
+    def at(k: jax.Array) -> jax.Array:
+        return positions - 1 - k if reverse else k
+
+    def body(n: jax.Array, carry: tuple) -> tuple:
+        receivers, ds, dw, histogram = carry
+        k = positions - 1 - n  # steps from the start of the sweep, of the receiving pixel
+        i = at(k)
+        p_i, q_i = p[i].astype(jnp.int32), q[i].astype(jnp.int32)
+        v = dm[i] + jnp.asarray(rho, dtype) * receivers[0]
+        if inside is not None:
+            v = jnp.where(inside, v, jnp.zeros_like(v))
+        total = v.sum(0, keepdims=True)
+        v = v - jnp.where(label == q_i[None], total, jnp.zeros_like(total))
+        if dw is not None:
+            paid = (v * base_cost_at(pairwise, p_i, label, dtype)).sum(0) * jnp.asarray(pairwise.weight).astype(dtype)
+            dw = dw.at[i].set(paid)
+        weighted = v if edge_weight is None else v * edge_weight[i][None]
+        histogram = _add_to_histogram(histogram, pairwise, weighted, p_i, label)
+        routed = _shift_lines(_route(v, p_i, q_i, label, pairwise), -shift, images)
+        ds = ds.at[at(k - rows)].set(routed)
+        return (*receivers[1:], routed), ds, dw, histogram
+
+    zero = jnp.zeros((num_labels, lines), dtype)
+    # The last pixels of a line send to nobody.
+    for k in range(max(positions - rows, 0), positions):
+        ds = ds.at[at(jnp.int32(k))].set(zero)
+    carry = ((zero,) * rows, ds, dw, histogram)
+    _, ds, dw, histogram = jax.lax.fori_loop(0, max(positions - rows, 0), body, carry)
+    return ds, dw, _pairwise_gradient(histogram, pairwise)
+
+
+def _route(v: jax.Array, p: jax.Array, q: jax.Array, label: jax.Array, pairwise: Pairwise) -> jax.Array:
+    """sum over lam with P(lam) = mu of v(lam): shifts and one floor where V is truncated, else a loop over the
+    senders."""
+    num_labels = v.shape[0]
+    zero = jnp.zeros_like(v)
+    if pairwise.kind == "potts":
+        radius = 0
+    elif pairwise.kind == "truncated_linear":
+        radius = pairwise.truncation - 1
+    else:
+        radius = window_radius(pairwise, num_labels)
+    if radius is None or 2 * radius + 1 > num_labels:
+        send = lambda mu: jnp.where(p == mu, v, zero).sum(0)
+        return jax.lax.map(send, jnp.arange(num_labels, dtype=jnp.int32))
+    offset = p - label
+    routed = jnp.where(offset == 0, v, zero)
+    for d in range(1, radius + 1):
+        routed += _shift_labels(jnp.where(offset == -d, v, zero), -d, 0)
+        routed += _shift_labels(jnp.where(offset == d, v, zero), d, 0)
+    far = jnp.abs(offset) > radius
+    # Every entry that took the floor has the same sender, argmin a; a semimetric stores it as Q.
+    sender = q[None] if pairwise.semimetric else jnp.where(far, p, 0).max(0, keepdims=True)
+    floor = jnp.where(far, v, zero).sum(0, keepdims=True)
+    return routed + jnp.where(label == sender, floor, zero)
+
+
+def base_cost_at(pairwise: Pairwise, p: jax.Array, label: jax.Array, dtype: Any) -> jax.Array:
+    """base(P(lam), lam); a profile is looked up by comparisons, as gathers are slow and scatter in the gradient.
+
+    Source: this library.
+    """
+    return base_cost(pairwise, p, label, dtype)
+
+
+def _empty_histogram(pairwise: Pairwise, num_labels: int, lines: int, dtype: Any) -> jax.Array:
+    """Gradient of the loss in base(mu, lam), summed over the edges; per line or per distance as the kind allows."""
+    if pairwise.kind in ("potts", "truncated_linear"):
+        return jnp.zeros(lines, dtype)
+    if pairwise.kind == "toeplitz":
+        return jnp.zeros(pairwise.profile.shape[0], dtype)
+    return jnp.zeros((num_labels, num_labels), dtype)
+
+
+def _add_to_histogram(
+    histogram: jax.Array, pairwise: Pairwise, v: jax.Array, p: jax.Array, label: jax.Array
+) -> jax.Array:
+    if pairwise.kind in ("potts", "truncated_linear"):
+        return histogram + (v * base_cost(pairwise, p, label, v.dtype)).sum(0)
+    zero = jnp.zeros_like(v)
+    if pairwise.kind == "toeplitz":
+        radius = pairwise.profile.shape[0] - 1
+        distance = jnp.minimum(jnp.abs(p - label), radius)
+        count = lambda d: jnp.where(distance == d, v, zero).sum()
+        return histogram + jax.lax.map(count, jnp.arange(radius + 1, dtype=jnp.int32))
+    count = lambda mu: jnp.where(p == mu, v, zero).sum(1)
+    return histogram + jax.lax.map(count, jnp.arange(v.shape[0], dtype=jnp.int32))
+
+
+def _pairwise_gradient(histogram: jax.Array, pairwise: Pairwise) -> Pairwise:
+    weight = jnp.asarray(pairwise.weight)
+    scale = weight.astype(histogram.dtype)
+    if pairwise.kind in ("potts", "truncated_linear"):
+        gradient = {"weight": histogram.sum().astype(weight.dtype)}
+    else:
+        name = "profile" if pairwise.kind == "toeplitz" else "table"
+        values = jnp.asarray(getattr(pairwise, name))
+        gradient = {
+            "weight": (histogram * values.astype(histogram.dtype)).sum().astype(weight.dtype),
+            name: (scale * histogram).astype(values.dtype),
+        }
+    return Pairwise(
+        pairwise.kind, truncation=pairwise.truncation, semimetric=pairwise.semimetric, **{"weight": None, **gradient}
+    )
+
+
+def _shift_labels(x: jax.Array, offset: int, fill: Any) -> jax.Array:
+    """y(lam) = x(lam - offset) along the first axis."""
+    size = min(abs(offset), x.shape[0])
+    pad = jnp.full((size, *x.shape[1:]), fill, x.dtype)
+    kept = x.shape[0] - size
+    return jnp.concatenate([pad, x[:kept]] if offset > 0 else [x[x.shape[0] - kept :], pad])
+
+
+def _shift_lines(x: jax.Array, offset: int, images: int) -> jax.Array:
+    """y(line) = x(line - offset) inside each image, zero where there is no such line."""
+    if offset == 0:
+        return x
+    grid = x.reshape(x.shape[0], images, -1)
+    size = min(abs(offset), grid.shape[2])
+    pad = jnp.zeros((x.shape[0], images, size), x.dtype)
+    kept = grid.shape[2] - size
+    parts = [pad, grid[..., :kept]] if offset > 0 else [grid[..., grid.shape[2] - kept :], pad]
+    return jnp.concatenate(parts, axis=2).reshape(x.shape)
+
+
+def _inside(lines: int, shift: int, images: int) -> jax.Array | None:
+    """[1, lines]: whether the sender of a diagonal lies inside the image."""
+    if shift == 0:
+        return None
+    width = lines // images
+    column = jnp.arange(lines, dtype=jnp.int32) % width - shift
+    return ((column >= 0) & (column < width))[None]
