@@ -1,0 +1,190 @@
+"""One table of all results under a folder: ours, the paper's, the difference, the seeds; terminal, Markdown and PNG."""
+
+import json
+import pathlib
+import shlex
+import sys
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from experiments.errors import ExperimentError
+from experiments.files import write_text
+
+# Runs that differ in these alone are one experiment.
+POOLED = ("seed", "seeds", "data_dir", "download", "tensorboard")
+HEADER = ("experiment", "metric", "ours", "paper", "difference", "seeds")
+
+
+class Row(NamedTuple):
+    experiment: str
+    metric: str
+    mean: float
+    std: float | None  # over seeds
+    paper: float | None
+    seeds: int
+
+    def cells(self) -> tuple[str, ...]:
+        ours = _number(self.mean) + (f" ± {_number(self.std)}" if self.std is not None else "")
+        if self.paper is None:
+            return self.experiment, self.metric, ours, "", "", str(self.seeds)
+        return (
+            self.experiment, self.metric, ours, _number(self.paper), f"{self.mean - self.paper:+.4g}", str(self.seeds),
+        )  # fmt: skip
+
+
+def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Every `result.json` under the folder, by experiment; one that cannot be read is named on stderr and left out."""
+    if not folder.is_dir():
+        raise ExperimentError(f"there is no folder {folder}; run an experiment first, or name another folder")
+    results = []
+    for path in sorted(folder.rglob("result.json")):
+        try:
+            result = json.loads(path.read_text())
+            result["experiment"], result["metrics"], result["paper"], result["seeds"], result["config"]
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"left out {path}: not a result of this runner ({error!r})", file=sys.stderr)
+        else:
+            results.append(result)
+    return sorted(results, key=lambda result: result["experiment"])
+
+
+def rows(results: Iterable[dict[str, Any]], *, everything: bool = False, with_smoke: bool = False) -> list[Row]:
+    """The table's rows, grouped by experiment and configuration; runs that differ in the seed alone are pooled.
+
+    Metrics that the paper gives come first. Those it does not give are shown where the experiment has no number of the
+    paper at all, or on request.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in results:
+        if with_smoke or not result.get("smoke"):
+            config = {name: value for name, value in result["config"].items() if name not in POOLED}
+            label = result["experiment"] + (" (smoke)" if result.get("smoke") else "")
+            groups.setdefault((label, json.dumps(config, sort_keys=True)), []).append(result)
+    table = []
+    for (experiment, config), members in sorted(groups.items()):
+        members = _disjoint(members)
+        others = [json.loads(other) for name, other in groups if name == experiment and other != config]
+        label = experiment + _what_differs(json.loads(config), others)
+        paper = {name: value for member in members for name, value in member["paper"].items()}
+        names = dict.fromkeys(name for member in members for name in member["metrics"])
+        names = [name for name in names if not (name.endswith("_std") and name.removesuffix("_std") in names)]
+        shared = [name for name in names if name in paper]
+        rest = [name for name in names if name not in paper] if everything or not shared else []
+        table += [_pooled(label, name, members, paper.get(name)) for name in shared + rest]
+    return table
+
+
+def _disjoint(members: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs with the most seeds first, without those that repeat a seed."""
+    chosen: list[dict[str, Any]] = []
+    for member in sorted(members, key=lambda member: -len(member["seeds"])):
+        if not any(set(member["seeds"]) & set(other["seeds"]) for other in chosen):
+            chosen.append(member)
+    return chosen
+
+
+def _pooled(label: str, name: str, members: list[dict[str, Any]], paper: float | None) -> Row:
+    members = [member for member in members if name in member["metrics"]]
+    seeds = sum(len(member["seeds"]) for member in members)
+    if len(members) == 1:
+        metrics = members[0]["metrics"]
+        return Row(label, name, metrics[name], metrics.get(f"{name}_std"), paper, seeds)
+    weights = [len(member["seeds"]) for member in members]
+    values = [member["metrics"][name] for member in members]
+    mean = sum(w * v for w, v in zip(weights, values, strict=True)) / seeds
+    # Within-run and between-run sums of squares: the standard deviation over all seeds together.
+    within = sum(
+        (w - 1) * member["metrics"].get(f"{name}_std", 0.0) ** 2 for w, member in zip(weights, members, strict=True)
+    )
+    between = sum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True))
+    return Row(label, name, mean, ((within + between) / (seeds - 1)) ** 0.5, paper, seeds)
+
+
+def _what_differs(config: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    names = [name for name, value in config.items() if any(other.get(name) != value for other in others)]
+    return " [" + ", ".join(f"{name}={config[name]}" for name in names) + "]" if names else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def print_table(table: list[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table()
+    for i, name in enumerate(HEADER):
+        shown.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
+    last = None
+    for row in table:
+        if last not in (None, row.experiment):
+            shown.add_section()
+        shown.add_row("" if row.experiment == last else row.experiment, *row.cells()[1:])
+        last = row.experiment
+    Console().print(shown)
+
+
+def markdown(table: list[Row]) -> str:
+    lines = ["| " + " | ".join(HEADER) + " |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    return "\n".join(lines + ["| " + " | ".join(row.cells()) + " |" for row in table]) + "\n"
+
+
+def provenance(results: list[dict[str, Any]]) -> str:
+    """Per run: the command, the device, the time, the versions that made its numbers."""
+    lines = []
+    for result in results:
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        minutes = result["wall_s"] / 60
+        lines.append(f"- `{result['command']}`\n  {result['device']}, {minutes:.1f} min; {versions}")
+    return "\n".join(lines) + "\n"
+
+
+def figure(table: list[Row], path: pathlib.Path) -> None:
+    """The same table as a picture."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    cells = [list(row.cells()) for row in table]
+    widths = [max(len(text) for text in column) + 2 for column in zip(HEADER, *cells, strict=True)]
+    canvas, axes = pyplot.subplots(figsize=(0.085 * sum(widths), 0.26 * (len(cells) + 2)))
+    axes.axis("off")
+    drawn = axes.table(
+        cells, colLabels=HEADER, colWidths=[w / sum(widths) for w in widths], cellLoc="left", loc="center"
+    )
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(8)
+    for (row, _), cell in drawn.get_celld().items():
+        cell.set_edgecolor("0.85")
+        if row == 0:
+            cell.set_text_props(weight="bold")
+    canvas.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(canvas)
+
+
+def main(options: Any) -> int:
+    """The `report` command."""
+    folder = pathlib.Path(options.folder)
+    results = collect(folder)
+    table = rows(results, everything=options.all, with_smoke=options.all)
+    if not table:
+        raise ExperimentError(f"no finished run under {folder} (smoke runs show with --all)")
+    print_table(table)
+    kept = [result for result in results if options.all or not result.get("smoke")]
+    text = markdown(table)
+    write_text(folder / "report.md", text)
+    figure(table, folder / "report.png")
+    print(f"also as {folder / 'report.md'} and {folder / 'report.png'}")
+    if options.write:
+        made = "python -m experiments report " + shlex.join(
+            [str(folder), *(["--all"] if options.all else []), "--write", options.write]
+        )
+        head = (
+            "# Results\n\nWritten by a command, not by hand. `difference` is ours minus the paper's; "
+            "± is the standard deviation over seeds.\n"
+        )
+        write_text(pathlib.Path(options.write), f"{head}\n    {made}\n\n{text}\n## Commands\n\n{provenance(kept)}")
+        print(f"wrote {options.write}")
+    return 0

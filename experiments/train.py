@@ -1,0 +1,261 @@
+"""The training loop of all experiments: chunks of steps as one dispatch, data parallel, resumable to the bit.
+
+    state = init_state(params, optimizer, key=key)
+    state, history = fit(loss_fn, optimizer, state, dataset.train, batch_size=100, steps=25_000,
+                         evaluate=evaluator(classification(logits_fn), dataset.test), workdir=workdir)
+
+The state is replicated and the batch is spread over the mesh axis "data" of all devices of all processes; the loss is
+the mean over the whole batch, and XLA inserts the reductions. What step t does depends on the state and t alone.
+"""
+
+import functools
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from experiments import pipeline
+from experiments.checkpoint import Checkpoints
+from experiments.errors import DataError, NonFiniteLossError
+from experiments.log import JsonLines, Record
+from experiments.progress import Progress
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32 []: steps done
+    params: PyTree  # what the optimizer changes
+    opt_state: PyTree
+    model_state: PyTree  # what the forward pass changes: batch-norm statistics, or ()
+    key: jax.Array  # typed key []: the run's randomness; never changes, step t uses fold_in(key, t)
+
+
+# (params, model_state, batch, key) -> (loss [], (new model_state, {name: scalar}))
+LossFn = Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]]
+
+
+def init_state(
+    params: PyTree, optimizer: optax.GradientTransformation, *, key: jax.Array, model_state: PyTree = ()
+) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), model_state, key)
+
+
+def fit(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    split: PyTree,
+    *,
+    batch_size: int,
+    steps: int,
+    steps_per_call: int = 100,
+    augment: Callable[[PyTree, jax.Array], PyTree] | None = None,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    evaluate_every: int = 0,
+    workdir: str | os.PathLike | None = None,
+    checkpoint_every: int = 1000,
+    mesh: Mesh | None = None,
+    progress: bool | None = None,
+    label: str = "train",
+    log: Iterable[Callable[[Record], None]] = (),
+) -> tuple[TrainState, list[Record]]:
+    """Trains until `steps` and returns the final state and the history.
+
+    The compiled chunk is kept per (loss_fn, optimizer, augment, batch_size, mesh): pass the same objects again, for
+    another seed or another mask in the state, and nothing is compiled twice.
+
+    Args:
+      loss_fn: `(params, model_state, batch, key) -> (loss, (model_state, metrics))`, the mean over the batch.
+      optimizer: gets `value=loss` as extra argument, for the transformations that want it.
+      state: as from `init_state`; it stays valid, training works on a copy.
+      split: pytree of arrays with a common first axis, e.g. `data.Split`, or `pipeline.put` of one.
+      batch_size: examples per step over all devices.
+      steps: the step to train to.
+      steps_per_call: steps of one dispatch; progress, log and the check of the loss happen once per call.
+      augment: `(batch, key) -> batch` inside jit, e.g. `pipeline.random_crop`.
+      evaluate: `state -> {name: number}`, run after the last step and every `evaluate_every` steps (0: only then).
+      workdir: where checkpoints and `log.jsonl` go, and where an earlier call is resumed from; None keeps nothing.
+      checkpoint_every: steps between checkpoints, beside the one after the last step; 0 for that one alone.
+      mesh: one axis "data"; None takes as many devices as divide the batch.
+      progress: True or False forces or silences the bar; None shows it on a terminal.
+      label: name of the run in the bar and in the lines.
+      log: further listeners for the records, e.g. `log.TensorBoard`.
+
+    Returns:
+      The state, replicated over the mesh, and one record per dispatch: step, wall_s, means of the loss and the
+      metrics over its steps and, where evaluated, what `evaluate` returned.
+
+    Raises:
+      NonFiniteLossError: names the step and the loss; no checkpoint of it is kept.
+      DataError: the batch is empty or larger than the data.
+    """
+    for name, value in (("steps", steps), ("steps_per_call", steps_per_call), ("batch_size", batch_size)):
+        if value < 1:
+            raise DataError(f"{name} must be at least 1, got {value}")
+    mesh = pipeline.data_mesh(batch_size) if mesh is None else mesh
+    if batch_size % mesh.size:
+        raise DataError(f"batch_size {batch_size} is not a multiple of the {mesh.size} devices of the mesh")
+    data = pipeline.put(split, mesh)
+    state = pipeline.replicate(state, mesh)
+    run_chunk = _compiled_chunk(loss_fn, optimizer, augment, batch_size)
+
+    history: list[Record] = []
+    checkpoints = Checkpoints(workdir) if workdir is not None else None
+    if checkpoints and (found := checkpoints.restore(state)):
+        state, history = found
+    listeners = list(log)
+    if workdir is not None:
+        listeners.append(JsonLines(pathlib.Path(workdir) / "log.jsonl", history))
+    step = start = int(state.step)
+    earlier_s = history[-1]["wall_s"] if history else 0.0
+    began = time.perf_counter()
+
+    def finish(chunk: tuple[int, dict[str, jax.Array]]) -> Record:
+        """Waits for a dispatched chunk, checks its loss and makes its record."""
+        last, summary = chunk
+        host = jax.device_get(summary)
+        if host.pop("bad") >= 0:
+            raise NonFiniteLossError(
+                f"{label}: the loss of step {int(host['bad_step'])} is {float(host['bad_loss'])}; "
+                "lower the learning rate or look at the data"
+            )
+        means = {name: float(value) for name, value in host.items() if name not in ("bad_step", "bad_loss")}
+        elapsed = time.perf_counter() - began
+        bar.update(last, means["loss"], (last - start) / elapsed)
+        return {"step": last, "wall_s": round(earlier_s + elapsed, 3), **means}
+
+    def keep(record: Record) -> None:
+        history.append(record)
+        for listener in listeners:
+            listener(record)
+
+    with Progress(label, steps, step, batch_size, progress) as bar:
+        pending = None
+        while step < steps:
+            # Chunks end at the same steps whether or not a run was interrupted, so that it runs the same programs.
+            ends = (_next(step, steps_per_call), _next(step, evaluate_every), _next(step, checkpoint_every), steps)
+            length = min(ends) - step
+            with jax.transfer_guard("disallow"):
+                state, summary = run_chunk(state, data, length)
+            step += length
+            if pending:  # read the chunk before this one while the device works on this one
+                keep(finish(pending))
+            pending = (step, summary)
+            evaluating = evaluate is not None and (step == steps or step == ends[1])
+            saving = checkpoints is not None and (step == steps or step == ends[2])
+            if evaluating or saving:
+                record, pending = finish(pending), None
+                if evaluating:
+                    metrics = evaluate(state)
+                    bar.evaluated(step, {"loss": record["loss"], **metrics})
+                    record |= metrics
+                keep(record)
+            if saving:
+                checkpoints.save(step, state, history)
+        if pending:
+            keep(finish(pending))
+    if checkpoints:
+        checkpoints.close()
+    return state, history
+
+
+def _next(step: int, every: int) -> float:
+    """The first multiple of `every` after `step`; infinity for 0."""
+    return (step // every + 1) * every if every else math.inf
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_chunk(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, augment: Callable[..., PyTree] | None, batch_size: int
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    update = optax.with_extra_args_support(optimizer).update
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def one_step(
+        data: pipeline.OnDevice, state: TrainState, indices: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        augment_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        batch = pipeline.gather(data, indices)
+        if augment is not None:
+            batch = augment(batch, augment_key)
+        (loss, (model_state, metrics)), grads = gradient(state.params, state.model_state, batch, loss_key)
+        updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
+        params = optax.apply_updates(state.params, updates)
+        state = TrainState(state.step + jnp.int32(1), params, opt_state, model_state, state.key)
+        return state, {**metrics, "loss": loss}
+
+    @functools.partial(jax.jit, static_argnames="length", donate_argnames="state")
+    def chunk(state: TrainState, data: pipeline.OnDevice, length: int) -> tuple[TrainState, dict[str, jax.Array]]:
+        first = state.step
+        order_key = jax.random.fold_in(state.key, 0x7FFFFFFF)  # no step's key
+        rows = pipeline.batch_indices(order_key, first + jnp.arange(length, dtype=jnp.int32), data.size, batch_size)
+        state, metrics = jax.lax.scan(functools.partial(one_step, data), state, rows)
+        summary = {name: jnp.mean(value.astype(jnp.float32), axis=0) for name, value in metrics.items()}
+        finite = jnp.isfinite(metrics["loss"])
+        at = jnp.argmin(finite)
+        bad = jnp.where(jnp.all(finite), -1, at)
+        return state, summary | {"bad": bad, "bad_step": first + at.astype(jnp.int32), "bad_loss": metrics["loss"][at]}
+
+    return chunk
+
+
+def classification(logits_fn: Callable[[PyTree, PyTree, jax.Array], jax.Array]) -> Callable[..., dict[str, jax.Array]]:
+    """Per-example `error` (percent) and `loss` of `logits_fn(params, model_state, images)`, for `evaluator`."""
+
+    def per_example(params: PyTree, model_state: PyTree, batch: PyTree) -> dict[str, jax.Array]:
+        logits = logits_fn(params, model_state, batch.images)
+        wrong = jnp.argmax(logits, axis=-1) != batch.labels
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        return {"error": 100.0 * wrong.astype(jnp.float32), "loss": loss}
+
+    return per_example
+
+
+def evaluator(
+    per_example: Callable[[PyTree, PyTree, PyTree], dict[str, jax.Array]],
+    split: PyTree,
+    *,
+    batch_size: int = 1000,
+    mesh: Mesh | None = None,
+    prefix: str = "test_",
+) -> Callable[[TrainState], dict[str, float]]:
+    """Makes `state -> {prefix + name: exact mean over the split}` for `fit`.
+
+    Args:
+      per_example: `(params, model_state, batch) -> {name: [batch]}`, e.g. `classification(logits_fn)`.
+      split: as for `fit`.
+      batch_size: examples per batch; the last one is filled up and the filling does not count.
+    """
+    mesh = pipeline.data_mesh() if mesh is None else mesh
+    data = pipeline.put(split, mesh)
+    width = math.ceil(min(batch_size, data.size) / mesh.size) * mesh.size
+    batches = math.ceil(data.size / width)
+
+    @jax.jit
+    def sums(params: PyTree, model_state: PyTree, data: pipeline.OnDevice) -> dict[str, jax.Array]:
+        def one_batch(_: None, rows: jax.Array) -> tuple[None, dict[str, jax.Array]]:
+            batch = pipeline.gather(data, jnp.minimum(rows, data.size - 1))
+            values = per_example(params, model_state, batch)
+            return None, {name: jnp.sum(jnp.where(rows < data.size, value, 0)) for name, value in values.items()}
+
+        rows = jnp.arange(batches * width, dtype=jnp.int32).reshape(batches, width)
+        return jax.lax.scan(one_batch, None, rows)[1]
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        params, model_state = state.params, state.model_state
+        if any(leaf.sharding.device_set != set(mesh.devices.flat) for leaf in jax.tree.leaves(params)):
+            params, model_state = pipeline.replicate((params, model_state), mesh)
+        totals = jax.device_get(sums(params, model_state, data))
+        return {prefix + name: float(np.sum(value, dtype=np.float64) / data.size) for name, value in totals.items()}
+
+    return evaluate
