@@ -104,6 +104,7 @@ def sweep(
 
 def sweep_backward(
     dm: jax.Array,
+    opposite_ds: jax.Array | None,
     p: jax.Array,
     q: jax.Array,
     pairwise: Pairwise,
@@ -118,14 +119,20 @@ def sweep_backward(
 ) -> tuple[jax.Array, jax.Array | None, Pairwise]:
     """Routes the gradient of a sweep's messages back along the stored argmins.
 
-    Walking against the sweep, with g the carry from the pixel that i sent to:
+    Walking against the sweep, with g the carry from the pixel that i sent to (zero at the last one):
 
-        v = dm_i + g;   v[Q_i] -= sum v;   dS_p(mu) = sum over lam with P_i(lam) = mu of v(lam) at the sender p;   g =
-        rho dS_p
+        v = dm_i + (rho - 1) opposite_ds_i + g;   v[Q_i] -= sum v
+        dS_p(mu) = sum over lam with P_i(lam) = mu of v(lam), p the sender of i;   g = rho dS_p
         dw_i = sum_lam V(P_i(lam), lam) v(lam);   dV(mu, lam) += w_i v(lam)
 
+    In pair form the messages m^d of a forward sweep are used by the sweeps of other pairs (whose gradients make up dm)
+    and as the
+    `opposite` of the reverse sweep q, so `opposite_ds` is the dS of that sweep: backward sweeps pass it as forward ones
+    pass messages.
+
     Args:
-      dm: [positions, L, lines] gradient of the loss in the messages.
+      dm: [positions, L, lines] gradient of the loss in the messages, but for what `opposite_ds` brings.
+      opposite_ds: [positions, L, lines] dS of the sweep that had these messages as its `opposite`; None for none.
       p: [positions, L, lines] indices of the sweep.
       q: [positions, lines] indices of the sweep.
       pairwise, edge_weight, rho, reverse, step, images: those of the sweep.
@@ -145,7 +152,7 @@ def sweep_backward(
       >>> p = jnp.array([[[0], [1]], [[0], [0]], [[0], [1]]], jnp.uint8)
       >>> q = jnp.array([[0], [0], [0]], jnp.uint8)
       >>> potts = Pairwise("potts", jnp.float32(1.0), semimetric=True)
-      >>> ds, _, dpairwise = sweep_backward(dm, p, q, potts, rho=1.0)
+      >>> ds, _, dpairwise = sweep_backward(dm, None, p, q, potts, rho=1.0)
       >>> ds[..., 0]
       Array([[ 0.,  0.],
              [-1.,  1.],
@@ -155,7 +162,7 @@ def sweep_backward(
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    _check(dm, None, pairwise, edge_weight, rho, step, images)
+    _check(dm, opposite_ds, pairwise, edge_weight, rho, step, images)
     expected = index_dtype(dm.shape[1])
     if p.shape != dm.shape or q.shape != (dm.shape[0], dm.shape[2]) or p.dtype != expected or q.dtype != expected:
         raise ValueError(
@@ -165,7 +172,7 @@ def sweep_backward(
     return _dispatch(
         "sweep_backward",
         implementation,
-        (dm, p, q, pairwise, edge_weight),
+        (dm, opposite_ds, p, q, pairwise, edge_weight),
         {"rho": rho, "reverse": reverse, "step": step, "images": images, "out": out},
     )
 

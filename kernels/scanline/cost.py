@@ -22,14 +22,16 @@ class Cost(NamedTuple):
 def window_radius(pairwise: Pairwise, num_labels: int) -> int | None:
     """Largest |d| a Toeplitz window visits by shifts, or None where the loop over all labels is to be used.
 
-    Beyond it the floor min a + w profile[R] stands for every label; at R >= L - 1 there is no floor.
+    Where R < L - 1 it is R - 1: beyond, the floor min a + w profile[R] stands for every label. Otherwise it is L - 1,
+    without a floor.
 
     Source: this library.
     """
     if pairwise.kind != "toeplitz":
         return None
-    radius = min(pairwise.profile.shape[0] - 1, num_labels)
-    return radius - 1 if 2 * radius - 1 <= min(MAX_WINDOW, num_labels) else None
+    radius = pairwise.profile.shape[0] - 1
+    visited = radius - 1 if radius < num_labels - 1 else num_labels - 1
+    return visited if 2 * visited + 1 <= MAX_WINDOW else None
 
 
 def minplus_flops(pairwise: Pairwise, num_labels: int) -> int:

@@ -105,7 +105,7 @@ def minplus(
     elif radius is not None:
         profile = jnp.asarray(pairwise.profile).astype(a.dtype)
         t, p = _window(a, label if with_indices else None, profile, radius, scale)
-        floor = low + (scale * profile[-1])[None] if profile.shape[0] <= num_labels else None
+        floor = low + (scale * profile[-1])[None] if radius < num_labels - 1 else None
     else:
         t, p = _table(a, dense_base(pairwise, num_labels, a.dtype), scale, with_indices)
         floor = None
@@ -190,6 +190,7 @@ def _table(a: jax.Array, base: jax.Array, scale: jax.Array, with_indices: bool) 
 
 def sweep_backward(
     dm: jax.Array,
+    opposite_ds: jax.Array | None,
     p: jax.Array,
     q: jax.Array,
     pairwise: Pairwise,
@@ -224,12 +225,14 @@ def sweep_backward(
         i = at(k)
         p_i, q_i = p[i].astype(jnp.int32), q[i].astype(jnp.int32)
         v = dm[i] + jnp.asarray(rho, dtype) * receivers[0]
+        if opposite_ds is not None and rho != 1.0:
+            v += jnp.asarray(rho - 1.0, dtype) * opposite_ds[i]
         if inside is not None:
             v = jnp.where(inside, v, jnp.zeros_like(v))
         total = v.sum(0, keepdims=True)
         v = v - jnp.where(label == q_i[None], total, jnp.zeros_like(total))
         if dw is not None:
-            paid = (v * base_cost_at(pairwise, p_i, label, dtype)).sum(0) * jnp.asarray(pairwise.weight).astype(dtype)
+            paid = (v * base_cost(pairwise, p_i, label, dtype)).sum(0) * jnp.asarray(pairwise.weight).astype(dtype)
             dw = dw.at[i].set(paid)
         weighted = v if edge_weight is None else v * edge_weight[i][None]
         histogram = _add_to_histogram(histogram, pairwise, weighted, p_i, label)
@@ -270,14 +273,6 @@ def _route(v: jax.Array, p: jax.Array, q: jax.Array, label: jax.Array, pairwise:
     sender = q[None] if pairwise.semimetric else jnp.where(far, p, 0).max(0, keepdims=True)
     floor = jnp.where(far, v, zero).sum(0, keepdims=True)
     return routed + jnp.where(label == sender, floor, zero)
-
-
-def base_cost_at(pairwise: Pairwise, p: jax.Array, label: jax.Array, dtype: Any) -> jax.Array:
-    """base(P(lam), lam); a profile is looked up by comparisons, as gathers are slow and scatter in the gradient.
-
-    Source: this library.
-    """
-    return base_cost(pairwise, p, label, dtype)
 
 
 def _empty_histogram(pairwise: Pairwise, num_labels: int, lines: int, dtype: Any) -> jax.Array:
