@@ -1,0 +1,61 @@
+"""Classifiers on the simplex equiangular tight frame: geometry, the nearest-ETF head, neural-collapse metrics.
+
+BibTeX:
+
+@inproceedings{markou2024guiding,
+  title = {Guiding Neural Collapse: Optimising Towards the Nearest Simplex Equiangular Tight Frame},
+  author = {Markou, Evan and Ajanthan, Thalaiyasingam and Gould, Stephen},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2024},
+  eprint = {2411.01248},
+  archivePrefix = {arXiv},
+}
+
+@article{papyan2020prevalence,
+  title = {Prevalence of neural collapse during the terminal phase of deep learning training},
+  author = {Papyan, Vardan and Han, X. Y. and Donoho, David L.},
+  journal = {Proceedings of the National Academy of Sciences},
+  volume = {117},
+  number = {40},
+  pages = {24652--24663},
+  year = {2020},
+  eprint = {2008.08186},
+  archivePrefix = {arXiv},
+}
+"""
+
+from jaxlib_methods.classifiers._heads import FixedETFHead as FixedETFHead
+from jaxlib_methods.classifiers._heads import NearestETFHead as NearestETFHead
+from jaxlib_methods.classifiers._heads import NormalizedHead as NormalizedHead
+from jaxlib_methods.classifiers._heads import class_sums as class_sums
+from jaxlib_methods.classifiers._heads import dot_regression_loss as dot_regression_loss
+from jaxlib_methods.classifiers._heads import normalize_features as normalize_features
+from jaxlib_methods.classifiers._heads import running_class_means as running_class_means
+from jaxlib_methods.classifiers._heads import validate_batch as validate_batch
+from jaxlib_methods.classifiers._nearest_etf import nearest_etf as nearest_etf
+from jaxlib_methods.classifiers._nearest_etf import nearest_etf_objective as nearest_etf_objective
+from jaxlib_methods.classifiers._polar import polar as polar
+from jaxlib_methods.classifiers._simplex_etf import centering_matrix as centering_matrix
+from jaxlib_methods.classifiers._simplex_etf import distance_to_nearest_etf as distance_to_nearest_etf
+from jaxlib_methods.classifiers._simplex_etf import etf_weights as etf_weights
+from jaxlib_methods.classifiers._simplex_etf import helmert_basis as helmert_basis
+from jaxlib_methods.classifiers._simplex_etf import simplex_etf as simplex_etf
+
+__all__ = [
+    "FixedETFHead",
+    "NearestETFHead",
+    "NormalizedHead",
+    "centering_matrix",
+    "class_sums",
+    "distance_to_nearest_etf",
+    "dot_regression_loss",
+    "etf_weights",
+    "helmert_basis",
+    "nearest_etf",
+    "nearest_etf_objective",
+    "normalize_features",
+    "polar",
+    "running_class_means",
+    "simplex_etf",
+    "validate_batch",
+]

@@ -1,0 +1,171 @@
+"""The orthogonal polar factor U of A = U P, batched, with a backward pass that is finite at a tiny singular value.
+
+Forward, by `method`:
+  svd             A = Q S V^T, U = Q V^T. Any A, also rank deficient (then one of several factors). The reference,
+                  and on CPU the fastest for what the ETF head asks.
+  qdwh            dynamically weighted Halley iteration: at most 6 steps of QR or Cholesky whatever the condition
+  number. newton_schulz   X <- 3/2 X - 1/2 X X^T X, matrix products only. The first steps are stretched by the
+                  scalings that are optimal on [1/condition, 1], so kappa = 200 takes 10 steps instead of 18. Full
+                  rank only.
+
+Backward, for the cotangent G, with A = U V S V^T:
+  Omega = V [ (V^T (U^T G - G^T U) V)_ij / (s_i + s_j) ] V^T
+  dL/dA = U Omega + (G - U U^T G) V S^-1 V^T
+Sums s_i + s_j of singular values stand where differentiating an SVD has differences s_i^2 - s_j^2: repeated singular
+values (neural collapse makes K-1 of them equal) cost nothing.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxlib_methods.classifiers._simplex_etf import HIGHEST, compute_dtype
+
+METHODS = ("svd", "qdwh", "newton_schulz")
+# Above this, Newton-Schulz needs more passes over A than QDWH needs factorisations.
+NEWTON_SCHULZ_MAX_CONDITION = 2e3
+_MAX_STEPS = 80
+
+matmul = functools.partial(jnp.matmul, precision=HIGHEST)
+
+
+def _t(X: jax.Array) -> jax.Array:
+    return jnp.swapaxes(X, -1, -2)
+
+
+def _eye_like(G: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.eye(G.shape[-1], dtype=G.dtype), G.shape)
+
+
+def _scalings(condition: float) -> list[float]:
+    """Stretches a_k of x -> 3/2 (a x) - 1/2 (a x)^3 that raise the lower end l of [l, 1] the most, until l = 0.9."""
+    l, scalings = 1.0 / condition, []
+    while l < 0.9:
+        a = math.sqrt(3.0 / (1.0 + l + l * l))
+        scalings.append(a)
+        l = 0.5 * a * l * (3.0 - (a * l) ** 2)
+    return scalings
+
+
+def _newton_schulz(A: jax.Array, condition: float | None) -> jax.Array:
+    K = A.shape[-1]
+    # ||A^T A||_F^(1/2) bounds ||A||_2 more tightly than ||A||_F. It still overestimates it by up to K^(1/4).
+    # A is scaled to order one first: the Gram matrix squares what may be very small or large.
+    peak = jnp.max(jnp.abs(A), axis=(-2, -1), keepdims=True)
+    X = A / jnp.where(peak > 0, peak, 1)
+    G = matmul(_t(X), X)
+    bound = jnp.sqrt(jnp.sqrt(jnp.sum(G * G, axis=(-2, -1), keepdims=True)))
+    X = X / jnp.where(bound > 0, bound, 1)
+    # Optimal stretches for a lower end that is too low only cost steps; for one too high the loop below goes on.
+    stretches = jnp.asarray([*_scalings((condition or 1e3) * K**0.25), 1.0], A.dtype)
+    tolerance = math.sqrt(float(jnp.finfo(A.dtype).eps))
+
+    def residual(X):
+        G = matmul(_t(X), X)
+        return G, jnp.sqrt(jnp.max(jnp.sum((G - _eye_like(G)) ** 2, axis=(-2, -1))))
+
+    def step(carry):
+        X, G, _, i = carry
+        a = stretches[jnp.minimum(i, len(stretches) - 1)]
+        X = 1.5 * a * X - 0.5 * a**3 * matmul(X, G)
+        return X, *residual(X), i + 1
+
+    # Quadratic convergence: one step past a residual of sqrt(eps) reaches eps.
+    X, G, _, _ = jax.lax.while_loop(lambda c: (c[2] > tolerance) & (c[3] < _MAX_STEPS), step, (X, *residual(X), 0))
+    return 1.5 * X - 0.5 * matmul(X, G)
+
+
+def _qdwh(A: jax.Array) -> jax.Array:
+    flat = A.reshape((-1, *A.shape[-2:]))
+    return jax.lax.map(lambda a: jax.lax.linalg.qdwh(a)[0], flat).reshape(A.shape)
+
+
+def _factors(A: jax.Array, method: str | None, condition: float | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(U, s, V) with A = U V diag(s) V^T."""
+    if method is None:
+        accelerated = "newton_schulz" if condition and condition <= NEWTON_SCHULZ_MAX_CONDITION else "qdwh"
+        return jax.lax.platform_dependent(
+            A,
+            cpu=lambda A: _factors(A, "svd", condition),
+            default=lambda A: _factors(A, accelerated, condition),
+        )
+    if method == "svd":
+        Q, s, Vt = jnp.linalg.svd(A, full_matrices=False)
+        return matmul(Q, Vt), s, _t(Vt)
+    U = _qdwh(A) if method == "qdwh" else _newton_schulz(A, condition)
+    P = matmul(_t(U), A)
+    s, V = jnp.linalg.eigh((P + _t(P)) / 2, symmetrize_input=False)
+    return U, jnp.maximum(s, 0), V
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _polar(A: jax.Array, method: str | None, condition: float | None) -> jax.Array:
+    return _factors(A, method, condition)[0]  # XLA drops the eigenvalue problem where s and V are not used
+
+
+def _polar_forward(A, method, condition):
+    U, s, V = _factors(A, method, condition)
+    return U, (U, s, V)
+
+
+def _polar_backward(method, condition, residuals, G):
+    U, s, V = residuals
+    d, K = U.shape[-2:]
+    UtG = matmul(_t(U), G)
+    # What lies below round-off of A cannot carry a derivative: the minimum-norm answer drops it.
+    floor = float(jnp.finfo(s.dtype).eps) * d * jnp.max(s, axis=-1, keepdims=True)
+    sums = s[..., :, None] + s[..., None, :]
+    sums_inverse = jnp.where(sums > floor[..., None], 1 / jnp.where(sums > 0, sums, 1), 0)
+    Omega = matmul(matmul(V, matmul(_t(V), matmul(UtG - _t(UtG), V)) * sums_inverse), _t(V))
+    dA = matmul(U, Omega)
+    if d > K:  # a square U leaves no orthogonal complement: round-off over s_min is all that would be added
+        s_inverse = jnp.where(s > floor, 1 / jnp.where(s > 0, s, 1), 0)
+        dA = dA + matmul(matmul(G - matmul(U, UtG), V) * s_inverse[..., None, :], _t(V))
+    return (dA,)
+
+
+_polar.defvjp(_polar_forward, _polar_backward)
+
+
+def polar(A: jax.Array, *, method: str | None = None, condition: float | None = None) -> jax.Array:
+    """The orthogonal polar factor of A: the matrix with orthonormal columns (rows, if A is wide) closest to A.
+
+    U = argmin_{U^T U = I} ||A - U||_F = A (A^T A)^{-1/2} = Q V^T for A = Q S V^T. The backward pass divides by sums of
+    singular values only (module docstring); it is finite at s_min = 0, where it gives the minimum-norm derivative.
+
+    Args:
+      A: (..., d, K), real. bfloat16 and float16 are computed in float32 and returned in their own type. Always at
+        highest matmul precision.
+      method: "svd", "qdwh" or "newton_schulz" (module docstring). None: "svd" on CPU; on GPU and TPU "newton_schulz" if
+        `condition` is at most 2000, else "qdwh".
+      condition: a bound or guess of the condition number of A, a Python float. It chooses the method and the
+        stretches of Newton-Schulz, never the answer.
+
+    Returns:
+      U, the shape and type of A. Memory O(dK + K^2).
+
+    Raises:
+      ValueError: A is not a real matrix, an unknown method, a condition below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> A = jnp.array([[3.0, 0.0], [0.0, -2.0], [0.0, 0.0]])
+      >>> polar(A).tolist()
+      [[1.0, 0.0], [0.0, -1.0], [0.0, 0.0]]
+      >>> jax.grad(lambda A: polar(A)[0, 1])(jnp.eye(3, 2)).round(3).tolist()  # s = (1, 1): an SVD's derivative is NaN
+      [[0.0, 0.5], [-0.5, 0.0], [0.0, 0.0]]
+
+    Source: this library (used for Markou, Ajanthan, Gould, NeurIPS 2024, arXiv:2411.01248) [markou2024guiding].
+    """
+    if A.ndim < 2 or not jnp.issubdtype(A.dtype, jnp.floating):
+        raise ValueError(f"A must be a real matrix (..., d, K), got shape {A.shape} of {A.dtype}")
+    if method is not None and method not in METHODS:
+        raise ValueError(f"method must be None or one of {METHODS}, got {method!r}")
+    if condition is not None and not condition >= 1:
+        raise ValueError(f"condition must be at least 1, got {condition}; leave it out when it is unknown")
+    if A.shape[-2] < A.shape[-1]:
+        return _t(polar(_t(A), method=method, condition=condition))
+    compute = A.astype(compute_dtype(A.dtype))
+    return _polar(compute, method, condition).astype(A.dtype)
