@@ -1,0 +1,66 @@
+"""Every optax transformation of the library, for the battery in `test_optax_battery.py`. Add yours to `ENTRIES`.
+
+Entry("scale_by_x", scale_by_x, {"b1": 0.9}, as_optimizer=lambda rule: optax.chain(rule, optax.scale(-0.1)))
+Entry("x", x, {"learning_rate": 0.1})
+Entry("pruned", pruned, {"inner": optax.sgd(0.1)}, for_params=lambda params: {"masks": half_masks(params)},
+      constrain=lambda params: params * half_masks(params), opt_outs={"rosenbrock": "half of it is pruned"})
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+def default_example(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    """A kernel and a bias, divisible over the 4 x 2 fake devices of the sharding checks."""
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in [("bias", (4,)), ("kernel", (8, 4))]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One transformation and what the battery has to know about it."""
+
+    name: str
+    factory: Callable[..., Any]  # the public function; always called by keyword
+    hyperparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # that make it converge
+    _: dataclasses.KW_ONLY
+    static_args: tuple[str, ...] = ()  # hyperparameters that inject_hyperparams must leave alone
+    for_params: Callable[[Any], dict] = lambda params: {}  # arguments with the structure of params, such as masks
+    as_optimizer: Callable[[Any], Any] = lambda transformation: transformation  # how a rule becomes a descent
+    example: Callable[..., Any] = default_example  # dtype -> params that it accepts
+    extra_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # that `update` cannot do without
+    constrain: Callable[[Any], Any] = lambda params: params  # onto the points that it can reach
+    steps: int = 5000  # until it has converged
+    opt_outs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # check -> reason why it cannot hold
+    promotion: str = "strict"  # "standard" only where an optax part breaks under strict promotion, as optax.adam does
+
+    def make(self, params: Any) -> Any:
+        return self.factory(**self.hyperparams, **self.for_params(params))
+
+
+ENTRIES: list[Entry] = [
+    # optax's own, as controls of the battery itself
+    Entry("optax.sgd", optax.sgd, {"learning_rate": 1e-3, "momentum": 0.9}),
+    Entry("optax.adam", optax.adam, {"learning_rate": 1e-2}, promotion="standard"),
+    Entry(
+        "optax.scale_by_adam",
+        optax.scale_by_adam,
+        {"b1": 0.9},
+        as_optimizer=lambda rule: optax.chain(rule, optax.scale(-1e-2)),
+        opt_outs={"unknown_extra_args": "optax leaves it to chain; this library's rules take them"},
+        promotion="standard",
+    ),
+    Entry(
+        "optax.masked",
+        optax.masked,
+        {"inner": optax.sgd(1e-3, momentum=0.9)},
+        for_params=lambda params: {"mask": jax.tree.map(lambda _: True, params)},
+        static_args=("inner", "mask"),
+    ),
+]
