@@ -63,6 +63,9 @@ def main(argv: list[str]) -> int:
 
         command = "python -m experiments " + shlex.join(argv)
         return runner.main(options.name, options, rest, command)
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        return 130
     except ExperimentError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if type(error).__name__ == "BadOption" else 1

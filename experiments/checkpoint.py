@@ -80,12 +80,13 @@ class Checkpoints:
 
         self._ocp = ocp
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except Exception as error:  # orbax raises many types here
             raise CheckpointError(
-                f"the checkpoints under {self.folder} cannot be opened ({error}); delete that folder to start over"
+                f"the checkpoints under {self.folder} cannot be opened ({_first_line(error)}); "
+                "delete that folder to start over"
             ) from error
 
     def latest(self) -> int | None:
@@ -93,13 +94,14 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: PyTree, history: list[dict[str, Any]]) -> None:
+        """Copies the state to the host and returns; the files are written while training goes on."""
         leaves = _by_path(state)
         about = {"history": history, "digest": _digest(leaves, history)}
         args = self._ocp.args
         try:
             self._manager.save(step, args=args.Composite(state=args.StandardSave(leaves), about=args.JsonSave(about)))
-        except OSError as error:
-            raise WorkdirError(f"the checkpoint of step {step} cannot be written to {self.folder} ({error})") from error
+        except Exception as error:  # of this save or of the one before it, still being written until now
+            raise WorkdirError(f"a checkpoint cannot be written to {self.folder} ({_first_line(error)})") from error
 
     def restore(self, template: PyTree) -> tuple[PyTree, list[dict[str, Any]]] | None:
         """The newest state, with the shardings of `template`, and its history; None where there is no checkpoint."""
@@ -117,21 +119,24 @@ class Checkpoints:
             if about["digest"] != _digest(leaves, about["history"]):
                 raise ValueError("its digest does not match its contents")
         except Exception as error:  # a damaged file surfaces as any type
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"the checkpoint {self.folder / str(step)} cannot be read ({reason[:200]}); "
+                f"the checkpoint {self.folder / str(step)} cannot be read ({_first_line(error)}); "
                 "delete that folder and repeat the command to continue from the one before it, or from the start"
             ) from error
         return _like(template, leaves), about["history"]
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits until the last checkpoint is on the disk."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise WorkdirError(f"a checkpoint cannot be written to {self.folder} ({_first_line(error)})") from error
+        finally:
+            self._manager.close()
 
-    def __enter__(self) -> "Checkpoints":
-        return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _is_key(leaf: Any) -> bool:

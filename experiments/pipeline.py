@@ -80,7 +80,7 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     sharding = NamedSharding(mesh, PartitionSpec())
     if jax.process_count() == 1:
         tree = jax.device_put(tree, sharding)  # shares the argument's buffers where it can
-        return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=sharding)(tree)
+        return _copy(tree)
 
     def place(leaf: Any) -> jax.Array:
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -89,6 +89,9 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(place, tree)
+
+
+_copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 def shuffled(key: jax.Array, positions: jax.Array, size: int) -> jax.Array:

@@ -154,7 +154,13 @@ class _Clock:
 def main(name: str, options: Any, arguments: list[str], command: str) -> int:
     """The `run` command: options of the runner are parsed already, `arguments` are for the experiment's `Config`."""
     if options.distributed:
-        jax.distributed.initialize(options.coordinator_address, options.num_processes, options.process_id)
+        try:
+            jax.distributed.initialize(options.coordinator_address, options.num_processes, options.process_id)
+        except (ValueError, RuntimeError) as error:
+            raise ExperimentError(
+                f"--distributed could not start ({error}); outside a cluster that JAX knows, give "
+                "--coordinator-address HOST:PORT --num-processes N --process-id I"
+            ) from error
     from experiments.registry import load
 
     module = load(name)

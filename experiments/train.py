@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import pipeline
 from experiments.checkpoint import Checkpoints
@@ -107,7 +107,7 @@ def fit(
         raise DataError(f"batch_size {batch_size} is not a multiple of the {mesh.size} devices of the mesh")
     data = pipeline.put(split, mesh)
     state = pipeline.replicate(state, mesh)
-    run_chunk = _compiled_chunk(loss_fn, optimizer, augment, batch_size)
+    run_chunk = _compiled_chunk(loss_fn, optimizer, augment, batch_size, mesh)
 
     history: list[Record] = []
     checkpoints = Checkpoints(workdir) if workdir is not None else None
@@ -176,7 +176,11 @@ def _next(step: int, every: int) -> float:
 
 @functools.lru_cache(maxsize=16)
 def _compiled_chunk(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, augment: Callable[..., PyTree] | None, batch_size: int
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    augment: Callable[..., PyTree] | None,
+    batch_size: int,
+    mesh: Mesh,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     update = optax.with_extra_args_support(optimizer).update
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
@@ -194,7 +198,9 @@ def _compiled_chunk(
         state = TrainState(state.step + jnp.int32(1), params, opt_state, model_state, state.key)
         return state, {**metrics, "loss": loss}
 
-    @functools.partial(jax.jit, static_argnames="length", donate_argnames="state")
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    @functools.partial(jax.jit, static_argnames="length", donate_argnames="state", out_shardings=replicated)
     def chunk(state: TrainState, data: pipeline.OnDevice, length: int) -> tuple[TrainState, dict[str, jax.Array]]:
         first = state.step
         order_key = jax.random.fold_in(state.key, 0x7FFFFFFF)  # no step's key
@@ -241,7 +247,7 @@ def evaluator(
     width = math.ceil(min(batch_size, data.size) / mesh.size) * mesh.size
     batches = math.ceil(data.size / width)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def sums(params: PyTree, model_state: PyTree, data: pipeline.OnDevice) -> dict[str, jax.Array]:
         def one_batch(_: None, rows: jax.Array) -> tuple[None, dict[str, jax.Array]]:
             batch = pipeline.gather(data, jnp.minimum(rows, data.size - 1))
