@@ -57,6 +57,16 @@ def freezes_the_schedule(learning_rate):
     return transformation(lambda grads, state: (descend(grads, rate), state))()
 
 
+def counts_in_python(learning_rate):
+    calls = []
+
+    def update(grads, state):
+        calls.append(None)
+        return descend(grads, learning_rate / len(calls)), state
+
+    return transformation(update)()
+
+
 def replicates(tree):
     """Drops the sharding of the state on a mesh of either kind."""
     explicit = jax.typeof(jax.tree.leaves(tree)[0]).sharding.mesh.axis_types[0] == jax.sharding.AxisType.Explicit
@@ -68,17 +78,13 @@ def by_parent_key(grads):
     return jax.tree.map_with_path(lambda path, g: -0.1 * g if path[-1] else g, grads)
 
 
+changes_type = transformation(lambda grads, count: (descend(grads), jnp.float32(count)), lambda params: jnp.int32(0))
 loses_precision = transformation(lambda grads, state: (descend(grads), jax.tree.map(jnp.float32, state)))
 loses_sharding = transformation(lambda grads, state: (descend(grads), replicates(state)))
 # check -> (a transformation that breaks this promise, the error that says so)
 BROKEN = {
     "unknown_extra_args": (ignores_extra_args, AssertionError),
-    "traced_once": (
-        transformation(
-            lambda grads, count: (descend(grads), jnp.float32(count)), lambda params: jnp.zeros((), jnp.int32)
-        ),
-        AssertionError,
-    ),
+    "traced_once": (changes_type, AssertionError),
     "tree_map_params": (
         transformation(lambda grads, state: (descend(grads), state), lambda params: {**params}),
         TypeError,
@@ -89,12 +95,7 @@ BROKEN = {
     ),
     "injected_hyperparams": (needs_a_number, jax.errors.ConcretizationTypeError),
     "scheduled_learning_rate": (freezes_the_schedule, AssertionError),
-    "multi_steps": (
-        transformation(
-            lambda grads, count: (descend(grads), jnp.float32(count)), lambda params: jnp.zeros((), jnp.int32)
-        ),
-        TypeError,
-    ),
+    "multi_steps": (counts_in_python, AssertionError),
     "masked": (
         transformation(lambda grads, state: (descend({name: g + 0.0 for name, g in grads.items()}), state)),
         TypeError,
