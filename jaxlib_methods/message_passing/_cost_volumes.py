@@ -81,8 +81,8 @@ def birchfield_tomasi(
     right: ArrayLike,
     num_disparities: int,
     *,
-    truncation: float | None = None,
-    outside_cost: float = 255.0,
+    truncation: float | int | None = None,
+    outside_cost: float | int = 255.0,
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Stereo matching costs that do not depend on where the two cameras sampled the scene.
