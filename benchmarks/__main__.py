@@ -9,12 +9,13 @@ import argparse
 import ast
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -78,7 +79,7 @@ def _list(folder: pathlib.Path) -> int:
     table = Table("benchmark", "measures")
     for name, (_, line) in discover(folder).items():
         table.add_row(name, line)
-    Console().print(table)
+    _console().print(table)
     return 0
 
 
@@ -102,7 +103,8 @@ def _run(folder: pathlib.Path, name: str, out: pathlib.Path | None, pattern: str
             _write(out, records)
     if not records:
         raise UsageError(f"--case must match a case of {name}, got {pattern!r}, which left nothing to measure")
-    Console().print(_table(records))
+    for table in _tables(records):
+        _console().print(table)
     for message in options.notes:
         print(f"note: {message}")
     return 0
@@ -122,7 +124,7 @@ def _compare(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> int:
         noise = "" if c.noise is None else f"±{c.noise:.0%}"
         numbers = (_short(c.old_ms), _short(c.new_ms), _short(growth), _short(c.against_peers), noise)
         table.add_row(c.benchmark, c.case, c.implementation, *numbers, c.verdict, style=colours.get(c.verdict))
-    Console().print(table)
+    _console().print(table)
     slower = sum(c.verdict == "slower" for c in changes)
     print(f"{slower} of {len(changes)} clearly slower")
     return EXIT_SLOWER if slower else 0
@@ -136,20 +138,28 @@ def _load(name: str, path: pathlib.Path) -> ModuleType:
     return module
 
 
-def _table(records: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("case", "implementation", title=records[0]["benchmark"])
-    for title in ("median ms", "lower ms", "compile ms", "peak MiB", "ceiling", "error"):
-        table.add_column(title, justify="right")
-    table.add_column("other's time / this time")
-    for r in records:
-        peak = None if r["peak_bytes"] is None else r["peak_bytes"] / 2**20
-        ceiling = ""
-        if r["fraction_of_ceiling"] is not None:
-            ceiling = f"{r['fraction_of_ceiling']:.1%} of {r['device']['ceiling']}"
-        numbers = (_short(r["median_ms"]), _short(r["lower_ms"]), _short(r["compile_ms"]), _short(peak), ceiling)
-        ratios = ", ".join(f"{name} {ratio:.3g}" for name, ratio in r["ratios"].items())
-        table.add_row(r["case"], r["implementation"], *numbers, _short(r["error"]), ratios)
-    return table
+def _tables(records: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+    """One table for each case."""
+    for case, rows in itertools.groupby(records, key=lambda r: r["case"]):
+        table = Table(title=f"{records[0]['benchmark']}  {case}", title_justify="left")
+        table.add_column("implementation", no_wrap=True)
+        for title in ("median ms", "lower ms", "compile ms", "peak MiB", "ceiling", "error"):
+            table.add_column(title, justify="right")
+        table.add_column("other's time / this", no_wrap=True)
+        for r in rows:
+            peak = None if r["peak_bytes"] is None else r["peak_bytes"] / 2**20
+            ceiling = ""
+            if r["fraction_of_ceiling"] is not None:
+                ceiling = f"{r['fraction_of_ceiling']:.2g} {r['device']['ceiling']}"
+            numbers = (_short(r["median_ms"]), _short(r["lower_ms"]), _short(r["compile_ms"]), _short(peak), ceiling)
+            ratios = "\n".join(f"{ratio:<5.3g} {name}" for name, ratio in r["ratios"].items())
+            table.add_row(r["implementation"], *numbers, _short(r["error"]), ratios)
+        yield table
+
+
+def _console() -> Console:
+    """Wide enough for the tables where there is no terminal that says how wide it is."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def _short(x: float | None) -> str:

@@ -110,7 +110,7 @@ class Case:
       dtype: of the matrix product that `flops` is held against.
       seconds: aim for this much timed work (a fifth with --quick); never fewer than `min_rounds` rounds.
       min_rounds: samples at least, for each implementation (at most 3 with --quick).
-      warm_up: untimed calls of each implementation, at least 1 (it gives the result for the error).
+      warm_up: untimed calls of each implementation, at least 1 (the first gives the result for the error).
     """
 
     benchmark: str
@@ -179,7 +179,7 @@ def measure(case: Case, options: Options, *, clock: Callable[[], float] = time.p
     for p in prepared:
         for i in range(case.warm_up):
             elapsed, output = p.sample(clock)
-            if i == 0:
+            if i == 0 and case.reference is not None:
                 p.output = jax.tree.map(np.asarray, p.canonical(output))
             del output
         round_s += elapsed
