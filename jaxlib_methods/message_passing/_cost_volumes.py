@@ -171,3 +171,40 @@ def denoising_unaries(
     if mask.shape != image.shape:
         raise ValueError(f"mask must have the shape of the image, {image.shape}, got {mask.shape}")
     return jnp.where((mask != 0)[:, :, None], costs, jnp.zeros((), dtype))
+
+
+def gradient_cues(
+    image: ArrayLike, *, threshold: float | int = 8, penalty: float | int = 2
+) -> tuple[jax.Array, jax.Array]:
+    """Edge weights that make label changes dear inside evenly coloured regions and cheap across strong image edges.
+
+    w_ij = penalty if the root mean square over the channels of I_i − I_j is below the threshold, else 1. With threshold
+    8, penalty 2, 20 min(d, 2) and `birchfield_tomasi` costs this is Tsukuba as in the Middlebury MRF benchmark.
+
+    Args:
+      image: (H, W) or (H, W, C), of any real dtype.
+      threshold: colour difference that counts as an image edge.
+      penalty: weight where there is none.
+
+    Returns:
+      Weights of the edges that arrive from the left and from above, each (H, W) float32 at the receiving pixel, with
+      values of no meaning where there is no such neighbour: `both_directions` takes the two.
+
+    Raises:
+      ValueError: if the image is none.
+
+    Example:
+      >>> import numpy as np
+      >>> right, down = gradient_cues(np.array([[0, 0, 200], [0, 0, 200]], np.uint8))
+      >>> right[:, 1:].tolist(), down[1:].tolist()
+      ([[2.0, 1.0], [2.0, 1.0]], [[2.0, 2.0, 2.0]])
+
+    Source: Szeliski et al. (TPAMI 2008) [szeliski2008comparative].
+    """
+    image = _signed(image, "image")
+    limit = jnp.asarray(threshold**2 * image.shape[-1], image.dtype)
+    weights = []
+    for axis in (1, 0):
+        squares = jnp.square(image - jnp.roll(image, 1, axis)).sum(-1, dtype=image.dtype)
+        weights.append(jnp.where(squares < limit, jnp.float32(penalty), jnp.float32(1)))
+    return weights[0], weights[1]
