@@ -1,0 +1,41 @@
+"""Small library of flax nnx networks that the experiments and users share.
+
+Kernels are drawn from a truncated normal with variance 1 / fan-in and biases are zero, as flax does by default and
+pruning at initialisation wants it. Batch norm layers, and nothing else, have names with "bn", so that a path expression
+tells their scale and bias from the weights and biases of the layers. `model.train()` and `model.eval()` switch them
+between batch and running statistics; with pure functions, split the model once in each mode:
+
+    model = create("vgg_d", num_classes=10, input_shape=(32, 32, 3), rngs=nnx.Rngs(0))
+    train_def, params, rest = nnx.split(model, nnx.Param, ...)
+    model.eval()
+    eval_def = nnx.graphdef(model)
+    logits = nnx.merge(eval_def, params, rest)(images)
+"""
+
+from jaxlib_methods.models._alexnet import AlexNet as AlexNet
+from jaxlib_methods.models._convolution import Conv as Conv
+from jaxlib_methods.models._convolution import convolve as convolve
+from jaxlib_methods.models._lenet import LeNet5 as LeNet5
+from jaxlib_methods.models._lenet import LeNet300 as LeNet300
+from jaxlib_methods.models._recurrent import GRUClassifier as GRUClassifier
+from jaxlib_methods.models._recurrent import LSTMClassifier as LSTMClassifier
+from jaxlib_methods.models._registry import NAMES as NAMES
+from jaxlib_methods.models._registry import create as create
+from jaxlib_methods.models._resnet import ResNet as ResNet
+from jaxlib_methods.models._resnet import WideResNet as WideResNet
+from jaxlib_methods.models._vgg import VGG as VGG
+
+__all__ = [
+    "NAMES",
+    "VGG",
+    "AlexNet",
+    "Conv",
+    "GRUClassifier",
+    "LSTMClassifier",
+    "LeNet5",
+    "LeNet300",
+    "ResNet",
+    "WideResNet",
+    "convolve",
+    "create",
+]
