@@ -10,6 +10,23 @@ BibTeX:
 """
 
 from jaxlib_methods.kernels.scanline import Pairwise as Pairwise
+from jaxlib_methods.message_passing._bounds import chain_lower_bound as chain_lower_bound
+from jaxlib_methods.message_passing._bounds import sequential_rounding as sequential_rounding
+from jaxlib_methods.message_passing._cost_volumes import birchfield_tomasi as birchfield_tomasi
+from jaxlib_methods.message_passing._cost_volumes import denoising_unaries as denoising_unaries
+from jaxlib_methods.message_passing._cost_volumes import gradient_cues as gradient_cues
+from jaxlib_methods.message_passing._exact import ExactSolution as ExactSolution
+from jaxlib_methods.message_passing._exact import IRGCSolution as IRGCSolution
+from jaxlib_methods.message_passing._exact import IshikawaGraph as IshikawaGraph
+from jaxlib_methods.message_passing._exact import NonConvexPrior as NonConvexPrior
+from jaxlib_methods.message_passing._exact import chain_min_marginals as chain_min_marginals
+from jaxlib_methods.message_passing._exact import enumerate_energies as enumerate_energies
+from jaxlib_methods.message_passing._exact import ishikawa_graph as ishikawa_graph
+from jaxlib_methods.message_passing._exact import iteratively_reweighted_graph_cut as iteratively_reweighted_graph_cut
+from jaxlib_methods.message_passing._exact import non_convex_prior as non_convex_prior
+from jaxlib_methods.message_passing._exact import solve_by_enumeration as solve_by_enumeration
+from jaxlib_methods.message_passing._exact import solve_by_graph_cut as solve_by_graph_cut
+from jaxlib_methods.message_passing._exact import solve_chain as solve_chain
 from jaxlib_methods.message_passing._grid import DIRECTIONS as DIRECTIONS
 from jaxlib_methods.message_passing._grid import GridMRF as GridMRF
 from jaxlib_methods.message_passing._grid import both_directions as both_directions
@@ -24,21 +41,46 @@ from jaxlib_methods.message_passing._potentials import table as table
 from jaxlib_methods.message_passing._potentials import toeplitz as toeplitz
 from jaxlib_methods.message_passing._potentials import truncated_linear as truncated_linear
 from jaxlib_methods.message_passing._potentials import truncated_quadratic as truncated_quadratic
+from jaxlib_methods.message_passing._solvers import Solution as Solution
+from jaxlib_methods.message_passing._solvers import isgmr as isgmr
+from jaxlib_methods.message_passing._solvers import sgm as sgm
+from jaxlib_methods.message_passing._solvers import trwp as trwp
 
 __all__ = [
     "DIRECTIONS",
+    "ExactSolution",
     "GridMRF",
+    "IRGCSolution",
+    "IshikawaGraph",
+    "NonConvexPrior",
     "Pairwise",
+    "Solution",
+    "birchfield_tomasi",
     "both_directions",
     "cauchy",
+    "chain_lower_bound",
+    "chain_min_marginals",
+    "denoising_unaries",
     "energy",
+    "enumerate_energies",
+    "gradient_cues",
     "huber",
+    "isgmr",
+    "ishikawa_graph",
+    "iteratively_reweighted_graph_cut",
     "linear",
     "negative_potts",
+    "non_convex_prior",
     "potts",
     "quadratic",
+    "sequential_rounding",
+    "sgm",
+    "solve_by_enumeration",
+    "solve_by_graph_cut",
+    "solve_chain",
     "table",
     "toeplitz",
     "truncated_linear",
     "truncated_quadratic",
+    "trwp",
 ]

@@ -39,7 +39,7 @@ from numpy.typing import ArrayLike
 MAX_LABELLINGS = 2**24
 
 
-class Solution(NamedTuple):
+class ExactSolution(NamedTuple):
     """A labelling and its energy.
 
     Attributes:
@@ -47,7 +47,7 @@ class Solution(NamedTuple):
       energy: E(labels), summed in float64.
 
     Example:
-      >>> Solution(np.zeros((1, 2), int), 3.0).energy
+      >>> ExactSolution(np.zeros((1, 2), int), 3.0).energy
       3.0
 
     Source: this library.
@@ -72,8 +72,8 @@ class _Problem(NamedTuple):
         pair = self.weights * self.table[x[self.tails], x[self.heads]]
         return float(np.take_along_axis(self.unaries, x[:, None], 1).sum() + pair.sum())
 
-    def solution(self, labels: np.ndarray) -> Solution:
-        return Solution(labels.reshape(self.shape).astype(np.int64), self.energy(labels))
+    def solution(self, labels: np.ndarray) -> ExactSolution:
+        return ExactSolution(labels.reshape(self.shape).astype(np.int64), self.energy(labels))
 
 
 def _problem(unaries: Any, table: Any, horizontal: Any, vertical: Any) -> _Problem:
@@ -148,7 +148,7 @@ def enumerate_energies(
 
 def solve_by_enumeration(
     unaries: ArrayLike, table: ArrayLike, *, horizontal: ArrayLike | None = None, vertical: ArrayLike | None = None
-) -> Solution:
+) -> ExactSolution:
     """The global minimum by trying every labelling; the lexicographically first of several.
 
     Args:
@@ -158,14 +158,14 @@ def solve_by_enumeration(
       vertical: (H − 1, W) weights, None = 1.
 
     Returns:
-      A `Solution`.
+      An `ExactSolution`.
 
     Raises:
       ValueError: for shapes that do not fit, or more than 2²⁴ labellings.
 
     Example:
       >>> solve_by_enumeration([[[0, 2], [1, 0], [3, 0]]], [[0, 1], [1, 0]])
-      Solution(labels=array([[0, 1, 1]]), energy=1.0)
+      ExactSolution(labels=array([[0, 1, 1]]), energy=1.0)
 
     Source: this library.
     """
@@ -188,7 +188,7 @@ def _chain(unaries: Any, table: Any, weights: Any) -> tuple[np.ndarray, np.ndarr
     return problem.unaries, problem.table, problem.weights
 
 
-def solve_chain(unaries: ArrayLike, table: ArrayLike, *, weights: ArrayLike | None = None) -> Solution:
+def solve_chain(unaries: ArrayLike, table: ArrayLike, *, weights: ArrayLike | None = None) -> ExactSolution:
     """The global minimum on a chain by dynamic programming (Viterbi).
 
     m_1 = 0, m_{i+1}(μ) = min_λ [θ_i(λ) + m_i(λ) + w_i V(λ, μ)]; the last pixel takes the best label of θ + m, and the
@@ -200,14 +200,14 @@ def solve_chain(unaries: ArrayLike, table: ArrayLike, *, weights: ArrayLike | No
       weights: (N − 1,), None = 1.
 
     Returns:
-      A `Solution` with labels (N,).
+      An `ExactSolution` with labels (N,).
 
     Raises:
       ValueError: for shapes that do not fit.
 
     Example:
       >>> solve_chain([[0, 2], [1, 0], [3, 0]], [[0, 1], [1, 0]])
-      Solution(labels=array([0, 1, 1]), energy=1.0)
+      ExactSolution(labels=array([0, 1, 1]), energy=1.0)
 
     Source: Viterbi's recursion as in Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
@@ -221,7 +221,7 @@ def solve_chain(unaries: ArrayLike, table: ArrayLike, *, weights: ArrayLike | No
     labels = [int(last.argmin())]
     for pointers in reversed(back):
         labels.append(int(pointers[labels[-1]]))
-    return Solution(np.array(labels[::-1]), float(last.min()))
+    return ExactSolution(np.array(labels[::-1]), float(last.min()))
 
 
 def chain_min_marginals(unaries: ArrayLike, table: ArrayLike, *, weights: ArrayLike | None = None) -> np.ndarray:
@@ -368,7 +368,7 @@ def _maxflow() -> Any:
 
 def solve_by_graph_cut(
     unaries: ArrayLike, table: ArrayLike, *, horizontal: ArrayLike | None = None, vertical: ArrayLike | None = None
-) -> Solution:
+) -> ExactSolution:
     """The global minimum for a convex (multi-label submodular) V, by one minimum cut of Ishikawa's graph.
 
     Flows are float64: exact for integers and multiples of a power of two. The graph has H W (L − 1) nodes;
@@ -381,7 +381,7 @@ def solve_by_graph_cut(
       vertical: (H − 1, W) non-negative weights, None = 1.
 
     Returns:
-      A `Solution`.
+      An `ExactSolution`.
 
     Raises:
       ValueError: for a V that is not submodular, negative weights, shapes that do not fit.
