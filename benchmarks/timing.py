@@ -184,6 +184,7 @@ def measure(case: Case, options: Options, *, clock: Callable[[], float] = time.p
             del output
         round_s += elapsed
     rounds = _rounds(case, round_s, quick=options.quick)
+    _ceiling(case)  # before the samples and after them: the better of the two moments counts
     samples: dict[str, list[float]] = {p.name: [] for p in prepared}
     gc.collect()
     gc.disable()
