@@ -56,6 +56,7 @@ def cost_estimate(
     *,
     with_indices: bool = False,
     weighted: bool = False,
+    opposite: bool = True,
     itemsize: int = 4,
 ) -> Cost:
     """Cost of one sweep whose label vector stays on chip: u and the opposite message are read, m (P and Q) written.
@@ -67,6 +68,7 @@ def cost_estimate(
       pairwise: decides the min-plus arithmetic; only its structure matters.
       with_indices: whether P and Q are stored.
       weighted: whether edge weights are read.
+      opposite: whether an opposite message is read.
       itemsize: bytes of a message entry.
 
     Returns:
@@ -83,6 +85,53 @@ def cost_estimate(
     index_size = 1 if num_labels <= 256 else 2
     # 4 for the carry rho (u + m + q) - q, 1 for subtracting the minimum
     flops = pixels * minplus_flops(pairwise, num_labels) + 5 * entries
-    traffic = 3 * itemsize * entries + (itemsize * pixels if weighted else 0)
+    traffic = (2 + opposite) * itemsize * entries + (itemsize * pixels if weighted else 0)
     traffic += index_size * (entries + pixels) if with_indices else 0
     return Cost(flops, traffic)
+
+
+def backward_cost_estimate(
+    positions: int, num_labels: int, lines: int, pairwise: Pairwise, *, opposite: bool = True, itemsize: int = 4
+) -> Cost:
+    """Cost of the backward of one sweep without dw and dV: dm, opposite_ds, P and Q are read, dS is written.
+
+    Routing by shifts compares, selects and adds once per label and shift; a table's loop over the senders once per pair
+    of labels.
+
+    Args:
+      positions, num_labels, lines: the shape of dm.
+      pairwise: decides the routing; only its structure matters.
+      opposite: whether opposite_ds is read.
+      itemsize: bytes of a gradient entry.
+
+    Returns:
+      A `Cost` for the whole sweep.
+
+    Example:
+      >>> backward_cost_estimate(384, 16, 288, Pairwise("potts", 1.0))
+      Cost(flops=21233664, bytes_accessed=23113728)
+
+    Source: this library.
+    """
+    pixels = positions * lines
+    entries = pixels * num_labels
+    if pairwise.kind == "potts":
+        radius = 0
+    else:
+        radius = pairwise.truncation - 1 if pairwise.kind == "truncated_linear" else window_radius(pairwise, num_labels)
+    shifts = num_labels if radius is None else min(num_labels, 2 * radius + 1)
+    # v = dm + rho g [+ (rho - 1) opposite_ds] and its sum at Q; per shift a compare and an add; the floor
+    flops = entries * (5 + 2 * opposite + 2 * shifts + (0 if radius is None else 3))
+    index_size = 1 if num_labels <= 256 else 2
+    traffic = (2 + opposite) * itemsize * entries + index_size * (entries + pixels)
+    return Cost(flops, traffic)
+
+
+# Bytes per entry of theta that one TRWP iteration on a four-connected grid must move in float32, by schedule. A sweep
+# of the pair form reads u and the opposite message and writes its own (12); rebuilding u' = theta + m^d + m^q takes 16.
+ITERATION_BYTES = {
+    "running belief": 4 * 20,  # every sweep reads b, m^d, m^q and writes m^d, b
+    "pair form": 4 * 12 + 2 * 16,
+    "pair form, u' by the reverse sweep": 4 * 12 + 2 * 8,  # which reads theta besides and writes u'
+    "line on chip": 2 * 24,  # a pair of sweeps at once: reads and writes b, m^d, m^q
+}
