@@ -34,6 +34,14 @@ from jaxlib_methods.classifiers._heads import running_class_means as running_cla
 from jaxlib_methods.classifiers._heads import validate_batch as validate_batch
 from jaxlib_methods.classifiers._nearest_etf import nearest_etf as nearest_etf
 from jaxlib_methods.classifiers._nearest_etf import nearest_etf_objective as nearest_etf_objective
+from jaxlib_methods.classifiers._neural_collapse import ClassStatistics as ClassStatistics
+from jaxlib_methods.classifiers._neural_collapse import collapse_metrics as collapse_metrics
+from jaxlib_methods.classifiers._neural_collapse import cosine_margins as cosine_margins
+from jaxlib_methods.classifiers._neural_collapse import init_class_statistics as init_class_statistics
+from jaxlib_methods.classifiers._neural_collapse import merge_class_statistics as merge_class_statistics
+from jaxlib_methods.classifiers._neural_collapse import nearest_centre_agreement as nearest_centre_agreement
+from jaxlib_methods.classifiers._neural_collapse import neural_collapse as neural_collapse
+from jaxlib_methods.classifiers._neural_collapse import update_class_statistics as update_class_statistics
 from jaxlib_methods.classifiers._polar import polar as polar
 from jaxlib_methods.classifiers._simplex_etf import centering_matrix as centering_matrix
 from jaxlib_methods.classifiers._simplex_etf import distance_to_nearest_etf as distance_to_nearest_etf
@@ -42,20 +50,28 @@ from jaxlib_methods.classifiers._simplex_etf import helmert_basis as helmert_bas
 from jaxlib_methods.classifiers._simplex_etf import simplex_etf as simplex_etf
 
 __all__ = [
+    "ClassStatistics",
     "FixedETFHead",
     "NearestETFHead",
     "NormalizedHead",
     "centering_matrix",
     "class_sums",
+    "collapse_metrics",
+    "cosine_margins",
     "distance_to_nearest_etf",
     "dot_regression_loss",
     "etf_weights",
     "helmert_basis",
+    "init_class_statistics",
+    "merge_class_statistics",
+    "nearest_centre_agreement",
     "nearest_etf",
     "nearest_etf_objective",
+    "neural_collapse",
     "normalize_features",
     "polar",
     "running_class_means",
     "simplex_etf",
+    "update_class_statistics",
     "validate_batch",
 ]

@@ -44,11 +44,28 @@ def scale_to_unit_norm(class_means: jax.Array) -> jax.Array:
 
 
 def first_prox(Y: jax.Array) -> jax.Array:
-    """U_prox of the very first step: the solution without proximal term, completed from eye(d, K)."""
+    """U_prox of the very first step: the solution without proximal term, completed from eye(d, K).
+
+    The limit delta -> 0 of polar(2/sqrt(K-1) Y M + delta eye): R = polar(Y H) on the sum-zero directions and, along
+    q, what R leaves of eye q. A small delta instead would leave that direction to round-off.
+    """
     d, K = Y.shape[-2:]
-    eye = jnp.broadcast_to(jnp.eye(d, K, dtype=Y.dtype), Y.shape)
-    # s_min is at most 1e-6 here: only the SVD is orthonormal whatever the rank.
-    return jax.lax.stop_gradient(_frame(_target(Y, eye, FIRST_DELTA), K, "svd", None))
+    H = helmert_basis(K, Y.dtype)
+    eye = jnp.eye(d, K, dtype=Y.dtype)
+    # Means of rank below K - 1 are completed from eye as well, hence the tiny weight, and only an SVD bears that rank.
+    B = 2.0 / math.sqrt(K - 1) * matmul(Y, H) + FIRST_DELTA * jnp.broadcast_to(matmul(eye, H), (*Y.shape[:-1], K - 1))
+    R = polar(B, method="svd")
+    U = matmul(R, H.T)
+    if d >= K:
+        outside = lambda x: x - matmul(R, matmul(jnp.swapaxes(R, -1, -2), x))
+        norm = lambda x: jnp.sqrt(jnp.sum(x * x, axis=-2, keepdims=True))
+        e = jnp.broadcast_to(jnp.sum(eye, axis=1, keepdims=True) / math.sqrt(K), (*Y.shape[:-1], 1))
+        # Where R holds that direction already: the coordinate axis that R holds least of.
+        axis = jax.nn.one_hot(jnp.argmin(jnp.sum(R * R, axis=-1), axis=-1), d, dtype=Y.dtype)[..., None]
+        u = outside(jnp.where(norm(outside(e)) < 1e-3, axis, e))
+        u = outside(u / norm(u))  # twice is enough
+        U = U + u / norm(u) / math.sqrt(K)  # u q^T
+    return jax.lax.stop_gradient(U)
 
 
 def nearest_etf(

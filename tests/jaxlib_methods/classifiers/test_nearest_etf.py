@@ -14,6 +14,7 @@ from jaxlib_methods.classifiers import (
     nearest_etf_objective,
     simplex_etf,
 )
+from jaxlib_methods.classifiers._nearest_etf import first_prox
 from jaxlib_methods.classifiers._polar import METHODS
 
 DELTA = 1e-3
@@ -256,6 +257,17 @@ def test_first_step_completes_the_free_direction_and_ignores_the_scale_of_the_me
     np.testing.assert_allclose(nearest_etf(100 * Z), U, atol=1e-4)
     collapsed = nearest_etf(jnp.zeros((6, 4)))
     np.testing.assert_allclose(collapsed.T @ collapsed, np.eye(4), atol=1e-5)
+
+
+@pytest.mark.parametrize(("K", "d"), [(4, 6), (4, 4)])
+def test_first_proximal_point_is_the_limit_of_a_vanishing_delta(K, d, x64):
+    Y = problem(2, d, K)[0]
+    A = 2 / np.sqrt(K - 1) * Y @ (np.eye(K) - 1 / K) + 1e-6 * np.eye(d, K)
+    Q, _, Vt = np.linalg.svd(A, full_matrices=False)
+    np.testing.assert_allclose(first_prox(jnp.asarray(Y)), Q @ Vt, atol=1e-4)
+    held = np.eye(d, K) @ centering_matrix(K, jnp.float64) + np.eye(d, K).sum(1, keepdims=True) @ np.eye(K)[:1]
+    U = first_prox(jnp.asarray(held))  # eye q lies in the span of the means
+    np.testing.assert_allclose(U.T @ U, np.eye(K), atol=1e-10)
 
 
 def test_gradient_does_not_reach_the_proximal_point():
