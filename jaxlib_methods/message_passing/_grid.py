@@ -80,7 +80,7 @@ def both_directions(weights: Sequence[jax.Array] | jax.Array) -> jax.Array:
         raise ValueError(f"weights must be 2, 4 or 8 arrays of one shape, got shapes {[w.shape for w in weights]}")
     result = []
     for k, w in enumerate(weights):
-        received = jnp.where(_has_sender(w.shape, DIRECTIONS[2 * k]), w, jnp.zeros_like(w))
+        received = jnp.where(has_sender(w.shape, DIRECTIONS[2 * k]), w, jnp.zeros_like(w))
         result += [received, _shift_grid(received, DIRECTIONS[2 * k + 1])]
     return jnp.stack(result)
 
@@ -114,24 +114,28 @@ def energy(mrf: GridMRF, labels: jax.Array, *, connectivity: int = 4, dtype: Any
     check(mrf, connectivity)
     if labels.shape != mrf.unaries.shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels must be integers of {mrf.unaries.shape[:-1]}, got {labels.shape} of {labels.dtype}")
-    dtype = mrf.unaries.dtype if dtype is None else dtype
-    labels = labels.astype(jnp.int32)
-    chosen = jnp.take_along_axis(mrf.unaries, labels[..., None], axis=-1)[..., 0].astype(dtype)
+    dtype = jnp.dtype(mrf.unaries.dtype if dtype is None else dtype)
+    return _energy(*mrf, labels.astype(jnp.int32), connectivity, dtype)
+
+
+def grid_energy(
+    unaries: jax.Array, pairwise: Pairwise, weights: jax.Array | None, labels: jax.Array, connectivity: int, dtype: Any
+) -> jax.Array:
+    """`energy` without its checks, for int32 labels."""
+    chosen = jnp.take_along_axis(unaries, labels[..., None], axis=-1)[..., 0].astype(dtype)
     # Row by row, then over the rows: partial sums of like size lose least.
     total = chosen.sum(-1).sum(-1)
     for d in range(0, connectivity, 2):
         sender = _shift_grid(labels, DIRECTIONS[d])
-        cost = pair_cost(mrf.pairwise, sender, labels, dtype)
-        if mrf.edge_weights is not None:
-            cost = cost * mrf.edge_weights[d].astype(dtype)
-        cost = jnp.where(_has_sender(labels.shape, DIRECTIONS[d]), cost, jnp.zeros_like(cost))
+        cost = jnp.asarray(pairwise.weight).astype(dtype) * base_cost(pairwise, sender, labels, dtype)
+        if weights is not None:
+            cost = cost * weights[d].astype(dtype)
+        cost = jnp.where(has_sender(labels.shape, DIRECTIONS[d]), cost, jnp.zeros_like(cost))
         total = total + cost.sum(-1).sum(-1)
     return total
 
 
-def pair_cost(pairwise: Pairwise, mu: jax.Array, lam: jax.Array, dtype: Any) -> jax.Array:
-    """V(mu, lam) elementwise, weight included."""
-    return jnp.asarray(pairwise.weight).astype(dtype) * base_cost(pairwise, mu, lam, dtype)
+_energy = jax.jit(grid_energy, static_argnums=(4, 5))
 
 
 def check(mrf: GridMRF, directions: int) -> None:
@@ -197,7 +201,7 @@ def _lowest(x: jax.Array) -> jax.Array:
     return x.min()
 
 
-def _has_sender(shape: tuple[int, ...], step: tuple[int, int]) -> np.ndarray:
+def has_sender(shape: tuple[int, ...], step: tuple[int, int]) -> np.ndarray:
     """(..., H, W): whether the pixel at minus the step lies inside the image."""
     row, column = np.arange(shape[-2]) - step[0], np.arange(shape[-1]) - step[1]
     inside = ((row >= 0) & (row < shape[-2]))[:, None] & ((column >= 0) & (column < shape[-1]))

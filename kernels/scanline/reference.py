@@ -11,6 +11,7 @@ Each kind of V has its own exact min-plus product:
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,48 +42,74 @@ def sweep(
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
+    product = lambda a, w: minplus(a, pairwise, w, with_indices)
+    buffers = (jnp.zeros_like(u) if out is None else out,)
+    if with_indices:
+        index = index_dtype(u.shape[1])
+        buffers = (*buffers, jnp.zeros(u.shape, index), jnp.zeros((u.shape[0], u.shape[2]), index))
+    # A semimetric V turns the zero carry into a zero message by itself; others need the mask.
+    found = walk(
+        u,
+        opposite,
+        edge_weight,
+        product,
+        buffers,
+        rho=rho,
+        reverse=reverse,
+        step=step,
+        images=images,
+        mask=not pairwise.semimetric,
+    )
+    return found if with_indices else found[0]
+
+
+def walk(
+    u: jax.Array,
+    opposite: jax.Array | None,
+    edge_weight: jax.Array | None,
+    product: Callable[[jax.Array, jax.Array | None], tuple[jax.Array, ...]],
+    buffers: tuple[jax.Array, ...],
+    *,
+    rho: float,
+    reverse: bool,
+    step: tuple[int, int],
+    images: int,
+    mask: bool,
+) -> tuple[jax.Array, ...]:
+    """The recursion of a sweep around any `product(a, w_i)`, which returns the message and whatever else is to be kept.
+
+    Source: this library.
+    """
     positions, num_labels, lines = u.shape
     rows, shift = step
-    index = index_dtype(num_labels)
     shift = -shift if reverse else shift
     inside = _inside(lines, shift, images)
-    m = jnp.zeros_like(u) if out is None else out
-    results = (m,)
-    if with_indices:
-        results = (m, jnp.zeros(u.shape, index), jnp.zeros((positions, lines), index))
 
     def body(k: jax.Array, carry: tuple) -> tuple:
-        (*senders, a), results = carry[0], carry[1]
+        senders, buffers = carry
         i = positions - 1 - k if reverse else k
-        sender = (*senders, a)[0]
-        found = minplus(
-            _shift_lines(sender, shift, images), pairwise, None if edge_weight is None else edge_weight[i], with_indices
-        )
-        m_i = found[0] if with_indices else found
-        if not pairwise.semimetric or rows > 1:
-            # A semimetric V turns the zero carry into a zero message by itself; others (and skipped rows) need the
-            # mask.
+        found = product(_shift_lines(senders[0], shift, images), None if edge_weight is None else _at(edge_weight, i))
+        m_i = found[0]
+        if mask or rows > 1:
             m_i = jnp.where(k >= rows, m_i, jnp.zeros_like(m_i))
         if inside is not None:
             m_i = jnp.where(inside, m_i, jnp.zeros_like(m_i))
         if opposite is None:
-            a_i = jnp.asarray(rho, u.dtype) * (u[i] + m_i)
+            a = jnp.asarray(rho, u.dtype) * (_at(u, i) + m_i)
         else:
-            q = opposite[i]
-            a_i = jnp.asarray(rho, u.dtype) * (u[i] + q + m_i) - q
-        values = (m_i, *found[1:]) if with_indices else (m_i,)
-        results = tuple(r.at[i].set(value) for r, value in zip(results, values, strict=True))
-        return (*senders, a, a_i)[1:], results
+            q_i = _at(opposite, i)
+            a = jnp.asarray(rho, u.dtype) * (_at(u, i) + q_i + m_i) - q_i
+        buffers = tuple(_put(b, value, i) for b, value in zip(buffers, (m_i, *found[1:]), strict=True))
+        return (*senders[1:], a), buffers
 
     start = tuple(jnp.zeros((num_labels, lines), u.dtype) for _ in range(rows))
-    _, results = jax.lax.fori_loop(0, positions, body, (start, results))
-    return results if with_indices else results[0]
+    return jax.lax.fori_loop(0, positions, body, (start, buffers))[1]
 
 
 def minplus(
     a: jax.Array, pairwise: Pairwise, edge_weight: jax.Array | None, with_indices: bool, normalise: bool = True
-) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
-    """min_mu [a(mu) + w V(mu, lam)] along the first axis of a [L, lines], less its minimum; with indices also P and Q.
+) -> tuple[jax.Array, ...]:
+    """(m,) or (m, P, Q) for m = min_mu [a(mu) + w V(mu, lam)] along the first axis of a [L, lines], less its minimum.
 
     Source: this library.
     """
@@ -116,11 +143,11 @@ def minplus(
     if floor is not None:
         t = jnp.minimum(t, floor)
     if not normalise:
-        return t
+        return (t,)
     # For a semimetric min t = min a, attained at argmin a.
     m = t - (low if pairwise.semimetric else t.min(0, keepdims=True))
     if not with_indices:
-        return m
+        return (m,)
     q = first if pairwise.semimetric else jnp.argmin(t, 0)
     return m, p.astype(index), q.astype(index)
 
@@ -216,34 +243,34 @@ def sweep_backward(
     dw = None if edge_weight is None else jnp.zeros((positions, lines), dtype)
     histogram = _empty_histogram(pairwise, num_labels, lines, dtype)
 
-    def at(k: jax.Array) -> jax.Array:
+    def at(k: Any) -> Any:
         return positions - 1 - k if reverse else k
 
     def body(n: jax.Array, carry: tuple) -> tuple:
         receivers, ds, dw, histogram = carry
         k = positions - 1 - n  # steps from the start of the sweep, of the receiving pixel
         i = at(k)
-        p_i, q_i = p[i].astype(jnp.int32), q[i].astype(jnp.int32)
-        v = dm[i] + jnp.asarray(rho, dtype) * receivers[0]
+        p_i, q_i = _at(p, i).astype(jnp.int32), _at(q, i).astype(jnp.int32)
+        v = _at(dm, i) + jnp.asarray(rho, dtype) * receivers[0]
         if opposite_ds is not None and rho != 1.0:
-            v += jnp.asarray(rho - 1.0, dtype) * opposite_ds[i]
+            v += jnp.asarray(rho - 1.0, dtype) * _at(opposite_ds, i)
         if inside is not None:
             v = jnp.where(inside, v, jnp.zeros_like(v))
         total = v.sum(0, keepdims=True)
         v = v - jnp.where(label == q_i[None], total, jnp.zeros_like(total))
         if dw is not None:
             paid = (v * base_cost(pairwise, p_i, label, dtype)).sum(0) * jnp.asarray(pairwise.weight).astype(dtype)
-            dw = dw.at[i].set(paid)
-        weighted = v if edge_weight is None else v * edge_weight[i][None]
+            dw = _put(dw, paid, i)
+        weighted = v if edge_weight is None else v * _at(edge_weight, i)[None]
         histogram = _add_to_histogram(histogram, pairwise, weighted, p_i, label)
         routed = _shift_lines(_route(v, p_i, q_i, label, pairwise), -shift, images)
-        ds = ds.at[at(k - rows)].set(routed)
+        ds = _put(ds, routed, at(k - rows))
         return (*receivers[1:], routed), ds, dw, histogram
 
     zero = jnp.zeros((num_labels, lines), dtype)
     # The last pixels of a line send to nobody.
     for k in range(max(positions - rows, 0), positions):
-        ds = ds.at[at(jnp.int32(k))].set(zero)
+        ds = _put(ds, zero, at(k))
     carry = ((zero,) * rows, ds, dw, histogram)
     _, ds, dw, histogram = jax.lax.fori_loop(0, max(positions - rows, 0), body, carry)
     return ds, dw, _pairwise_gradient(histogram, pairwise)
@@ -314,6 +341,15 @@ def _pairwise_gradient(histogram: jax.Array, pairwise: Pairwise) -> Pairwise:
     return Pairwise(
         pairwise.kind, truncation=pairwise.truncation, semimetric=pairwise.semimetric, **{"weight": None, **gradient}
     )
+
+
+def _at(x: jax.Array, i: jax.Array) -> jax.Array:
+    """x[i] without the wrapping of negative indices, as `_put` is `x.at[i].set` without its bounds check."""
+    return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
+def _put(x: jax.Array, value: jax.Array, i: Any) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(x, value, i, 0)
 
 
 def _shift_labels(x: jax.Array, offset: int, fill: Any) -> jax.Array:

@@ -1,0 +1,355 @@
+"""Iterations of scanline sweeps in pair form, and the exact backward pass through their argmins.
+
+Messages live in the layout their sweep wants, [positions, L, lines]: horizontal ones [W, L, B W'] with lines = image
+rows, all others
+[H, L, B W] with lines = image columns (a diagonal walks over the rows and shifts its columns). Only sums of pairs are
+ever transposed.
+
+**Forward.** For the pair k = (d, q) of opposite directions let u_k = theta + sum of the messages of all *other* pairs.
+The sweeps of d and q need
+u_k and one another's messages and nothing else, so an iteration reads no message that it overwrites, keeps no running
+belief and cannot drift.
+TRWP takes the newest messages (Gauss-Seidel, d before q), ISGMR those of the previous iteration (Jacobi).
+
+**Backward.** With dS^d the gradient that the sweep of d sends to its S, u_k receives du_k = rho (dS^d + dS^q) and the
+messages of the opposite
+direction (rho - 1) dS^d. Every message of pair k thus receives the sum of du over the *other* pairs, plus (rho - 1) dS
+of its opposite:
+the forward recursion with dS in the place of m, walked from the last iteration to the first, and of the last pair to
+the first.
+It needs P and Q, one byte per pixel, label, direction and iteration up to 256 labels, and not a single message value.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlib_methods.kernels.scanline import Pairwise, sweep, sweep_backward, transpose
+from jaxlib_methods.kernels.scanline.reference import dense_base, walk
+from jaxlib_methods.message_passing._grid import DIRECTIONS
+
+Messages = tuple[jax.Array, ...]
+
+
+class Schedule(NamedTuple):
+    """What is static in a solve.
+
+    Attributes:
+      directions: D, 4, 8 or 16.
+      rho: edge appearance probability; 1 for ISGMR and SGM.
+      synchronous: Jacobi over the pairs (ISGMR) instead of Gauss-Seidel (TRWP).
+      implementation: of the sweeps.
+    """
+
+    directions: int
+    rho: float
+    synchronous: bool
+    implementation: str | None = None
+
+
+class Problem(NamedTuple):
+    """A grid MRF in sweep layout.
+
+    Attributes:
+      thetas: unaries [W, L, B H] and [H, L, B W].
+      pairwise: V.
+      weights: D arrays [W, B H] or [H, B W], or None.
+    """
+
+    thetas: tuple[jax.Array, jax.Array]
+    pairwise: Pairwise
+    weights: tuple[jax.Array, ...] | None
+
+
+def problem(schedule: Schedule, unaries: jax.Array, pairwise: Pairwise, edge_weights: jax.Array | None) -> Problem:
+    """Transposes a batched problem (B, H, W, L) once, before all iterations."""
+    thetas = (to_lines(unaries, True), to_lines(unaries, False))
+    if edge_weights is None:
+        return Problem(thetas, pairwise, None)
+    lines = lambda d: to_lines(edge_weights[d][..., None], d < 2)[:, 0]
+    return Problem(thetas, pairwise, tuple(lines(d) for d in range(schedule.directions)))
+
+
+def to_lines(x: jax.Array, horizontal: bool) -> jax.Array:
+    """(B, H, W, L) to [W, L, B H] or [H, L, B W]."""
+    b, h, w, num_labels = x.shape
+    if horizontal:
+        return x.transpose(2, 3, 0, 1).reshape(w, num_labels, b * h)
+    return x.transpose(1, 3, 0, 2).reshape(h, num_labels, b * w)
+
+
+def from_lines(x: jax.Array, horizontal: bool, batch: int) -> jax.Array:
+    """The inverse of `to_lines`."""
+    positions, num_labels, lines = x.shape
+    x = x.reshape(positions, num_labels, batch, lines // batch)
+    return x.transpose(2, 3, 0, 1) if horizontal else x.transpose(2, 0, 3, 1)
+
+
+def turn(x: jax.Array, batch: int) -> jax.Array:
+    """[H, L, B W] to [W, L, B H] and back."""
+    positions, num_labels, lines = x.shape
+    x = x.reshape(positions, num_labels, batch, lines // batch)
+    return x.transpose(3, 1, 2, 0).reshape(lines // batch, num_labels, batch * positions)
+
+
+def step(d: int) -> tuple[int, int]:
+    """The step (positions, lines) of a direction's pair in sweep layout."""
+    return (1, 0) if d < 2 else DIRECTIONS[d & ~1]
+
+
+def batch_size(p: Problem) -> int:
+    horizontal, vertical = p.thetas
+    return vertical.shape[2] // horizontal.shape[0]
+
+
+def zero_messages(schedule: Schedule, p: Problem) -> Messages:
+    return tuple(jnp.zeros_like(p.thetas[d >= 2]) for d in range(schedule.directions))
+
+
+def _sum_of_others(x: Messages | list[jax.Array], pair: int, batch: int) -> jax.Array:
+    """Sum of x over all pairs but one, in the layout of that pair."""
+    vertical = [k for k in range(1, len(x) // 2) if k != pair]
+    total = None
+    if vertical:
+        total = functools.reduce(jnp.add, [x[2 * k] + x[2 * k + 1] for k in vertical])
+    if pair == 0:
+        return turn(total, batch)
+    horizontal = turn(x[0] + x[1], batch)
+    return horizontal if total is None else total + horizontal
+
+
+def beliefs(p: Problem, messages: Messages) -> jax.Array:
+    """b = theta + sum of all messages, (B, H, W, L)."""
+    batch = batch_size(p)
+    total = p.thetas[1] + turn(messages[0] + messages[1], batch)
+    for k in range(1, len(messages) // 2):
+        total = total + (messages[2 * k] + messages[2 * k + 1])
+    return from_lines(total, False, batch)
+
+
+def iterate(
+    schedule: Schedule, p: Problem, messages: Messages, with_indices: bool = False, temperature: jax.Array | None = None
+) -> tuple[Messages, tuple]:
+    """One iteration over all directions; the indices are a tuple of D pairs (P, Q), or empty."""
+    batch = batch_size(p)
+    live, indices = list(messages), []
+    for pair in range(schedule.directions // 2):
+        source = messages if schedule.synchronous else live
+        u = p.thetas[pair > 0] + _sum_of_others(source, pair, batch)
+        for d in (2 * pair, 2 * pair + 1):
+            arguments = (u, None if schedule.rho == 1.0 else source[d ^ 1])
+            weight = None if p.weights is None else p.weights[d]
+            pairwise = transpose(p.pairwise) if d % 2 else p.pairwise
+            options: dict[str, Any] = {"rho": schedule.rho, "reverse": d % 2 == 1, "step": step(d), "images": batch}
+            if temperature is not None:
+                live[d] = _soft_sweep(*arguments, pairwise, weight, temperature, **options)
+                continue
+            # Gauss-Seidel never reads an old own message again, so the new one may take its place.
+            options["out"] = None if schedule.synchronous else messages[d]
+            found = sweep(
+                *arguments,
+                pairwise,
+                weight,
+                with_indices=with_indices,
+                implementation=schedule.implementation,
+                **options,
+            )
+            if with_indices:
+                live[d] = found[0]
+                indices.append(found[1:])
+            else:
+                live[d] = found
+    return tuple(live), tuple(indices)
+
+
+def _soft_sweep(
+    u: jax.Array,
+    opposite: jax.Array | None,
+    pairwise: Pairwise,
+    edge_weight: jax.Array | None,
+    temperature: jax.Array,
+    **options: Any,
+) -> jax.Array:
+    """t(lam) = sum_mu softmax_mu(-e / temperature) e with e = a + w V: the soft variant of the min, differentiated by
+    JAX."""
+    base = dense_base(pairwise, u.shape[1], u.dtype)[:, :, None]
+
+    def product(a: jax.Array, w: jax.Array | None) -> tuple[jax.Array]:
+        scale = jnp.asarray(pairwise.weight).astype(a.dtype)
+        scale = scale.reshape(1, 1, 1) if w is None else (scale * w)[None, None]
+        e = a[:, None] + scale * base
+        t = (jax.nn.softmax(-e / temperature.astype(a.dtype), axis=0) * e).sum(0)
+        return (t - t.min(0, keepdims=True),)
+
+    return walk(u, opposite, edge_weight, product, (jnp.zeros_like(u),), mask=True, **options)[0]
+
+
+def run(schedule: Schedule, p: Problem, messages: Messages, iterations: int, with_indices: bool = False) -> tuple:
+    """Several iterations; indices are stacked along a new first axis."""
+    body = lambda carry, _: iterate(schedule, p, carry, with_indices)
+    return jax.lax.scan(body, messages, None, length=iterations)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def solve(
+    schedule: Schedule,
+    iterations: int,
+    checkpoint_every: int | None,
+    unaries: jax.Array,
+    pairwise: Pairwise,
+    edge_weights: jax.Array | None,
+    initial: Messages | None,
+) -> tuple[jax.Array, Messages]:
+    """Beliefs (B, H, W, L), differentiable in the problem, and messages, which are not and count as constants."""
+    p = problem(schedule, unaries, pairwise, edge_weights)
+    messages = zero_messages(schedule, p) if initial is None else initial
+    messages, _ = run(schedule, p, messages, iterations)
+    return beliefs(p, messages), messages
+
+
+def _solve_forward(
+    schedule: Schedule,
+    iterations: int,
+    checkpoint_every: int | None,
+    unaries: jax.Array,
+    pairwise: Pairwise,
+    edge_weights: jax.Array | None,
+    initial: Messages | None,
+) -> tuple[tuple[jax.Array, Messages], tuple]:
+    p = problem(schedule, unaries, pairwise, edge_weights)
+    messages = zero_messages(schedule, p) if initial is None else initial
+    if checkpoint_every is None:
+        messages, indices = run(schedule, p, messages, iterations, with_indices=True)
+        return (beliefs(p, messages), messages), (None, pairwise, edge_weights, indices)
+    chunk = lambda carry, _: (run(schedule, p, carry, checkpoint_every)[0], carry)
+    messages, checkpoints = jax.lax.scan(chunk, messages, None, length=iterations // checkpoint_every)
+    return (beliefs(p, messages), messages), (unaries, pairwise, edge_weights, checkpoints)
+
+
+def _solve_backward(
+    schedule: Schedule, iterations: int, checkpoint_every: int | None, residuals: tuple, cotangents: tuple
+) -> tuple:
+    unaries, pairwise, edge_weights, stored = residuals
+    g, _ = cotangents
+    # Only shapes and weights of `p` matter unless iterations are computed again: g stands for the unaries otherwise.
+    p = problem(schedule, g if unaries is None else unaries, pairwise, edge_weights)
+    gs = (to_lines(g, True), to_lines(g, False))
+    state = _Gradients(
+        ds=zero_messages(schedule, p),
+        theta=tuple(jnp.zeros_like(x) for x in gs),
+        weights=None if p.weights is None else tuple(jnp.zeros_like(w) for w in p.weights),
+        pairwise=jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.result_type(x)), pairwise),
+    )
+
+    def through(state: _Gradients, indices: tuple, is_last: jax.Array) -> _Gradients:
+        """Through as many iterations as the indices hold; `is_last` marks the one whose beliefs the loss sees."""
+        body = lambda s, x: (_iterate_backward(schedule, p, gs, s, *x), None)
+        return jax.lax.scan(body, state, (indices, is_last), reverse=True)[0]
+
+    if checkpoint_every is None:
+        state = through(state, stored, jnp.arange(iterations) == iterations - 1)
+    else:
+
+        def chunk(state: _Gradients, x: tuple) -> tuple[_Gradients, None]:
+            messages, is_last = x
+            _, indices = run(schedule, p, messages, checkpoint_every, with_indices=True)
+            return through(state, indices, is_last), None
+
+        is_last = (jnp.arange(iterations) == iterations - 1).reshape(-1, checkpoint_every)
+        state, _ = jax.lax.scan(chunk, state, (stored, is_last), reverse=True)
+
+    batch = g.shape[0]
+    d_unaries = g + from_lines(state.theta[1] + turn(state.theta[0], batch), False, batch)
+    d_weights = None
+    if edge_weights is not None:
+        used = [from_lines(w[:, None], d < 2, batch)[..., 0] for d, w in enumerate(state.weights)]
+        unused = edge_weights.shape[0] - len(used)
+        d_weights = jnp.concatenate([jnp.stack(used), jnp.zeros((unused, *used[0].shape), g.dtype)])
+    return d_unaries, state.pairwise, d_weights, None
+
+
+solve.defvjp(_solve_forward, _solve_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def single_sweep(
+    schedule: Schedule, d: int, images: int, u: jax.Array, pairwise: Pairwise, weight: jax.Array | None
+) -> jax.Array:
+    """Messages of one direction at rho = 1, differentiable."""
+    return _single_sweep_forward(schedule, d, images, u, pairwise, weight)[0]
+
+
+def _single_sweep_forward(
+    schedule: Schedule, d: int, images: int, u: jax.Array, pairwise: Pairwise, weight: jax.Array | None
+) -> tuple[jax.Array, tuple]:
+    v = transpose(pairwise) if d % 2 else pairwise
+    options: dict[str, Any] = {"rho": 1.0, "reverse": d % 2 == 1, "step": step(d), "images": images}
+    m, *indices = sweep(u, None, v, weight, with_indices=True, implementation=schedule.implementation, **options)
+    return m, (indices, pairwise, weight)
+
+
+def _single_sweep_backward(schedule: Schedule, d: int, images: int, residuals: tuple, dm: jax.Array) -> tuple:
+    indices, pairwise, weight = residuals
+    v = transpose(pairwise) if d % 2 else pairwise
+    options: dict[str, Any] = {"rho": 1.0, "reverse": d % 2 == 1, "step": step(d), "images": images}
+    ds, dw, dv = sweep_backward(dm, None, *indices, v, weight, implementation=schedule.implementation, **options)
+    return ds, transpose(dv) if d % 2 else dv, dw
+
+
+single_sweep.defvjp(_single_sweep_forward, _single_sweep_backward)
+
+
+class _Gradients(NamedTuple):
+    """Carry of the backward pass.
+
+    Attributes:
+      ds: D arrays like the messages, dS of the sweeps of the following iteration (newest first in Gauss-Seidel order).
+      theta: sum of du, in both layouts.
+      weights, pairwise: sums of the gradients in them.
+    """
+
+    ds: Messages
+    theta: tuple[jax.Array, ...]
+    weights: tuple[jax.Array, ...] | None
+    pairwise: Pairwise
+
+
+def _iterate_backward(
+    schedule: Schedule,
+    p: Problem,
+    gs: tuple[jax.Array, jax.Array],
+    state: _Gradients,
+    indices: tuple,
+    is_last: jax.Array,
+) -> _Gradients:
+    batch = batch_size(p)
+    rho = jnp.asarray(schedule.rho, gs[0].dtype)
+    live, theta = list(state.ds), list(state.theta)
+    weights = None if state.weights is None else list(state.weights)
+    pairwise = state.pairwise
+    for pair in reversed(range(schedule.directions // 2)):
+        source = state.ds if schedule.synchronous else live
+        g = gs[pair > 0]
+        dm = rho * _sum_of_others(source, pair, batch) + jnp.where(is_last, g, jnp.zeros_like(g))
+        for d in (2 * pair + 1, 2 * pair):
+            found = sweep_backward(
+                dm,
+                None if schedule.rho == 1.0 else source[d ^ 1],
+                *indices[d],
+                transpose(p.pairwise) if d % 2 else p.pairwise,
+                None if p.weights is None else p.weights[d],
+                rho=schedule.rho,
+                reverse=d % 2 == 1,
+                step=step(d),
+                images=batch,
+                out=None if schedule.synchronous else state.ds[d],
+                implementation=schedule.implementation,
+            )
+            live[d] = found[0]
+            if weights is not None:
+                weights[d] = weights[d] + found[1]
+            pairwise = jax.tree.map(jnp.add, pairwise, transpose(found[2]) if d % 2 else found[2])
+        theta[pair > 0] = theta[pair > 0] + rho * (live[2 * pair] + live[2 * pair + 1])
+    return _Gradients(tuple(live), tuple(theta), None if weights is None else tuple(weights), pairwise)
