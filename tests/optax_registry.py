@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxlib_methods.optimizers import agd, scale_by_agd
+
 
 def default_example(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
     """A kernel and a bias, divisible over the 4 x 2 fake devices of the sharding checks."""
@@ -44,6 +46,14 @@ class Entry:
         return self.factory(**self.hyperparams, **self.for_params(params))
 
 
+def two_kernels(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    """Weights alone, for rules that take nothing else; divisible over the same devices."""
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in [("first", (8, 4)), ("second", (4, 8))]}
+
+
+WEIGHTS_ONLY = dict.fromkeys(("parabola", "rosenbrock", "mixed_ranks"), "AGD refuses vectors and scalars")
+
 ENTRIES: list[Entry] = [
     # optax's own, as controls of the battery itself
     Entry("optax.sgd", optax.sgd, {"learning_rate": 1e-3, "momentum": 0.9}),
@@ -63,4 +73,12 @@ ENTRIES: list[Entry] = [
         for_params=lambda params: {"mask": jax.tree.map(lambda _: True, params)},
         static_args=("inner", "mask"),
     ),
+    Entry(
+        "scale_by_agd",
+        scale_by_agd,
+        as_optimizer=lambda rule: optax.chain(rule, optax.scale(-0.3)),
+        example=two_kernels,
+        opt_outs=WEIGHTS_ONLY,
+    ),
+    Entry("agd", agd, {"gain": 0.3}, example=two_kernels, opt_outs=WEIGHTS_ONLY),
 ]
