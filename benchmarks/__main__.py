@@ -139,8 +139,9 @@ def _load(name: str, path: pathlib.Path) -> ModuleType:
 
 
 def _tables(records: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
-    """One table for each case."""
-    for case, rows in itertools.groupby(records, key=lambda r: r["case"]):
+    """One table for each case; the ratios of the first row, ours, to all others, and of the others to it."""
+    for case, group in itertools.groupby(records, key=lambda r: r["case"]):
+        rows = list(group)
         table = Table(title=f"{records[0]['benchmark']}  {case}", title_justify="left")
         table.add_column("implementation", no_wrap=True)
         for title in ("median ms", "lower ms", "compile ms", "peak MiB", "ceiling", "error"):
@@ -152,7 +153,12 @@ def _tables(records: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
             if r["fraction_of_ceiling"] is not None:
                 ceiling = f"{r['fraction_of_ceiling']:.2g} {r['device']['ceiling']}"
             numbers = (_short(r["median_ms"]), _short(r["lower_ms"]), _short(r["compile_ms"]), _short(peak), ceiling)
-            ratios = "\n".join(f"{ratio:<5.3g} {name}" for name, ratio in r["ratios"].items())
+            shown = {
+                name: ratio
+                for name, ratio in r["ratios"].items()
+                if rows[0]["implementation"] in (name, r["implementation"])
+            }
+            ratios = "\n".join(f"{_short(ratio):>6} {name}" for name, ratio in shown.items())
             table.add_row(r["implementation"], *numbers, _short(r["error"]), ratios)
         yield table
 
