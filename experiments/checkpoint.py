@@ -7,12 +7,16 @@ checkpoint that was damaged later is an error that names the folder to delete; t
 On several processes the folder must be on a file system that all of them see.
 """
 
+import contextlib
+import gc
 import hashlib
 import json
 import logging
 import os
 import pathlib
 import shutil
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -75,7 +79,7 @@ class Checkpoints:
     """The latest checkpoints under `workdir/checkpoints`; see the module's docstring for what one holds."""
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 2):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every step of every save
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every step; its errors are raised as well
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
@@ -96,7 +100,7 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, history: list[dict[str, Any]]) -> None:
         """Copies the state to the host and returns; the files are written while training goes on."""
         leaves = _by_path(state)
-        about = {"history": history, "digest": _digest(leaves, history)}
+        about = {"history": list(history), "digest": _digest(leaves, history)}  # the caller's list grows meanwhile
         args = self._ocp.args
         try:
             self._manager.save(step, args=args.Composite(state=args.StandardSave(leaves), about=args.JsonSave(about)))
@@ -112,9 +116,10 @@ class Checkpoints:
         args = self._ocp.args
         try:
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
-            found = self._manager.restore(
-                step, args=args.Composite(state=args.StandardRestore(abstract), about=args.JsonRestore())
-            )
+            with _quiet():
+                found = self._manager.restore(
+                    step, args=args.Composite(state=args.StandardRestore(abstract), about=args.JsonRestore())
+                )
             leaves, about = found["state"], found["about"]
             if about["digest"] != _digest(leaves, about["history"]):
                 raise ValueError("its digest does not match its contents")
@@ -135,8 +140,22 @@ class Checkpoints:
             self._manager.close()
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Damaged files make orbax's background tasks print their own tracebacks around the one error that we raise."""
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    level, sys.unraisablehook = logger.level, lambda _: None
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        gc.collect()  # the tasks complain when they are collected
+        logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def _is_key(leaf: Any) -> bool:

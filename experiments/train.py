@@ -8,6 +8,7 @@ The state is replicated and the batch is spread over the mesh axis "data" of all
 the mean over the whole batch, and XLA inserts the reductions. What step t does depends on the state and t alone.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -110,12 +111,14 @@ def fit(
     run_chunk = _compiled_chunk(loss_fn, optimizer, augment, batch_size, mesh)
 
     history: list[Record] = []
-    checkpoints = Checkpoints(workdir) if workdir is not None else None
-    if checkpoints and (found := checkpoints.restore(state)):
-        state, history = found
-    listeners = list(log)
+    listeners, checkpoints = list(log), None
+    at_end = contextlib.ExitStack()  # a checkpoint that is being written gets finished, whatever happens
     if workdir is not None:
-        listeners.append(JsonLines(pathlib.Path(workdir) / "log.jsonl", history))
+        checkpoints = at_end.enter_context(contextlib.closing(Checkpoints(workdir)))
+        if found := checkpoints.restore(state):
+            state, history = found
+        lines = JsonLines(pathlib.Path(workdir) / "log.jsonl", history)
+        listeners.append(at_end.enter_context(contextlib.closing(lines)))
     step = start = int(state.step)
     earlier_s = history[-1]["wall_s"] if history else 0.0
     began = time.perf_counter()
@@ -139,7 +142,7 @@ def fit(
         for listener in listeners:
             listener(record)
 
-    with Progress(label, steps, step, batch_size, progress) as bar:
+    with at_end, Progress(label, steps, step, batch_size, progress) as bar:
         pending = None
         while step < steps:
             # Chunks end at the same steps whether or not a run was interrupted, so that it runs the same programs.
@@ -164,8 +167,6 @@ def fit(
                 checkpoints.save(step, state, history)
         if pending:
             keep(finish(pending))
-    if checkpoints:
-        checkpoints.close()
     return state, history
 
 
@@ -183,7 +184,12 @@ def _compiled_chunk(
     mesh: Mesh,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     update = optax.with_extra_args_support(optimizer).update
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def fresh(params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array) -> Any:
+        # nnx Variables remember the trace they were made in; rebuilt inside the gradient's, they can be written to.
+        return loss_fn(params, jax.tree.map(lambda leaf: leaf, model_state), batch, key)
+
+    gradient = jax.value_and_grad(fresh, has_aux=True)
 
     def one_step(
         data: pipeline.OnDevice, state: TrainState, indices: jax.Array

@@ -26,7 +26,6 @@ class Config:
     batch_size: int = 64  # examples per step
     learning_rate: float = 0.02
     checkpoint_every: int = 20
-    pause: float = 0.0  # not used by the training; tells two configurations apart
 
     def __post_init__(self):
         if self.learning_rate <= 0:
