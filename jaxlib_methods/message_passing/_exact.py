@@ -312,7 +312,7 @@ def ishikawa_graph(
       (4, 0.0)
 
     Source: Ishikawa (TPAMI 2003) [ishikawa2003exact]; in this notation Ajanthan, Hartley, Salzmann (TPAMI 2018),
-    arXiv:1702.05888, sec. 2 [ajanthan2018memory].
+    arXiv:1702.05888 [ajanthan2018memory].
     """
     problem = _problem(unaries, table, horizontal, vertical)
     pixels, num_labels = problem.unaries.shape
@@ -345,12 +345,10 @@ def ishikawa_graph(
     source, sink = np.zeros(node.shape), np.zeros(node.shape)
     source[:, 0], sink[:, -1] = theta[:, 0], theta[:, -1]
     edges = [(node[:, :-1], node[:, 1:], theta[:, 1:-1])]
-    for tails, heads, first, second in (
-        (problem.tails, problem.heads, *np.nonzero(lower)),
-        (problem.heads, problem.tails, *np.nonzero(upper)[::-1]),
-    ):
-        cost = (lower if tails is problem.tails else upper.T)[first, second]
-        edges.append((node[tails][:, first], node[heads][:, second], problem.weights[:, None] * cost))
+    for tails, heads, capacity in ((problem.tails, problem.heads, lower), (problem.heads, problem.tails, upper.T)):
+        first, second = np.nonzero(capacity)
+        cost = problem.weights[:, None] * capacity[first, second]
+        edges.append((node[tails][:, first], node[heads][:, second], cost))
     infinite = 1.0 + sum(capacity.sum() for *_, capacity in edges) + source.sum() + sink.sum()
     edges.append((node[:, 1:], node[:, :-1], np.full((pixels, num_labels - 2), infinite)))
     tails, heads, capacities = (np.concatenate([part[k].ravel() for part in edges]) for k in range(3))
