@@ -217,9 +217,11 @@ def _missing(root: pathlib.Path, name: str, download: bool) -> pathlib.Path:
     try:
         tfds = _import_tfds()
     except ImportError as error:
-        hint = "is read with tensorflow-datasets; install it with: pip install 'jaxlib_methods[experiments]'"
+        if name not in KNOWN:
+            raise DataError(f"unknown data set {name!r}; {known}") from error
         raise DataError(
-            f"data set {name!r} {hint} ({known})" if name in KNOWN else f"unknown data set {name!r}; {known}"
+            f"data set {name!r} is read with tensorflow-datasets; "
+            "install it with: pip install 'jaxlib_methods[experiments]', or give a path to an .npz"
         ) from error
     if name.partition(":")[0].split("/")[0] not in tfds.list_builders(with_community_datasets=False):
         raise DataError(f"unknown data set {name!r}; {known}")

@@ -1,5 +1,6 @@
 """One table of all results under a folder: ours, the paper's, the difference, the seeds; terminal, Markdown and PNG."""
 
+import itertools
 import json
 import pathlib
 import shlex
@@ -102,6 +103,8 @@ def _pooled(label: str, name: str, members: list[dict[str, Any]], paper: float |
 
 def _what_differs(config: dict[str, Any], others: list[dict[str, Any]]) -> str:
     names = [name for name, value in config.items() if any(other.get(name) != value for other in others)]
+    # Lists (sparsities, scores) are what a run sweeps over, and its metrics are named after them.
+    names = [name for name in names if not isinstance(config[name], list)] or names
     return " [" + ", ".join(f"{name}={config[name]}" for name in names) + "]" if names else ""
 
 
@@ -113,6 +116,9 @@ def print_table(table: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a log has no right border to wrap at
     shown = Table()
     for i, name in enumerate(HEADER):
         shown.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
@@ -122,7 +128,7 @@ def print_table(table: list[Row]) -> None:
             shown.add_section()
         shown.add_row("" if row.experiment == last else row.experiment, *row.cells()[1:])
         last = row.experiment
-    Console().print(shown)
+    console.print(shown)
 
 
 def markdown(table: list[Row]) -> str:
@@ -141,26 +147,23 @@ def provenance(results: list[dict[str, Any]]) -> str:
 
 
 def figure(table: list[Row], path: pathlib.Path) -> None:
-    """The same table as a picture."""
+    """The same table as a picture; one block of monospaced text, because drawing cell by cell takes seconds."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    cells = [list(row.cells()) for row in table]
-    widths = [max(len(text) for text in column) + 2 for column in zip(HEADER, *cells, strict=True)]
-    canvas, axes = pyplot.subplots(figsize=(0.085 * sum(widths), 0.26 * (len(cells) + 2)))
-    axes.axis("off")
-    drawn = axes.table(
-        cells, colLabels=HEADER, colWidths=[w / sum(widths) for w in widths], cellLoc="left", loc="center"
-    )
-    drawn.auto_set_font_size(False)
-    drawn.set_fontsize(8)
-    for (row, _), cell in drawn.get_celld().items():
-        cell.set_edgecolor("0.85")
-        if row == 0:
-            cell.set_text_props(weight="bold")
-    canvas.savefig(path, dpi=150, bbox_inches="tight")
+    cells = [HEADER, *(row.cells() for row in table)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    align = [str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust]
+    lines = ["   ".join(f(text, w) for f, text, w in zip(align, row, widths, strict=True)) for row in cells]
+    rule = "\u2500" * len(lines[0])
+    groups = [rule if above.experiment != below.experiment else "" for above, below in itertools.pairwise(table)]
+    body = [text for line, after in zip(lines[1:], [*groups, rule], strict=True) for text in (line, after) if text]
+    canvas = pyplot.figure(figsize=(0.075 * len(rule) + 0.4, 0.16 * (len(body) + 2) + 0.3))
+    text = "\n".join([lines[0], rule, *body])
+    canvas.text(0.5, 0.5, text, family="monospace", fontsize=8, ha="center", va="center", linespacing=1.3)
+    canvas.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.15)
     pyplot.close(canvas)
 
 

@@ -1,6 +1,7 @@
 """Loading: embedded, prepared, from a file; and the one sentence for everything that cannot be loaded."""
 
 import socket
+import sys
 import time
 
 import numpy as np
@@ -102,6 +103,19 @@ def test_unprepared_set_ends_within_seconds_and_says_how_to_prepare_it(tmp_path,
 def test_unknown_name_lists_the_known_ones(tmp_path, no_network):
     with pytest.raises(DataError, match="unknown data set 'minst'; known are digits, mnist"):
         data.load("minst", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("mnist", r"pip install .*, or give a path to an \.npz"), ("minst", "unknown data set 'minst'")],
+)
+def test_without_tfds_the_rest_still_loads(tmp_path, arrays, monkeypatch, name, message):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # import raises ImportError
+    with pytest.raises(DataError, match=message):
+        data.load(name, tmp_path)
+    np.savez(tmp_path / "mine.npz", **arrays)
+    assert len(data.load(str(tmp_path / "mine.npz")).train.labels) == 12
+    assert len(data.load("digits").train.labels) == 1437
 
 
 def test_text_is_bytes_and_a_damaged_cache_is_replaced(shared_data, tmp_path, monkeypatch, no_network):
