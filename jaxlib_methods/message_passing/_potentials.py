@@ -5,7 +5,7 @@ step 7).
 """
 
 import math
-from typing import Literal
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def potts(weight: ArrayLike = 1.0) -> Pairwise:
     return Pairwise("potts", _weight(weight), semimetric=True)
 
 
-def truncated_linear(weight: ArrayLike = 1.0, *, truncation: float) -> Pairwise:
+def truncated_linear(weight: ArrayLike = 1.0, *, truncation: float | int) -> Pairwise:
     """V = weight min(|lam - mu|, truncation).
 
     Args:
@@ -62,9 +62,7 @@ def truncated_linear(weight: ArrayLike = 1.0, *, truncation: float) -> Pairwise:
     return _truncated(np.arange(math.ceil(truncation) + 1), truncation, weight)
 
 
-def truncated_quadratic(
-    weight: ArrayLike = 1.0, *, truncation: float, truncate: Literal["distance", "cost"]
-) -> Pairwise:
+def truncated_quadratic(weight: ArrayLike = 1.0, *, truncation: float | int, truncate: str) -> Pairwise:
     """V = weight min(|lam - mu|, truncation)^2, or weight min(|lam - mu|^2, truncation).
 
     The two readings of "truncated quadratic with T" differ by a square, and both are in use: the authors' stereo code
@@ -143,7 +141,7 @@ def quadratic(weight: ArrayLike = 1.0, *, num_labels: int) -> Pairwise:
     return toeplitz(np.arange(num_labels) ** 2.0, weight)
 
 
-def cauchy(weight: ArrayLike = 1.0, *, truncation: float, num_labels: int) -> Pairwise:
+def cauchy(weight: ArrayLike = 1.0, *, truncation: float | int, num_labels: int) -> Pairwise:
     """V = weight T^2/2 log(1 + (|lam - mu| / T)^2).
 
     Args:
@@ -168,7 +166,7 @@ def cauchy(weight: ArrayLike = 1.0, *, truncation: float, num_labels: int) -> Pa
     return toeplitz(0.5 * truncation**2 * np.log1p((np.arange(num_labels) / truncation) ** 2), weight)
 
 
-def huber(weight: ArrayLike = 1.0, *, truncation: float, num_labels: int) -> Pairwise:
+def huber(weight: ArrayLike = 1.0, *, truncation: float | int, num_labels: int) -> Pairwise:
     """V = weight d^2 up to T, weight (2 T d - T^2) beyond, d = |lam - mu|.
 
     Args:
@@ -215,7 +213,7 @@ def negative_potts(weight: ArrayLike = 1.0) -> Pairwise:
     return toeplitz(np.array([-1.0, 0.0]), weight)
 
 
-def toeplitz(profile: ArrayLike, weight: ArrayLike = 1.0, *, semimetric: bool | None = None) -> Pairwise:
+def toeplitz(profile: ArrayLike | Sequence, weight: ArrayLike = 1.0, *, semimetric: bool | None = None) -> Pairwise:
     """V = weight profile[min(|lam - mu|, R)], R = len(profile) - 1: any cost of the label distance, truncated at R.
 
     Args:
@@ -246,7 +244,7 @@ def toeplitz(profile: ArrayLike, weight: ArrayLike = 1.0, *, semimetric: bool | 
     return Pairwise("toeplitz", _weight(weight), profile=values, semimetric=semimetric)
 
 
-def table(values: ArrayLike, weight: ArrayLike = 1.0, *, semimetric: bool | None = None) -> Pairwise:
+def table(values: ArrayLike | Sequence, weight: ArrayLike = 1.0, *, semimetric: bool | None = None) -> Pairwise:
     """V = weight values[mu, lam], mu the label of the upper or left pixel of the edge: a free, possibly learned table.
 
     Args:
@@ -276,17 +274,17 @@ def table(values: ArrayLike, weight: ArrayLike = 1.0, *, semimetric: bool | None
     return Pairwise("table", _weight(weight), table=values_, semimetric=semimetric)
 
 
-def _truncated(costs: np.ndarray, limit: float, weight: ArrayLike) -> Pairwise:
+def _truncated(costs: np.ndarray, limit: float | int, weight: ArrayLike) -> Pairwise:
     return toeplitz(np.minimum(costs, limit), weight)
 
 
-def _float(x: ArrayLike) -> jax.Array:
+def _float(x: ArrayLike | Sequence) -> jax.Array:
     """A float array that is not weakly typed, so that numbers and arrays make the same program."""
     dtype = x.dtype if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating) else jnp.result_type(float)
     return jnp.asarray(x, dtype)
 
 
-def _known(x: ArrayLike) -> np.ndarray | None:
+def _known(x: ArrayLike | Sequence) -> np.ndarray | None:
     """The values of a concrete argument; None for one that is being traced."""
     return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
 
@@ -298,7 +296,7 @@ def _weight(weight: ArrayLike) -> jax.Array:
     return _float(weight)
 
 
-def _positive(name: str, value: float) -> None:
+def _positive(name: str, value: float | int) -> None:
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
 

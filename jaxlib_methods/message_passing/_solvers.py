@@ -1,7 +1,7 @@
 """SGM, ISGMR and TRWP: MAP inference by scanline message passing (Xu, Ajanthan, Hartley, ACCV 2020)."""
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,6 @@ from jaxlib_methods.message_passing import _schedule
 from jaxlib_methods.message_passing._bounds import bound_of, round_sequentially
 from jaxlib_methods.message_passing._grid import DIRECTIONS, GridMRF, check, grid_energy, has_sender
 from jaxlib_methods.message_passing._schedule import Messages, Schedule, from_lines, single_sweep, to_lines
-
-Rounding = Literal["argmin", "sequential"]
 
 
 class Solution(NamedTuple):
@@ -46,13 +44,13 @@ def trwp(
     *,
     iterations: int = 50,
     directions: int = 4,
-    rho: float = 0.5,
-    rounding: Rounding = "argmin",
+    rho: float | int = 0.5,
+    rounding: str = "argmin",
     evaluate_every: int | None = None,
-    tolerance: float | None = None,
+    tolerance: float | int | None = None,
     messages: Messages | None = None,
     checkpoint_every: int | None = None,
-    temperature: float | jax.Array | None = None,
+    temperature: float | int | jax.Array | None = None,
     implementation: str | None = None,
 ) -> Solution:
     """Tree-reweighted message passing with parallel scanlines.
@@ -117,11 +115,11 @@ def isgmr(
     *,
     iterations: int = 50,
     directions: int = 4,
-    rounding: Rounding = "argmin",
+    rounding: str = "argmin",
     evaluate_every: int | None = None,
     messages: Messages | None = None,
     checkpoint_every: int | None = None,
-    temperature: float | jax.Array | None = None,
+    temperature: float | int | jax.Array | None = None,
     implementation: str | None = None,
 ) -> Solution:
     """Iterative semi-global matching revised: loopy min-sum with a scanline schedule, all directions from the last
@@ -159,7 +157,7 @@ def sgm(
     mrf: GridMRF,
     *,
     directions: int = 4,
-    variant: Literal["messages", "path_costs"] = "messages",
+    variant: str = "messages",
     iterations: int = 1,
     implementation: str | None = None,
 ) -> Solution:
@@ -215,7 +213,7 @@ def _solve(
     iterations: int,
     rounding: str,
     evaluate_every: int | None,
-    tolerance: float | None,
+    tolerance: float | int | None,
     messages: Messages | None,
     checkpoint_every: int | None,
     temperature: Any,
@@ -366,7 +364,8 @@ def _evaluated(
         open_ = s.done < iterations
         if tolerance is None:
             return open_
-        return open_ & ~jnp.all(s.energy - s.bound <= tolerance * jnp.abs(s.bound))
+        closed = jnp.all(s.energy - s.bound <= tolerance * jnp.abs(s.bound))
+        return open_ & ((s.done == 0) | ~closed)
 
     def block(s: _Progress) -> _Progress:
         count = jnp.minimum(evaluate_every, iterations - s.done)

@@ -199,6 +199,10 @@ def _check(
             f"edge_weight must be [positions, lines] = {(positions, lines)} of {u.dtype}, "
             f"got {edge_weight.shape} of {edge_weight.dtype}"
         )
+    if (pairwise.kind == "toeplitz") == (pairwise.profile is None) or (pairwise.kind == "table") == (
+        pairwise.table is None
+    ):
+        raise ValueError(f"only a 'toeplitz' has a profile and only a 'table' a table, got {pairwise}")
     if pairwise.kind == "table" and pairwise.table.shape != (num_labels, num_labels):
         raise ValueError(
             f"table must be {(num_labels, num_labels)} for {num_labels} labels, got {pairwise.table.shape}"

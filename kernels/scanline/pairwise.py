@@ -64,10 +64,6 @@ class Pairwise:
             raise ValueError(
                 f"truncation must be a positive int, got {self.truncation}; a fractional one is a 'toeplitz' profile"
             )
-        if (self.kind == "toeplitz") != (self.profile is not None) or (self.kind == "table") != (
-            self.table is not None
-        ):
-            raise ValueError(f"kind {self.kind!r} does not go with profile={self.profile} and table={self.table}")
 
 
 def base_cost(pairwise: Pairwise, mu: jax.Array, lam: jax.Array, dtype: Any) -> jax.Array:

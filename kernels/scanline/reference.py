@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.kernels.scanline.api import index_dtype
-from jaxlib_methods.kernels.scanline.cost import window_radius
+from jaxlib_methods.kernels.scanline.cost import MAX_WINDOW, window_radius
 from jaxlib_methods.kernels.scanline.pairwise import Pairwise, base_cost
 
 # Sending labels per trip of the table loop: the accumulator is then read and written once for all of them.
@@ -125,27 +125,29 @@ def minplus(
 
     if pairwise.kind == "potts":
         t, p = a, label
-        floor = low + scale[None]
+        limit = scale
     elif pairwise.kind == "truncated_linear":
         t, p = _doubling(a, label if with_indices else None, pairwise.truncation, scale)
-        floor = low + (scale * jnp.asarray(pairwise.truncation, a.dtype))[None]
+        limit = scale * jnp.asarray(pairwise.truncation, a.dtype)
     elif radius is not None:
         profile = jnp.asarray(pairwise.profile).astype(a.dtype)
         t, p = _window(a, label if with_indices else None, profile, radius, scale)
-        floor = low + (scale * profile[-1])[None] if radius < num_labels - 1 else None
+        limit = scale * profile[-1] if radius < num_labels - 1 else None
     else:
         t, p = _table(a, dense_base(pairwise, num_labels, a.dtype), scale, with_indices)
-        floor = None
+        limit = None
 
-    if floor is not None and with_indices:
-        through = (floor < t) | ((floor == t) & (first[None] < p))
+    # The floor min a + limit, with min a taken off both sides: messages of a semimetric then never exceed the limit.
+    t = t - low
+    if limit is not None and with_indices:
+        through = (limit[None] < t) | ((limit[None] == t) & (first[None] < p))
         p = jnp.where(through, first[None], p)
-    if floor is not None:
-        t = jnp.minimum(t, floor)
+    if limit is not None:
+        t = jnp.minimum(t, limit[None])
     if not normalise:
-        return (t,)
+        return (t + low,)
     # For a semimetric min t = min a, attained at argmin a.
-    m = t - (low if pairwise.semimetric else t.min(0, keepdims=True))
+    m = t if pairwise.semimetric else t - t.min(0, keepdims=True)
     if not with_indices:
         return (m,)
     q = first if pairwise.semimetric else jnp.argmin(t, 0)
@@ -287,7 +289,7 @@ def _route(v: jax.Array, p: jax.Array, q: jax.Array, label: jax.Array, pairwise:
         radius = pairwise.truncation - 1
     else:
         radius = window_radius(pairwise, num_labels)
-    if radius is None or 2 * radius + 1 > num_labels:
+    if radius is None or 2 * radius + 1 > min(num_labels, MAX_WINDOW):
         send = lambda mu: jnp.where(p == mu, v, zero).sum(0)
         return jax.lax.map(send, jnp.arange(num_labels, dtype=jnp.int32))
     offset = p - label
