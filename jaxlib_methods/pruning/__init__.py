@@ -1,0 +1,118 @@
+r"""Pruning = a score x a scope x a schedule, giving masks; optax transformations that train under them.
+
+    scores = connection_sensitivity(loss_fn, params, batch)          # SNIP; or magnitude, random, grasp, synflow
+    masks = prune_masks(scores, sparsity=0.98)                        # once, over all layers jointly
+    masks = iterative_prune(score_fn, params, sparsity=0.98)          # or in many small cuts
+    optimizer = pruned(optax.sgd(0.1, 0.9), masks)
+
+A `None` in a tree of scores or masks means that the parameter is never pruned; `prunable` says which are candidates.
+
+BibTeX:
+@inproceedings{lee2019snip,
+  title = {{SNIP}: Single-shot network pruning based on connection sensitivity},
+  author = {Lee, Namhoon and Ajanthan, Thalaiyasingam and Torr, Philip H. S.},
+  booktitle = {International Conference on Learning Representations},
+  year = {2019},
+}
+
+@inproceedings{wang2020picking,
+  title = {Picking winning tickets before training by preserving gradient flow},
+  author = {Wang, Chaoqi and Zhang, Guodong and Grosse, Roger},
+  booktitle = {International Conference on Learning Representations},
+  year = {2020},
+}
+
+@inproceedings{tanaka2020pruning,
+  title = {Pruning neural networks without any data by iteratively conserving synaptic flow},
+  author = {Tanaka, Hidenori and Kunin, Daniel and Yamins, Daniel L. K. and Ganguli, Surya},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2020},
+}
+
+@inproceedings{han2015learning,
+  title = {Learning both weights and connections for efficient neural networks},
+  author = {Han, Song and Pool, Jeff and Tran, John and Dally, William J.},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2015},
+}
+"""
+
+from jaxlib_methods.pruning._masks import (
+    MaskState as MaskState,
+)
+from jaxlib_methods.pruning._masks import (
+    PrunedState as PrunedState,
+)
+from jaxlib_methods.pruning._masks import (
+    Sparsity as Sparsity,
+)
+from jaxlib_methods.pruning._masks import (
+    apply_masks as apply_masks,
+)
+from jaxlib_methods.pruning._masks import (
+    format_sparsity as format_sparsity,
+)
+from jaxlib_methods.pruning._masks import (
+    mask_updates as mask_updates,
+)
+from jaxlib_methods.pruning._masks import (
+    pack_masks as pack_masks,
+)
+from jaxlib_methods.pruning._masks import (
+    pruned as pruned,
+)
+from jaxlib_methods.pruning._masks import (
+    summarize_sparsity as summarize_sparsity,
+)
+from jaxlib_methods.pruning._masks import (
+    unpack_masks as unpack_masks,
+)
+from jaxlib_methods.pruning._scores import (
+    connection_sensitivity as connection_sensitivity,
+)
+from jaxlib_methods.pruning._scores import (
+    gate_gradient as gate_gradient,
+)
+from jaxlib_methods.pruning._scores import (
+    grasp as grasp,
+)
+from jaxlib_methods.pruning._scores import (
+    magnitude as magnitude,
+)
+from jaxlib_methods.pruning._scores import (
+    random as random,
+)
+from jaxlib_methods.pruning._scores import (
+    synflow as synflow,
+)
+from jaxlib_methods.pruning._selection import (
+    iterative_prune as iterative_prune,
+)
+from jaxlib_methods.pruning._selection import (
+    prunable as prunable,
+)
+from jaxlib_methods.pruning._selection import (
+    prune_masks as prune_masks,
+)
+
+__all__ = [
+    "MaskState",
+    "PrunedState",
+    "Sparsity",
+    "apply_masks",
+    "connection_sensitivity",
+    "format_sparsity",
+    "gate_gradient",
+    "grasp",
+    "iterative_prune",
+    "magnitude",
+    "mask_updates",
+    "pack_masks",
+    "prunable",
+    "prune_masks",
+    "pruned",
+    "random",
+    "summarize_sparsity",
+    "synflow",
+    "unpack_masks",
+]

@@ -1,0 +1,157 @@
+r"""From scores to masks: which parameters are candidates, how many are kept, in one cut or in many."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlib_methods import trees
+from jaxlib_methods.kernels import threshold
+from jaxlib_methods.pruning._masks import apply_masks
+
+PyTree = Any
+
+_NORMALISATION = re.compile(r"(^|[/_])(bn|batch_?norm|layer_?norm|group_?norm|rms_?norm|norm)[^/]*/", re.IGNORECASE)
+
+
+def prunable(params: PyTree, policy: str = "snip") -> PyTree:
+    """Which parameters are candidates: the stated answer to what happens with biases and batch norm.
+
+    * "snip" is what the authors' code does: weights and biases have gates, the scale and shift of normalisation
+      layers have none. Zero biases have the score 0, so all of them are pruned and stay 0, and they count in the
+      denominator of the sparsity. A parameter belongs to a normalisation layer if a sibling is called "scale" or an
+      enclosing module's name starts with bn, batch_norm, layer_norm, group_norm, rms_norm or norm.
+    * "weights" gates arrays of two and more dimensions alone; biases and normalisation are always trained.
+
+    Args:
+      params: any pytree of arrays.
+      policy: "snip" or "weights".
+
+    Returns:
+      A tree of Python bools for `trees.partition`.
+
+    Raises:
+      ValueError: for an unknown policy.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> dense, bn = {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}, {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
+      >>> prunable({"dense1": dense, "bn1": bn})
+      {'bn1': {'bias': False, 'scale': False}, 'dense1': {'bias': True, 'kernel': True}}
+      >>> prunable({"dense1": dense, "bn1": bn}, policy="weights")
+      {'bn1': {'bias': False, 'scale': False}, 'dense1': {'bias': False, 'kernel': True}}
+
+    Source: Lee, Ajanthan, Torr (ICLR 2019), arXiv:1810.02340, and the authors' code [lee2019snip].
+    """
+    if policy == "weights":
+        return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
+    if policy != "snip":
+        raise ValueError(f'policy must be "snip" or "weights", got {policy!r}')
+    names = trees.path_names(params)
+    scaled = {name.rpartition("/")[0] for name in jax.tree.leaves(names) if name.rpartition("/")[2] == "scale"}
+    gated = lambda name: name.rpartition("/")[0] not in scaled and not _NORMALISATION.search(name)
+    return jax.tree.map(gated, names)
+
+
+def prune_masks(scores: PyTree, sparsity: float, *, scope: str = "global") -> PyTree:
+    r"""Keeps exactly $\kappa = \mathrm{round}(m\,(1 - s))$ of $m$ scores, the largest; ties go to the lower flat index.
+
+    Args:
+      scores: pytree of floating-point arrays, `None` where a parameter is never pruned. Any sharding; nothing is
+        sorted, see `jaxlib_methods.kernels.threshold`.
+      sparsity: share $s$ to remove, in [0, 1).
+      scope: "global" ranks all leaves jointly, "per_layer" keeps the same share of every leaf.
+
+    Returns:
+      A tree like `scores` of boolean masks, True where kept.
+
+    Raises:
+      ValueError: for a sparsity outside [0, 1), an unknown scope, and (outside a trace) NaN scores.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> prune_masks({"a": jnp.array([3.0, 2.0]), "b": jnp.array([2.0, 1.0])}, sparsity=0.5)
+      {'a': Array([ True,  True], dtype=bool), 'b': Array([False, False], dtype=bool)}
+
+    Source: Lee, Ajanthan, Torr (ICLR 2019), arXiv:1810.02340, Algorithm 1 [lee2019snip].
+    """
+    _check_sparsity(sparsity)
+    return threshold.keep_largest(scores, _kept(scores, 1 - sparsity, scope))
+
+
+def iterative_prune(
+    score_fn: Callable[[PyTree], PyTree],
+    params: PyTree,
+    sparsity: float,
+    *,
+    steps: int = 100,
+    schedule: str = "exponential",
+    scope: str = "global",
+) -> PyTree:
+    r"""Scores and cuts in turn, in one compiled loop; what is cut once stays cut.
+
+    After cut $t$ of $T$ the share kept is $(1 - s)^{t/T}$ ("exponential") or $1 - s\,t/T$ ("linear").
+
+    Args:
+      score_fn: `params -> scores`, called with the parameters masked so far; `None` where a parameter is never pruned.
+      params: pytree of arrays.
+      sparsity: share removed in the end, in [0, 1).
+      steps: number of cuts $T$; static.
+      schedule: "exponential" or "linear".
+      scope: as in `prune_masks`.
+
+    Returns:
+      A tree of boolean masks like the scores.
+
+    Raises:
+      ValueError: for a sparsity outside [0, 1), fewer than one step, an unknown schedule or scope.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"w": jnp.array([1.0, 4.0, 2.0, 3.0])}
+      >>> masks = iterative_prune(lambda p: jax.tree.map(jnp.abs, p), params, sparsity=0.5, steps=3)
+      >>> masks["w"].tolist()
+      [False, True, False, True]
+
+    Source: Tanaka, Kunin, Yamins, Ganguli (NeurIPS 2020), arXiv:2006.05467, Algorithm 1 [tanaka2020pruning].
+    """
+    _check_sparsity(sparsity)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if schedule not in ("exponential", "linear"):
+        raise ValueError(f'schedule must be "exponential" or "linear", got {schedule!r}')
+    progress = np.arange(1, steps + 1) / steps
+    shares = (1 - sparsity) ** progress if schedule == "exponential" else 1 - sparsity * progress
+
+    @jax.jit
+    def run(params: PyTree) -> PyTree:
+        shapes = jax.eval_shape(score_fn, params)
+        counts = jax.tree.map(lambda *kept: jnp.asarray(kept), *[_kept(shapes, share, scope) for share in shares])
+
+        def cut(t: jax.Array, masks: PyTree) -> PyTree:
+            scores = score_fn(apply_masks(params, masks))
+            scores = jax.tree.map(lambda s, mask: jnp.where(mask, s, jnp.full_like(s, -jnp.inf)), scores, masks)
+            return threshold.keep_largest(scores, jax.tree.map(lambda kept: kept[t], counts))
+
+        return jax.lax.fori_loop(0, steps, cut, jax.tree.map(lambda s: jnp.ones(s.shape, bool), shapes))
+
+    return run(params)
+
+
+def _kept(scores: PyTree, share: float, scope: str) -> PyTree:
+    """How many to keep: one integer, or a tree of one for each leaf."""
+    sizes = jax.tree.map(lambda s: math.prod(s.shape), scores)
+    if scope == "global":
+        return round(sum(jax.tree.leaves(sizes)) * float(share))
+    if scope == "per_layer":
+        return jax.tree.map(lambda size: round(size * float(share)), sizes)
+    raise ValueError(f'scope must be "global" or "per_layer", got {scope!r}')
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must lie in [0, 1), got {sparsity}; 0.98 removes 98 of 100 connections")

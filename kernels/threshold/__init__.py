@@ -1,0 +1,7 @@
+"""Exact selection of the largest scores of a pytree without a sort, on one device or on shards."""
+
+from jaxlib_methods.kernels.threshold.api import keep_largest as keep_largest
+from jaxlib_methods.kernels.threshold.arg_specs import ARG_SPECS as ARG_SPECS
+from jaxlib_methods.kernels.threshold.arg_specs import ArgSpec as ArgSpec
+
+__all__ = ["ARG_SPECS", "ArgSpec", "keep_largest"]
