@@ -36,7 +36,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,11 +82,13 @@ class Implementation:
       args: the arguments, or a callable without arguments that makes fresh ones before every call, outside the clock.
         What a jitted function donates is copied before every call without further ado.
       canonical: brings the result into the reference's form (a tree of arrays) before the error is measured.
+      module: what a peer is imported from, for its version; `peer` fills it in.
     """
 
     function: Callable[..., Any]
     args: tuple[Any, ...] | Callable[[], tuple[Any, ...]] = ()
     canonical: Callable[[Any], Any] = lambda output: output
+    module: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +165,7 @@ def peer(module: str, make: Callable[[Any], Implementation], *, extra: str = "pe
         imported = importlib.import_module(module)
     except (ImportError, AttributeError) as error:  # AttributeError: a peer that needs a name which JAX has removed
         return Skip(f"{module} cannot be imported ({error}); pip install '.[{extra}]' or {module} itself")
-    return make(imported)
+    return dataclasses.replace(make(imported), module=module)
 
 
 def measure(case: Case, options: Options, *, clock: Callable[[], float] = time.perf_counter) -> list[Record]:
@@ -199,6 +201,7 @@ def measure(case: Case, options: Options, *, clock: Callable[[], float] = time.p
     medians = {name: statistics.median(times) for name, times in samples.items()}
     bound_s, device = _ceiling(case)
     outputs = {p.name: p.output for p in prepared}
+    found = _peer_versions(i.module for i in case.implementations.values() if isinstance(i, Implementation))
     return [
         Record(
             benchmark=case.benchmark,
@@ -214,7 +217,7 @@ def measure(case: Case, options: Options, *, clock: Callable[[], float] = time.p
             fraction_of_ceiling=None if bound_s is None else bound_s * 1e3 / medians[p.name],
             error=None if case.reference is None else error(p.output, outputs[case.reference]),
             ratios={other: medians[other] / medians[p.name] for other in medians if other != p.name},
-            versions=versions(),
+            versions=versions() | found,
             device=device,
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
@@ -335,6 +338,14 @@ def versions() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         pass  # not a checkout, or no git: the packages' versions are what is known
     return found
+
+
+def _peer_versions(modules: Iterable[str | None]) -> dict[str, str]:
+    """Distribution -> version of the peers' modules; the standard library's and the checkout's own have none."""
+    packages = {module.partition(".")[0] for module in modules if module}
+    distributions = importlib.metadata.packages_distributions() if packages else {}
+    names = {name for package in packages for name in distributions.get(package, ())}
+    return {name: importlib.metadata.version(name) for name in sorted(names)}
 
 
 def describe_device() -> dict[str, Any]:

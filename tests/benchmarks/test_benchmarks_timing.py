@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.metadata
 import json
 
 import jax
@@ -173,8 +174,12 @@ def test_absent_peer_is_skipped_with_a_note(capsys):
     assert options.notes[0] in capsys.readouterr().err
 
 
-def test_peer_that_is_there_is_made():
-    assert peer("math", lambda math: Implementation(math.sqrt, (4.0,))).function(4.0) == 2.0
+def test_peer_that_is_there_is_measured_with_its_version():
+    scipy = peer("scipy.special", lambda special: Implementation(special.expit, (0.0,)))
+    ours = Implementation(lambda: 0.5)
+    for record in measure(Case("b", "c", {"ours": ours, "scipy": scipy}, reference="ours", seconds=0), Options()):
+        assert record.error == 0
+        assert record.versions["scipy"] == importlib.metadata.version("scipy")
 
 
 def test_reference_must_run_here():
