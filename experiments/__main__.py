@@ -33,7 +33,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _configure_jax() -> None:
     """What a whole program may decide and a library may not: where compiled programs are kept, and determinism."""
-    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    if "xla_gpu_deterministic_ops" not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     import jax
 
     from experiments.data import cache_folder
