@@ -16,17 +16,20 @@ from jaxlib_methods.message_passing._cost_volumes import birchfield_tomasi as bi
 from jaxlib_methods.message_passing._cost_volumes import denoising_unaries as denoising_unaries
 from jaxlib_methods.message_passing._cost_volumes import gradient_cues as gradient_cues
 from jaxlib_methods.message_passing._exact import ExactSolution as ExactSolution
-from jaxlib_methods.message_passing._exact import IRGCSolution as IRGCSolution
-from jaxlib_methods.message_passing._exact import IshikawaGraph as IshikawaGraph
-from jaxlib_methods.message_passing._exact import NonConvexPrior as NonConvexPrior
 from jaxlib_methods.message_passing._exact import chain_min_marginals as chain_min_marginals
 from jaxlib_methods.message_passing._exact import enumerate_energies as enumerate_energies
-from jaxlib_methods.message_passing._exact import ishikawa_graph as ishikawa_graph
-from jaxlib_methods.message_passing._exact import iteratively_reweighted_graph_cut as iteratively_reweighted_graph_cut
-from jaxlib_methods.message_passing._exact import non_convex_prior as non_convex_prior
 from jaxlib_methods.message_passing._exact import solve_by_enumeration as solve_by_enumeration
-from jaxlib_methods.message_passing._exact import solve_by_graph_cut as solve_by_graph_cut
 from jaxlib_methods.message_passing._exact import solve_chain as solve_chain
+from jaxlib_methods.message_passing._graph_cuts import GraphCutSolution as GraphCutSolution
+from jaxlib_methods.message_passing._graph_cuts import IshikawaGraph as IshikawaGraph
+from jaxlib_methods.message_passing._graph_cuts import NonConvexPrior as NonConvexPrior
+from jaxlib_methods.message_passing._graph_cuts import alpha_expansion as alpha_expansion
+from jaxlib_methods.message_passing._graph_cuts import ishikawa_graph as ishikawa_graph
+from jaxlib_methods.message_passing._graph_cuts import (
+    iteratively_reweighted_graph_cut as iteratively_reweighted_graph_cut,
+)
+from jaxlib_methods.message_passing._graph_cuts import non_convex_prior as non_convex_prior
+from jaxlib_methods.message_passing._graph_cuts import solve_by_graph_cut as solve_by_graph_cut
 from jaxlib_methods.message_passing._grid import DIRECTIONS as DIRECTIONS
 from jaxlib_methods.message_passing._grid import GridMRF as GridMRF
 from jaxlib_methods.message_passing._grid import both_directions as both_directions
@@ -49,12 +52,13 @@ from jaxlib_methods.message_passing._solvers import trwp as trwp
 __all__ = [
     "DIRECTIONS",
     "ExactSolution",
+    "GraphCutSolution",
     "GridMRF",
-    "IRGCSolution",
     "IshikawaGraph",
     "NonConvexPrior",
     "Pairwise",
     "Solution",
+    "alpha_expansion",
     "birchfield_tomasi",
     "both_directions",
     "cauchy",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlib_methods.message_passing import _exact as ex
+from jaxlib_methods.message_passing import _graph_cuts as cuts
 
 DISTANCE = np.abs(np.subtract.outer(np.arange(4), np.arange(4))).astype(float)
 CONVEX = {
@@ -101,7 +102,7 @@ def test_chain_of_the_specification():
 def test_graph_cut_equals_enumeration_for_every_convex_cost(maxflow, name, height, width):
     for seed in range(4):
         unaries, weights = _instance(seed, height, width)
-        solution = ex.solve_by_graph_cut(unaries - 5, CONVEX[name], **weights)  # negative unaries too
+        solution = cuts.solve_by_graph_cut(unaries - 5, CONVEX[name], **weights)  # negative unaries too
         best = ex.solve_by_enumeration(unaries - 5, CONVEX[name], **weights)
         assert solution.energy == pytest.approx(best.energy, abs=1e-9)
 
@@ -110,8 +111,8 @@ def test_graph_cut_equals_enumeration_for_every_convex_cost(maxflow, name, heigh
 def test_maximum_flow_is_the_minimum_energy_and_a_cut_the_energy_of_its_labelling(maxflow, name):
     unaries, weights = _instance(7, 2, 3)
     table = CONVEX[name]
-    graph = ex.ishikawa_graph(unaries, table, **weights)
-    flow, _ = ex._minimum_cut(graph, 6)
+    graph = cuts.ishikawa_graph(unaries, table, **weights)
+    flow, _ = cuts._minimum_cut(graph, 6)
     assert flow == pytest.approx(ex.solve_by_enumeration(unaries, table, **weights).energy)
     rng = np.random.default_rng(0)
     for labels in rng.integers(0, 4, (20, 2, 3)):
@@ -123,15 +124,15 @@ def test_maximum_flow_is_the_minimum_energy_and_a_cut_the_energy_of_its_labellin
 
 def test_two_pixels_of_the_specification(maxflow):
     unaries, table = [[[0, 4, 9], [9, 4, 0]]], [[0, 2, 8], [2, 0, 2], [8, 2, 0]]
-    graph = ex.ishikawa_graph(unaries, table)
+    graph = cuts.ishikawa_graph(unaries, table)
     capacity = dict(zip(zip(graph.tails.tolist(), graph.heads.tolist(), strict=True), graph.capacities, strict=True))
     first, second = (0, 1), (2, 3)  # u_{i:1}, u_{i:2} of either pixel
     for a, b in ((first, second), (second, first)):
         assert [capacity[a[0], b[0]], capacity[a[1], b[1]], capacity[a[1], b[0]]] == [2, 2, 4]
         assert (a[0], b[1]) not in capacity
     assert graph.constant == 0
-    assert ex._minimum_cut(graph, 2)[0] == 6
-    solution = ex.solve_by_graph_cut(unaries, table)
+    assert cuts._minimum_cut(graph, 2)[0] == 6
+    solution = cuts.solve_by_graph_cut(unaries, table)
     assert solution.energy == 6
     assert solution.labels.tolist() in ([[0, 1]], [[1, 2]])
 
@@ -140,11 +141,11 @@ def test_toy_instance_is_solved_to_446(maxflow, toy):
     unaries, weights = toy
     distance = np.abs(np.subtract.outer(np.arange(5), np.arange(5)))
     for table in (distance, distance**2):
-        solution = ex.solve_by_graph_cut(unaries, table, **weights)
+        solution = cuts.solve_by_graph_cut(unaries, table, **weights)
         assert solution.energy == 446
         assert np.bincount(solution.labels.ravel(), minlength=5).tolist() == [22, 65, 13, 0, 0]
-    prior = ex.non_convex_prior("truncated_quadratic", 5, truncation=2)
-    solution = ex.iteratively_reweighted_graph_cut(unaries, prior, **weights)
+    prior = cuts.non_convex_prior("truncated_quadratic", 5, truncation=2)
+    solution = cuts.iteratively_reweighted_graph_cut(unaries, prior, **weights)
     assert solution.energies == [472, 446, 446]
     assert solution.energy == 446
     assert np.bincount(solution.labels.ravel(), minlength=5).tolist() == [22, 65, 13, 0, 0]
@@ -153,11 +154,11 @@ def test_toy_instance_is_solved_to_446(maxflow, toy):
 @pytest.mark.parametrize("truncation", [1, 2, 3])
 @pytest.mark.parametrize("name", ["truncated_linear", "truncated_quadratic", "cauchy"])
 def test_irgc_never_increases_the_energy_and_never_beats_enumeration(maxflow, name, truncation):
-    prior = ex.non_convex_prior(name, 4, truncation=truncation)
+    prior = cuts.non_convex_prior(name, 4, truncation=truncation)
     table = prior.cost[DISTANCE.astype(int)]
     for seed in range(4):
         unaries, weights = _instance(seed, 3, 3)
-        solution = ex.iteratively_reweighted_graph_cut(unaries, prior, **weights)
+        solution = cuts.iteratively_reweighted_graph_cut(unaries, prior, **weights)
         assert (np.diff(solution.energies) <= 1e-9).all()
         assert solution.energy == pytest.approx(_plain_energy(unaries, table, solution.labels, **weights))
         assert solution.energy >= ex.solve_by_enumeration(unaries, table, **weights).energy - 1e-9
@@ -166,7 +167,7 @@ def test_irgc_never_increases_the_energy_and_never_beats_enumeration(maxflow, na
 @pytest.mark.parametrize("truncation", [1, 2, 3, 5])
 @pytest.mark.parametrize("name", ["truncated_linear", "truncated_quadratic", "cauchy"])
 def test_irgc_weights_are_supergradients_and_the_convex_part_is_convex(name, truncation):
-    prior = ex.non_convex_prior(name, 9, truncation=truncation)
+    prior = cuts.non_convex_prior(name, 9, truncation=truncation)
     assert (np.diff(prior.convex, 2) >= -1e-12).all()
     majorant = prior.cost[:, None] + prior.weight[:, None] * (prior.convex[None] - prior.convex[:, None])
     assert (majorant >= prior.cost[None] - 1e-12).all()
@@ -174,20 +175,54 @@ def test_irgc_weights_are_supergradients_and_the_convex_part_is_convex(name, tru
 
 def test_irgc_on_a_cost_that_is_not_truncated_is_the_global_optimum(maxflow):
     unaries, weights = _instance(3, 3, 3)
-    prior = ex.non_convex_prior("truncated_linear", 4, truncation=4)
-    solution = ex.iteratively_reweighted_graph_cut(unaries, prior, **weights)
+    prior = cuts.non_convex_prior("truncated_linear", 4, truncation=4)
+    solution = cuts.iteratively_reweighted_graph_cut(unaries, prior, **weights)
     assert (prior.weight == 1).all()
     assert solution.energies[1] == ex.solve_by_enumeration(unaries, DISTANCE, **weights).energy == solution.energy
+
+
+METRICS = {"Potts": np.minimum(DISTANCE, 1), "truncated linear": np.minimum(DISTANCE, 2), "linear": DISTANCE}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_alpha_expansion_keeps_its_guarantee(maxflow, name):
+    table = METRICS[name]
+    for seed in range(5):
+        unaries, weights = _instance(seed, 3, 3)
+        solution = cuts.alpha_expansion(unaries, table, **weights)
+        best = ex.solve_by_enumeration(unaries, table, **weights).energy
+        assert (np.diff(solution.energies) <= 0).all()
+        assert best <= solution.energy <= 2 * table.max() / table[table > 0].min() * best
+        assert solution.energy == pytest.approx(_plain_energy(unaries, table, solution.labels, **weights))
+        # No expansion of any set of pixels lowers the energy: all 2^9 sets, all labels.
+        energies = ex.enumerate_energies(unaries, table, **weights)
+        sets = np.array(list(itertools.product([False, True], repeat=9)))
+        for alpha in range(4):
+            moved = np.where(sets, alpha, solution.labels.ravel())
+            assert energies[tuple(moved.T)].min() >= solution.energy - 1e-9
+
+
+def test_alpha_expansion_is_exact_for_two_labels_and_starts_where_asked(maxflow):
+    for seed in range(5):
+        unaries, weights = _instance(seed, 3, 3, 2)
+        best = ex.solve_by_enumeration(unaries, 1 - np.eye(2), **weights)
+        solution = cuts.alpha_expansion(unaries, 1 - np.eye(2), labels=np.ones((3, 3), int), **weights)
+        assert solution.energy == best.energy
+        assert solution.energies[0] == unaries[..., 1].sum()
+    with pytest.raises(ValueError, match="V is not a metric"):
+        cuts.alpha_expansion(np.zeros((2, 2, 4)), DISTANCE**2)
+    with pytest.raises(ValueError, match=r"labels must be \(2, 2\)"):
+        cuts.alpha_expansion(np.zeros((2, 2, 4)), DISTANCE, labels=np.zeros((3, 2), int))
 
 
 def test_graph_cut_refuses_what_is_not_submodular():
     unaries = np.zeros((2, 2, 3))
     with pytest.raises(ValueError, match=r"V is not submodular: .* iteratively_reweighted_graph_cut"):
-        ex.ishikawa_graph(unaries, 1.0 - np.eye(3))  # Potts with three labels
+        cuts.ishikawa_graph(unaries, 1.0 - np.eye(3))  # Potts with three labels
     with pytest.raises(ValueError, match="weights must be non-negative, got -1"):
-        ex.ishikawa_graph(unaries, DISTANCE[:3, :3], horizontal=[[-1], [0]])
+        cuts.ishikawa_graph(unaries, DISTANCE[:3, :3], horizontal=[[-1], [0]])
     with pytest.raises(ValueError, match="at least two labels"):
-        ex.ishikawa_graph(np.zeros((2, 2, 1)), [[0.0]])
+        cuts.ishikawa_graph(np.zeros((2, 2, 1)), [[0.0]])
 
 
 @pytest.mark.parametrize(
@@ -210,11 +245,14 @@ def test_graph_cut_refuses_what_is_not_submodular():
             lambda: ex.solve_chain(np.zeros((3, 2)), np.zeros((2, 2)), weights=[1.0]),
             "weights of a chain must be",
         ),
-        (lambda: ex.non_convex_prior("potts", 3, truncation=1), "name must be .* got 'potts'"),
-        (lambda: ex.non_convex_prior("truncated_linear", 3, truncation=1.5), "truncation must be positive, and whole"),
+        (lambda: cuts.non_convex_prior("potts", 3, truncation=1), "name must be .* got 'potts'"),
         (
-            lambda: ex.iteratively_reweighted_graph_cut(
-                np.zeros((1, 2, 3)), ex.non_convex_prior("cauchy", 4, truncation=2.5)
+            lambda: cuts.non_convex_prior("truncated_linear", 3, truncation=1.5),
+            "truncation must be positive, and whole",
+        ),
+        (
+            lambda: cuts.iteratively_reweighted_graph_cut(
+                np.zeros((1, 2, 3)), cuts.non_convex_prior("cauchy", 4, truncation=2.5)
             ),
             "the prior is for 4 labels, the unaries have 3",
         ),
@@ -228,4 +266,4 @@ def test_bad_arguments_are_named(call, message):
 def test_without_pymaxflow_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "maxflow", None)
     with pytest.raises(ImportError, match="pip install PyMaxflow"):
-        ex.solve_by_graph_cut(np.zeros((1, 2, 2)), np.zeros((2, 2)))
+        cuts.solve_by_graph_cut(np.zeros((1, 2, 2)), np.zeros((2, 2)))
