@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxlib_methods import pruning
 from jaxlib_methods.optimizers import agd, scale_by_agd
+
+
+def half_masks(params: Any) -> Any:
+    """Every other entry of every leaf."""
+    return jax.tree.map(lambda p: jnp.arange(p.size).reshape(p.shape) % 2 == 0, params)
 
 
 def default_example(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
@@ -54,6 +60,8 @@ def two_kernels(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
 
 WEIGHTS_ONLY = dict.fromkeys(("parabola", "rosenbrock", "mixed_ranks"), "AGD refuses vectors and scalars")
 
+HALF_PRUNED = {"rosenbrock": "its minimum needs the entry that is pruned"}
+
 ENTRIES: list[Entry] = [
     # optax's own, as controls of the battery itself
     Entry("optax.sgd", optax.sgd, {"learning_rate": 1e-3, "momentum": 0.9}),
@@ -81,4 +89,31 @@ ENTRIES: list[Entry] = [
         opt_outs=WEIGHTS_ONLY,
     ),
     Entry("agd", agd, {"gain": 0.3}, example=two_kernels, opt_outs=WEIGHTS_ONLY),
+    Entry(
+        "pruned",
+        pruning.pruned,
+        {"inner": optax.sgd(1e-3, momentum=0.9)},
+        for_params=lambda params: {"masks": half_masks(params)},
+        constrain=lambda params: pruning.apply_masks(params, half_masks(params)),
+        static_args=("inner", "masks"),
+        opt_outs=HALF_PRUNED,
+    ),
+    Entry(
+        "pruned, packed",
+        pruning.pruned,
+        {"inner": optax.sgd(1e-3, momentum=0.9), "packed": True},
+        for_params=lambda params: {"masks": half_masks(params)},
+        constrain=lambda params: pruning.apply_masks(params, half_masks(params)),
+        static_args=("inner", "masks", "packed"),
+        opt_outs=HALF_PRUNED,
+    ),
+    Entry(
+        "mask_updates",
+        pruning.mask_updates,
+        as_optimizer=lambda link: optax.chain(optax.sgd(1e-3, momentum=0.9), link),
+        for_params=lambda params: {"masks": half_masks(params)},
+        constrain=lambda params: pruning.apply_masks(params, half_masks(params)),
+        static_args=("masks",),
+        opt_outs=HALF_PRUNED,
+    ),
 ]

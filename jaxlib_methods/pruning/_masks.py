@@ -267,8 +267,15 @@ def _is_none(node: Any) -> bool:
 
 
 def _where(masks: PyTree, values: PyTree) -> PyTree:
-    keep = lambda mask, value: value if mask is None else jnp.where(mask, value, jnp.zeros_like(value))
+    keep = lambda mask, value: (
+        value if mask is None else jnp.where(_sharded_like(mask, value), value, jnp.zeros_like(value))
+    )
     return jax.tree.map(keep, masks, values, is_leaf=_is_none)
+
+
+def _sharded_like(mask: jax.Array, value: jax.Array) -> jax.Array:
+    """On a mesh with explicit axes the mask takes the value's sharding; elsewhere XLA removes the operation."""
+    return jnp.logical_and(mask, jnp.ones_like(value, dtype=bool))
 
 
 def _unpacked(masks: PyTree, like: PyTree, packed: bool) -> PyTree:
@@ -277,11 +284,13 @@ def _unpacked(masks: PyTree, like: PyTree, packed: bool) -> PyTree:
 
 def _initial_masks(masks: PyTree | Callable[[PyTree], PyTree], params: PyTree, packed: bool) -> PyTree:
     if not jax.tree.leaves(params):  # optax.tree_utils.tree_map_params asks which parts of a state are like params
-        return params
+        return pack_masks(masks) if packed and not callable(masks) else params
     masks = masks(params) if callable(masks) else masks
     _check_masks(masks, params)
-    masks = jax.tree.map(jnp.asarray, masks)
-    return pack_masks(masks) if packed else masks
+    if packed:
+        return pack_masks(masks)
+    place = lambda mask, param: None if mask is None else _sharded_like(jnp.asarray(mask), param)
+    return jax.tree.map(place, masks, params, is_leaf=_is_none)
 
 
 def _check_masks(masks: PyTree, params: PyTree) -> None:
