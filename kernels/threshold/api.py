@@ -137,12 +137,10 @@ def _axes(scores: PyTree, leaves: list[jax.Array], specs: PyTree | None) -> tupl
     if specs is None:
         return tuple(((),) * leaf.ndim for leaf in leaves)
     is_spec = lambda node: isinstance(node, PartitionSpec)
-    per_leaf: list[PartitionSpec] = []
-    jax.tree.map(
-        lambda s, subtree: per_leaf.extend([s] * len(jax.tree.leaves(subtree))), specs, scores, is_leaf=is_spec
-    )
-    if not all(map(is_spec, per_leaf)) or len(per_leaf) != len(leaves):
-        raise ValueError(f"specs must be a PartitionSpec or a tree of them that is a prefix of scores, got {specs}")
+    try:
+        per_leaf = jax.tree.leaves(jax.tree.broadcast(specs, scores, is_leaf=is_spec), is_leaf=is_spec)
+    except ValueError as error:
+        raise ValueError(f"specs must be one PartitionSpec or a tree of them, a prefix of scores: {error}") from error
     axes = []
     for spec, leaf in zip(per_leaf, leaves, strict=True):
         entries = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]

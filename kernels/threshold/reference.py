@@ -49,7 +49,7 @@ class Leaves:
         for row, group, axes in zip(rows, self.groups, self.axes, strict=True):
             names = tuple(sorted({name for per_dimension in axes for name in per_dimension}))
             by_axes.setdefault(names, [[] for _ in range(self.num_groups)])[group].append(row)
-        neutral = jnp.full_like(rows[0], start)
+        neutral = jnp.full(rows[0].shape, start, rows[0].dtype)  # not full_like, which would vary over mesh axes
         totals = []
         for names, members in by_axes.items():
             total = jnp.stack([_fold(combine, [neutral, *group]) for group in members])
