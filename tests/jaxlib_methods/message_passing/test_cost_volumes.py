@@ -106,3 +106,14 @@ def test_denoising_unaries_without_a_mask_observe_every_pixel():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_gradient_cues_are_dear_where_the_colours_are_alike():
+    image = np.random.default_rng(0).integers(0, 40, (5, 6, 3), dtype=np.uint8)
+    right, down = (np.asarray(w) for w in cv.gradient_cues(image, threshold=10, penalty=3))
+    for y in range(5):
+        for x in range(6):
+            for weights, y0, x0 in ((right, y, x - 1), (down, y - 1, x)):
+                if min(y0, x0) >= 0:
+                    rms = np.sqrt(np.mean((image[y, x].astype(float) - image[y0, x0]) ** 2))
+                    assert weights[y, x] == (3 if rms < 10 else 1)
