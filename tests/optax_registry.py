@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from jaxlib_methods import pruning
+from jaxlib_methods.normalization import orthogonal_retraction
 from jaxlib_methods.optimizers import agd, scale_by_agd
 
 
@@ -58,6 +59,16 @@ def two_kernels(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
     return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in [("first", (8, 4)), ("second", (4, 8))]}
 
 
+def orthonormal(params: Any) -> Any:
+    """Every matrix by its polar factor."""
+
+    def nearest(leaf: jax.Array) -> jax.Array:
+        Q, _, Vt = np.linalg.svd(np.asarray(leaf, np.float64), full_matrices=False)
+        return jnp.asarray(Q @ Vt, leaf.dtype)
+
+    return jax.tree.map(lambda leaf: nearest(leaf) if leaf.ndim >= 2 else leaf, params)
+
+
 WEIGHTS_ONLY = dict.fromkeys(("parabola", "rosenbrock", "mixed_ranks"), "AGD refuses vectors and scalars")
 
 HALF_PRUNED = {"rosenbrock": "its minimum needs the entry that is pruned"}
@@ -89,6 +100,15 @@ ENTRIES: list[Entry] = [
         opt_outs=WEIGHTS_ONLY,
     ),
     Entry("agd", agd, {"gain": 0.3}, example=two_kernels, opt_outs=WEIGHTS_ONLY),
+    Entry(
+        "orthogonal_retraction",
+        orthogonal_retraction,
+        {"inner": optax.sgd(1e-3, momentum=0.9)},
+        example=lambda dtype=jnp.float32: orthonormal(default_example(dtype)),
+        static_args=("inner", "method"),
+        constrain=orthonormal,
+        opt_outs={"mixed_ranks": "its target is a reflection, and no path on the manifold leads there from a rotation"},
+    ),
     Entry(
         "pruned",
         pruning.pruned,
