@@ -110,7 +110,7 @@ def _doubling(
     a: jax.Array, p: jax.Array | None, truncation: int, scale: Any, lanes: Lanes
 ) -> tuple[jax.Array, jax.Array | None]:
     """Truncated linear up to distance 2^K - 1 >= T - 1; farther labels pay the floor."""
-    for k in range(math.ceil(math.log2(truncation))):
+    for k in range(math.ceil(math.log2(min(truncation, a.shape[0])))):
         cost = lanes.spread(scale * jnp.float32(2**k))
         values = lanes.shifts(a)
         candidates = [values(offset, jnp.inf) + cost for offset in (2**k, -(2**k))]
@@ -159,11 +159,12 @@ def route(
 ) -> jax.Array:
     """sum over lam with P(lam) = mu of v(lam), by shifts; what is farther took the floor, whose sender is one label."""
     zero = jnp.zeros_like(v)
-    offset = p - label
-    routed = jnp.where(offset == 0, v, zero)
+    routed = jnp.where(p == label, v, zero)
+    values, senders = (lanes.shifts(v), lanes.shifts(p)) if radius else (None, None)
     for d in range(1, radius + 1):
-        for sign in (-1, 1):
-            routed += lanes.shifts(jnp.where(offset == sign * d, v, zero))(sign * d, 0.0)
+        for offset in (-d, d):
+            routed += jnp.where(senders(offset, p.shape[0]) == label, values(offset, 0.0), zero)
+    offset = p - label
     near = (offset >= -radius) & (offset <= radius)
     if semimetric:
         sender = q  # the floor's sender is argmin a, stored as Q

@@ -1,0 +1,196 @@
+"""The GPU kernel: equal to the reference in the interpreter, lowering for an H200, and what it says it cannot do.
+
+Nothing here ran on a GPU: the interpreter checks numbers and the order of copies, `jax.export` checks that the program
+lowers to Mosaic within the shared memory of a block. Neither compiles it for the device.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlib_methods import _compat
+from jaxlib_methods.kernels import scanline
+from jaxlib_methods.kernels.scanline import Pairwise, arg_specs
+from tests.kernels.scanline.scanline_cases import (
+    PAIRWISE,
+    assert_same_backward,
+    assert_same_sweep,
+    backward_problem,
+    problem,
+)
+
+pallas_gpu = pytest.importorskip("jaxlib_methods.kernels.scanline.pallas_gpu")
+needs_mosaic = pytest.mark.skipif(_compat.MOSAIC_GPU_MISSING is not None, reason=str(_compat.MOSAIC_GPU_MISSING))
+
+# (reverse, opposite, weighted, lanes per line): every path in registers, shifts and table loops across lanes as well
+RUNS = {
+    "potts": (False, True, True, 1),
+    "linear_window": (True, True, True, 1),
+    "linear_doubling": (False, False, False, 1),
+    "linear_general": (True, True, False, 1),
+    "window": (False, True, True, 2),
+    "window_learned": (True, False, True, 1),
+    "wide": (False, True, False, 1),
+    "table": (True, True, False, 1),
+}
+ACROSS_LANES = {
+    "potts": (True, True, False, 4),
+    "linear_doubling": (True, True, True, 4),
+    "window": (False, False, False, 4),
+    "table": (False, True, True, 4),
+}
+CASES = [(name, *run) for runs in (RUNS, ACROSS_LANES) for name, run in runs.items()]
+LINES = 40  # one block of 128 or 64 padded lines, two of 32: the interpreter takes its time for each
+IDS = [f"{name}-{lanes}lanes" for name, *_, lanes in CASES]
+
+
+def interpreted(**options):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams(**options)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("name", "reverse", "opposite", "weighted", "lanes"), CASES, ids=IDS)
+def test_interpreted_sweep_equals_the_reference_bit_for_bit(name, reverse, opposite, weighted, lanes):
+    arguments, static, expected = problem(name, reverse=reverse, opposite=opposite, weighted=weighted, lines=LINES)
+    options = {"config": pallas_gpu.Config(lanes, slots=3), "interpret": interpreted(), "with_indices": True}
+    found = jax.jit(functools.partial(pallas_gpu.sweep, **options, **static))(*arguments)
+    assert_same_sweep(found, expected, reverse)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("name", "reverse", "opposite", "weighted", "lanes"), CASES, ids=IDS)
+def test_interpreted_backward_equals_the_reference_bit_for_bit(name, reverse, opposite, weighted, lanes):
+    arguments, static, expected = backward_problem(
+        name, reverse=reverse, opposite=opposite, weighted=weighted, lines=LINES
+    )
+    options = {"config": pallas_gpu.Config(lanes, slots=2), "interpret": interpreted()}
+    found = jax.jit(functools.partial(pallas_gpu.sweep_backward, **options, **static))(*arguments)
+    assert_same_backward(found, expected)
+
+
+@needs_mosaic
+def test_messages_do_not_depend_on_whether_indices_are_wanted():
+    arguments, static, expected = problem(
+        "linear_doubling", reverse=False, opposite=False, weighted=False
+    )  # two blocks
+    found = jax.jit(functools.partial(pallas_gpu.sweep, interpret=interpreted(), **static))(*arguments)
+    assert_same_sweep((found,), expected[:1], False)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_no_copy_overtakes_a_read_whatever_the_length_of_the_ring(slots):
+    # 16 slots are more than the line has positions. The interpreter raises on a race and fills fresh memory with NaN.
+    arguments, static, expected = problem("potts", reverse=True, opposite=True, weighted=True, lines=LINES)
+    options = {"config": pallas_gpu.Config(1, slots), "interpret": interpreted(detect_races=True)}
+    found = jax.jit(functools.partial(pallas_gpu.sweep, with_indices=True, **options, **static))(*arguments)
+    assert_same_sweep(found, expected, True)
+
+
+def export_for_h200(function, *arguments):
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    unstable = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[unstable])(*arguments)
+    return exported.mlir_module()
+
+
+@needs_mosaic
+@pytest.mark.parametrize("spec", arg_specs.SPECS, ids=lambda spec: spec.name)
+def test_sweeps_of_named_workloads_lower_for_an_h200(spec):
+    positions, _, lines = shape = spec.shape(batch=2)
+    costs = jax.ShapeDtypeStruct(shape, jnp.float32)
+    weights = jax.ShapeDtypeStruct((positions, lines), jnp.float32)
+    forward = functools.partial(scanline.sweep, rho=0.5, with_indices=True, implementation="pallas_gpu")
+    text = export_for_h200(forward, costs, costs, spec.pairwise, weights)
+    assert "custom_call @mosaic_gpu_v2" in text
+
+
+@needs_mosaic
+@pytest.mark.parametrize("spec", arg_specs.SPECS, ids=lambda spec: spec.name)
+def test_backwards_of_named_workloads_lower_for_an_h200(spec):
+    positions, _, lines = shape = spec.shape(vertical=True)
+    costs, p = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.uint8)
+    q = jax.ShapeDtypeStruct((positions, lines), jnp.uint8)
+    backward = functools.partial(scanline.sweep_backward, rho=0.5, reverse=True, implementation="pallas_gpu")
+    text = export_for_h200(backward, costs, costs, p, q, spec.pairwise)
+    assert "custom_call @mosaic_gpu_v2" in text
+
+
+@needs_mosaic
+def test_the_budget_is_the_compilers():
+    # One slot more than `choose` grants is refused by the compiler too, or leaves less than its reserve.
+    spec = arg_specs.BY_NAME["house"]
+    costs = jax.ShapeDtypeStruct((9, 256, 256), jnp.float32)
+    config = pallas_gpu.Config(4, 3)
+    assert pallas_gpu.smem_bytes(256, config, spec.pairwise) > pallas_gpu.SMEM_BUDGET
+    with pytest.raises(ValueError, match="shared memory"):
+        export_for_h200(functools.partial(pallas_gpu.sweep, rho=0.5, config=config), costs, costs, spec.pairwise)
+
+
+def test_lanes_grow_with_the_labels_and_the_ring_fits_the_shared_memory():
+    chosen = {spec.name: pallas_gpu.choose(spec.num_labels, spec.pairwise) for spec in arg_specs.SPECS}
+    assert {name: config.lanes for name, config in chosen.items()} == {
+        "tsukuba": 1,
+        "map": 1,
+        "venus": 1,
+        "teddy": 2,
+        "kitti": 4,
+        "penguin": 8,
+        "house": 8,
+    }
+    for spec in arg_specs.SPECS:
+        config = chosen[spec.name]
+        assert spec.num_labels // config.lanes <= pallas_gpu.LABELS_PER_LANE
+        assert pallas_gpu.MIN_SLOTS <= config.slots <= pallas_gpu.MAX_SLOTS
+        for backward in (False, True):
+            assert pallas_gpu.smem_bytes(spec.num_labels, config, spec.pairwise, backward=backward) <= (
+                pallas_gpu.SMEM_BUDGET
+            )
+
+
+def test_shared_memory_by_hand():
+    # 2 slots of u, q (16 labels, 128 lines) and a row of weights; 2 stages of m, P and Q; no shifts for Potts.
+    block = 16 * 128
+    expected = 2 * (2 * 4 * block + 4 * 128) + 2 * (4 * block + block + 128)
+    assert pallas_gpu.smem_bytes(16, pallas_gpu.Config(1, 2), PAIRWISE["potts"]) == expected
+    # Across lanes a window of radius 2 is read from 16 + 2 * 2 rows of 32 lines.
+    narrow = pallas_gpu.Config(4, 2)
+    extra = pallas_gpu.smem_bytes(16, narrow, PAIRWISE["linear_window"]) - pallas_gpu.smem_bytes(
+        16, narrow, PAIRWISE["potts"]
+    )
+    assert extra == 4 * 32 * 20
+
+
+@needs_mosaic
+def test_can_use_names_what_is_in_the_way():
+    potts, shape = PAIRWISE["potts"], (384, 16, 288)
+    assert pallas_gpu.can_use(shape, jnp.float32, potts) is None
+    assert "float32, got float64" in pallas_gpu.can_use(shape, jnp.float64, potts)
+    assert "step (1, 0), got (2, 1)" in pallas_gpu.can_use(shape, jnp.float32, potts, step=(2, 1))
+    assert "at most 256 labels, got 300" in pallas_gpu.can_use((384, 300, 288), jnp.float32, potts)
+    assert "67 labels fit no register layout" in pallas_gpu.can_use((384, 67, 288), jnp.float32, potts)
+
+
+def test_an_old_jax_is_told_so(monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "MOSAIC_GPU_MISSING", "Mosaic GPU kernels need JAX 0.11 or newer, got 0.10.2")
+    assert "need JAX 0.11" in pallas_gpu.can_use((3, 2, 4), jnp.float32, PAIRWISE["potts"])
+    u = jnp.zeros((3, 2, 4), jnp.float32)
+    with pytest.raises(NotImplementedError, match=r"need JAX 0\.11 or newer"):
+        scanline.sweep(u, None, PAIRWISE["potts"], rho=1.0, implementation="pallas_gpu")
+    index = jnp.zeros(u.shape, jnp.uint8)
+    with pytest.raises(NotImplementedError, match=r"need JAX 0\.11 or newer"):
+        scanline.sweep_backward(u, None, index, index[:, 0], PAIRWISE["potts"], rho=1.0, implementation="pallas_gpu")
+
+
+@needs_mosaic
+def test_kernels_carry_their_names():
+    u = jax.ShapeDtypeStruct((4, 8, 128), jnp.float32)
+    pairwise = Pairwise("potts", np.float32(1), semimetric=True)
+    text = str(jax.make_jaxpr(functools.partial(pallas_gpu.sweep, rho=1.0))(u, None, pairwise))
+    assert "scanline_sweep" in text
