@@ -1,9 +1,12 @@
 """The named workloads, and the arithmetic and traffic that the cost models assign to them."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlib_methods.kernels.scanline import Pairwise, cost, cost_estimate, dense
+from jaxlib_methods.kernels import scanline
+from jaxlib_methods.kernels.scanline import Pairwise, api, cost, cost_estimate, dense
 from jaxlib_methods.kernels.scanline.arg_specs import BY_NAME, SPECS, padding
 
 
@@ -77,3 +80,34 @@ def test_backward_arithmetic_grows_with_the_shifts_of_the_routing(name, shifts):
     flops = cost.backward_cost_estimate(*spec.shape(), spec.pairwise).flops
     loop = 0 if name == "house" else 3
     assert flops == spec.entries * (7 + 2 * shifts + loop)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu", "cpu"])
+def test_none_means_the_program_that_was_measured(platform, monkeypatch):
+    # No kernel has been timed on its device: a caller who names none gets XLA everywhere.
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    run = lambda u: scanline.sweep(u, None, Pairwise("potts", jnp.float32(1), semimetric=True), rho=1.0)
+    assert "pallas" not in str(jax.make_jaxpr(run)(jnp.zeros((3, 4, 5), jnp.float32)))
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_one_table_puts_a_measured_kernel_first_and_what_it_refuses_goes_to_xla(platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setitem(api._PREFERENCE, platform, (f"pallas_{platform}", "xla"))
+    run = lambda u, step: scanline.sweep(
+        u, None, Pairwise("potts", jnp.float32(1), semimetric=True), rho=1.0, step=step
+    )
+    if platform == "tpu":
+        text = str(jax.make_jaxpr(lambda u: run(u, (1, 0)))(jnp.zeros((3, 4, 5), jnp.float32)))
+        assert "scanline_sweep" in text
+    text = str(jax.make_jaxpr(lambda u: run(u, (1, 1)))(jnp.zeros((3, 4, 5), jnp.float32)))
+    assert "scanline_sweep" not in text
+
+
+def test_if_nothing_works_every_reason_is_told(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setitem(api._PREFERENCE, "tpu", ("pallas_tpu", "pallas_gpu"))
+    u = jnp.zeros((3, 4, 5), jnp.float32)
+    with pytest.raises(ExceptionGroup) as caught:
+        scanline.sweep(u, None, Pairwise("potts", jnp.float32(1), semimetric=True), rho=1.0, step=(1, 1))
+    assert [str(reason).split(":")[0] for reason in caught.value.exceptions] == ["pallas_tpu", "pallas_gpu"]
