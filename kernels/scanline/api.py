@@ -27,8 +27,8 @@ from jaxlib_methods.kernels.scanline.pairwise import Pairwise
 
 IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
 _MODULE = {"xla": "reference", "pallas_gpu": "pallas_gpu", "pallas_tpu": "pallas_tpu"}
-# What None means, in order of preference, by platform. The plain `jax.numpy` program always works and so stands last. No
-# kernel has been timed on its device yet, so none stands before it: whoever measures one ahead of it
+# What None means, in order of preference, by platform. The plain `jax.numpy` program always works and so stands last.
+# No kernel has been timed on its device yet, so none stands before it: whoever measures one ahead of it
 # (`python -m benchmarks run scanline`) changes this table and nothing else.
 _PREFERENCE = {"gpu": ("xla",), "tpu": ("xla",), "cpu": ("xla",)}
 MAX_LABELS = 65535

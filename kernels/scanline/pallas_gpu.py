@@ -142,6 +142,20 @@ def can_use(shape: tuple[int, ...], dtype: Any, pairwise: Pairwise, *, step: tup
     return config if isinstance(config, str) else None
 
 
+def device_reason() -> str | None:
+    """Why the GPU at hand is not for this kernel; None if it is, or if there is none (to lower for another machine).
+
+    Source: this library.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    device = jax.devices()[0]
+    capability = str(device.compute_capability)
+    if capability.startswith("9."):
+        return None
+    return f"the GPU kernel is written for Hopper (compute capability 9), got {device.device_kind} with {capability}"
+
+
 def sweep(
     u: jax.Array,
     opposite: jax.Array | None,
@@ -164,7 +178,7 @@ def sweep(
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
     del images, out  # lines never meet at step (1, 0); XLA places the result
-    _require(can_use(u.shape, u.dtype, pairwise, step=step))
+    _require(can_use(u.shape, u.dtype, pairwise, step=step) or device_reason())
     _, num_labels, lines = u.shape
     config = choose(num_labels, pairwise) if config is None else config
     padded = _pad_lines(lines, config)
@@ -249,7 +263,7 @@ def sweep_backward(
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
     del images, out
-    _require(can_use(dm.shape, dm.dtype, pairwise, step=step))
+    _require(can_use(dm.shape, dm.dtype, pairwise, step=step) or device_reason())
     _, num_labels, lines = dm.shape
     config = choose(num_labels, pairwise) if config is None else config
     if rho == 1.0:

@@ -5,6 +5,7 @@ lowers to Mosaic within the shared memory of a block. Neither compiles it for th
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +176,20 @@ def test_can_use_names_what_is_in_the_way():
     assert "step (1, 0), got (2, 1)" in pallas_gpu.can_use(shape, jnp.float32, potts, step=(2, 1))
     assert "at most 256 labels, got 300" in pallas_gpu.can_use((384, 300, 288), jnp.float32, potts)
     assert "67 labels fit no register layout" in pallas_gpu.can_use((384, 67, 288), jnp.float32, potts)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("capability", "fits"), [("9.0", True), ("8.0", False), ("10.0", False), ("gfx942", False)])
+def test_only_hopper_is_accepted(capability, fits, monkeypatch):
+    device = types.SimpleNamespace(compute_capability=capability, device_kind="some GPU")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert (pallas_gpu.device_reason() is None) == fits
+    if not fits:
+        u = jax.ShapeDtypeStruct((3, 4, 128), jnp.float32)
+        sweep = functools.partial(scanline.sweep, rho=1.0, implementation="pallas_gpu")
+        with pytest.raises(NotImplementedError, match=f"got some GPU with {capability}"):
+            jax.eval_shape(sweep, u, None, PAIRWISE["potts"])
 
 
 def test_an_old_jax_is_told_so(monkeypatch):
