@@ -50,18 +50,19 @@ def gate_gradient(
     Source: Lee, Ajanthan, Torr (ICLR 2019), arXiv:1810.02340, section 4 [lee2019snip].
     """
     _check_batch(batch, num_microbatches)
-    if axis_name is not None:  # differentiate this device's share alone: the mean is taken below
-        params = jax.tree.map(lambda p: jax.lax.pcast(p, axis_name, to="varying"), params)
+    # Inside shard_map a gradient by replicated parameters would already be summed over the devices.
+    local = params if axis_name is None else jax.tree.map(lambda p: jax.lax.pcast(p, axis_name, to="varying"), params)
     value_and_grad = jax.value_and_grad(loss_fn)
     if num_microbatches == 1:
-        loss, grads = value_and_grad(params, batch)
+        loss, grads = value_and_grad(local, batch)
     else:
         parts = jax.tree.map(lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), batch)
-        losses, grads = jax.lax.map(lambda part: value_and_grad(params, part), parts)
-        loss, grads = jax.tree.map(lambda x: jnp.mean(x, axis=0), (losses, grads))
+        first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, value_and_grad(local, part)), None)
+        total, _ = jax.lax.scan(add, value_and_grad(local, first), rest)  # one copy of the gradients at a time
+        loss, grads = jax.tree.map(lambda x: x / num_microbatches, total)
     if axis_name is not None:
         loss, grads = jax.lax.pmean((loss, grads), axis_name)
-        params = jax.lax.pmean(params, axis_name)
     _check_finite("the loss", loss)
     return jax.tree.map(jnp.multiply, params, grads)
 

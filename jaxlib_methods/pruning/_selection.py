@@ -108,7 +108,8 @@ def iterative_prune(
       A tree of boolean masks like the scores.
 
     Raises:
-      ValueError: for a sparsity outside [0, 1), fewer than one step, an unknown schedule or scope.
+      ValueError: for a sparsity outside [0, 1), fewer than one step, an unknown schedule or scope, and (outside a
+        trace) scores that are not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -128,18 +129,28 @@ def iterative_prune(
     shares = (1 - sparsity) ** progress if schedule == "exponential" else 1 - sparsity * progress
 
     @jax.jit
-    def run(params: PyTree) -> PyTree:
+    def run(params: PyTree) -> tuple[PyTree, jax.Array]:
         shapes = jax.eval_shape(score_fn, params)
         counts = jax.tree.map(lambda *kept: jnp.asarray(kept), *[_kept(shapes, share, scope) for share in shares])
 
-        def cut(t: jax.Array, masks: PyTree) -> PyTree:
+        def cut(t: jax.Array, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
+            masks, first_bad = carry
             scores = score_fn(apply_masks(params, masks))
+            finite = jnp.stack([jnp.isfinite(s).all() for s in jax.tree.leaves(scores)] or [jnp.array(True)]).all()
+            first_bad = jnp.where(finite, first_bad, jnp.minimum(first_bad, t))
             scores = jax.tree.map(lambda s, mask: jnp.where(mask, s, jnp.full_like(s, -jnp.inf)), scores, masks)
-            return threshold.keep_largest(scores, jax.tree.map(lambda kept: kept[t], counts))
+            return threshold.keep_largest(scores, jax.tree.map(lambda kept: kept[t], counts)), first_bad
 
-        return jax.lax.fori_loop(0, steps, cut, jax.tree.map(lambda s: jnp.ones(s.shape, bool), shapes))
+        everything = jax.tree.map(lambda s: jnp.ones(s.shape, bool), shapes)
+        return jax.lax.fori_loop(0, steps, cut, (everything, jnp.int32(steps)))
 
-    return run(params)
+    masks, first_bad = run(params)
+    if not isinstance(first_bad, jax.core.Tracer) and first_bad < steps:
+        raise ValueError(
+            f"score_fn returned a score that is not finite before cut {int(first_bad) + 1} of {steps}; "
+            "look at the scale of the parameters, or score in float64"
+        )
+    return masks
 
 
 def _kept(scores: PyTree, share: float, scope: str) -> PyTree:

@@ -153,6 +153,9 @@ def test_bad_input_is_named():
         pruning.connection_sensitivity(quadratic, PARAMS, batch * jnp.nan)
     with pytest.raises(ValueError, match="NaN"):
         pruning.prune_masks({"w": jnp.array([1.0, jnp.nan])}, 0.5)
+    overflow = lambda params: jax.tree.map(lambda p: jnp.abs(p) * 1e38 * 1e38, params)
+    with pytest.raises(ValueError, match="not finite before cut 1 of 3"):
+        pruning.iterative_prune(overflow, PARAMS, 0.5, steps=3)
     with pytest.raises(ValueError, match="policy must be"):
         pruning.prunable(PARAMS, "kernels")
     with pytest.raises(ValueError, match="scope must be"):

@@ -149,10 +149,17 @@ def test_8_micro_batches_average_signed_gradients(network):
     assert any(bool(jnp.any(a != b)) for a, b in zip(masks, pruning.prune_masks(whole, 0.7), strict=True))
 
 
+def test_8_micro_batches_hold_one_gradient_at_a_time():
+    w, batch = jax.ShapeDtypeStruct((100, 100), jnp.float32), jax.ShapeDtypeStruct((32, 100), jnp.float32)
+    score = lambda w, x: pruning.gate_gradient(lambda w, x: jnp.mean((x @ w) ** 2), w, x, num_microbatches=16)
+    memory = jax.jit(score).lower(w, batch).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 100 * 100 * 4  # bytes of four copies of w; sixteen if they were stacked
+
+
 def test_8_devices_average_signed_gradients(network):
     params, batch = network
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    score = lambda p, b: pruning.connection_sensitivity(loss_fn, p, b, axis_name="data")
+    score = lambda p, b: pruning.connection_sensitivity(loss_fn, p, b, axis_name="data", num_microbatches=2)
     sharded = jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))(params, batch)
     for a, b in zip(pruning.connection_sensitivity(loss_fn, params, batch), sharded, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
