@@ -119,7 +119,7 @@ def minplus(
     scale = scale[None] if edge_weight is None else scale * edge_weight  # [1 or lines]
     label = jax.lax.broadcasted_iota(jnp.int32, a.shape, 0)
     low = a.min(0, keepdims=True)
-    first = jnp.argmin(a, 0).astype(jnp.int32) if with_indices else None
+    first = _first_label(a == low) if with_indices else None
     p = None
     radius = window_radius(pairwise, num_labels)
 
@@ -150,8 +150,15 @@ def minplus(
     m = t if pairwise.semimetric else t - t.min(0, keepdims=True)
     if not with_indices:
         return (m,)
-    q = first if pairwise.semimetric else jnp.argmin(t, 0)
+    q = first if pairwise.semimetric else _first_label(m == 0)
     return m, p.astype(index), q.astype(index)
+
+
+def _first_label(true: jax.Array) -> jax.Array:
+    """Lowest label where `true`; an `argmin` that XLA vectorises on the CPU."""
+    num_labels = true.shape[0]
+    label = jax.lax.broadcasted_iota(jnp.int32, true.shape, 0)
+    return jnp.where(true, label, num_labels - 1).min(0)
 
 
 def dense_base(pairwise: Pairwise, num_labels: int, dtype: Any) -> jax.Array:
@@ -170,10 +177,12 @@ def _doubling(
     for k in range(math.ceil(math.log2(truncation))):
         cost = (scale * jnp.asarray(2**k, a.dtype))[None]
         t, winner = a, p
+        costs = _shifts(a, 2**k, jnp.inf)
+        senders = None if p is None else _shifts(p, 2**k, 0)
         for offset in (2**k, -(2**k)):
-            candidate = _shift_labels(a, offset, jnp.inf) + cost
-            if p is not None:
-                sender = _shift_labels(p, offset, 0)
+            candidate = costs(offset) + cost
+            if senders is not None:
+                sender = senders(offset)
                 better = (candidate < t) | ((candidate == t) & (sender < winner))
                 winner = jnp.where(better, sender, winner)
             t = jnp.minimum(t, candidate)
@@ -187,10 +196,10 @@ def _window(
     """All senders within `radius`. Ascending |d| with <= for lower senders and < for higher ones keeps the lowest
     index."""
     t, p = a + (scale * profile[0])[None], label
+    shifted = _shifts(a, radius, jnp.inf)
     for d in range(1, radius + 1):
         cost = (scale * profile[d])[None]
-        below = _shift_labels(a, d, jnp.inf) + cost
-        above = _shift_labels(a, -d, jnp.inf) + cost
+        below, above = shifted(d) + cost, shifted(-d) + cost
         if p is not None:
             p = jnp.where(below <= t, label - d, p)
             p = jnp.where(above < jnp.minimum(below, t), label + d, p)
@@ -244,43 +253,42 @@ def sweep_backward(
     ds = jnp.zeros_like(dm) if out is None else out
     dw = None if edge_weight is None else jnp.zeros((positions, lines), dtype)
     histogram = _empty_histogram(pairwise, num_labels, lines, dtype)
-
-    def at(k: Any) -> Any:
-        return positions - 1 - k if reverse else k
+    at = lambda k: positions - 1 - k if reverse else k
 
     def body(n: jax.Array, carry: tuple) -> tuple:
-        receivers, ds, dw, histogram = carry
-        k = positions - 1 - n  # steps from the start of the sweep, of the receiving pixel
+        sent, ds, dw, histogram = carry  # sent[0] is dS of this pixel, from the one that it sent to
+        k = positions - 1 - n  # steps from the start of the sweep
         i = at(k)
         p_i, q_i = _at(p, i).astype(jnp.int32), _at(q, i).astype(jnp.int32)
-        v = _at(dm, i) + jnp.asarray(rho, dtype) * receivers[0]
+        ds = _put(ds, sent[0], i)
+        v = _at(dm, i) + jnp.asarray(rho, dtype) * sent[0]
         if opposite_ds is not None and rho != 1.0:
             v += jnp.asarray(rho - 1.0, dtype) * _at(opposite_ds, i)
         if inside is not None:
             v = jnp.where(inside, v, jnp.zeros_like(v))
-        total = v.sum(0, keepdims=True)
-        v = v - jnp.where(label == q_i[None], total, jnp.zeros_like(total))
+        v, routed = _route(v, p_i, q_i, label, pairwise)
         if dw is not None:
             paid = (v * base_cost(pairwise, p_i, label, dtype)).sum(0) * jnp.asarray(pairwise.weight).astype(dtype)
             dw = _put(dw, paid, i)
         weighted = v if edge_weight is None else v * _at(edge_weight, i)[None]
         histogram = _add_to_histogram(histogram, pairwise, weighted, p_i, label)
-        routed = _shift_lines(_route(v, p_i, q_i, label, pairwise), -shift, images)
-        ds = _put(ds, routed, at(k - rows))
-        return (*receivers[1:], routed), ds, dw, histogram
+        return (*sent[1:], _shift_lines(routed, -shift, images)), ds, dw, histogram
 
-    zero = jnp.zeros((num_labels, lines), dtype)
-    # The last pixels of a line send to nobody.
-    for k in range(max(positions - rows, 0), positions):
-        ds = _put(ds, zero, at(k))
-    carry = ((zero,) * rows, ds, dw, histogram)
-    _, ds, dw, histogram = jax.lax.fori_loop(0, max(positions - rows, 0), body, carry)
+    # The last pixels of a line send to nobody, the first ones (the last to be visited) have received nothing.
+    carry = ((jnp.zeros((num_labels, lines), dtype),) * rows, ds, dw, histogram)
+    sent, ds, dw, histogram = jax.lax.fori_loop(0, positions - rows, body, carry)
+    for n, value in enumerate(sent):
+        ds = _put(ds, value, at(rows - 1 - n))
     return ds, dw, _pairwise_gradient(histogram, pairwise)
 
 
-def _route(v: jax.Array, p: jax.Array, q: jax.Array, label: jax.Array, pairwise: Pairwise) -> jax.Array:
-    """sum over lam with P(lam) = mu of v(lam): shifts and one floor where V is truncated, else a loop over the
-    senders."""
+def _route(
+    v: jax.Array, p: jax.Array, q: jax.Array, label: jax.Array, pairwise: Pairwise
+) -> tuple[jax.Array, jax.Array]:
+    """(v, routed): v less its sum at Q (the normalisation), and routed(mu) = sum over lam with P(lam) = mu of it.
+
+    Where V is truncated this takes shifts and one floor, else a loop over the senders.
+    """
     num_labels = v.shape[0]
     zero = jnp.zeros_like(v)
     if pairwise.kind == "potts":
@@ -289,19 +297,27 @@ def _route(v: jax.Array, p: jax.Array, q: jax.Array, label: jax.Array, pairwise:
         radius = pairwise.truncation - 1
     else:
         radius = window_radius(pairwise, num_labels)
-    if radius is None or 2 * radius + 1 > min(num_labels, MAX_WINDOW):
+    shifts = radius is not None and 2 * radius + 1 <= min(num_labels, MAX_WINDOW)
+    if not (shifts and pairwise.semimetric):
+        total = v.sum(0, keepdims=True)
+        v = v - jnp.where(label == q[None], total, jnp.zeros_like(total))
+    if not shifts:
         send = lambda mu: jnp.where(p == mu, v, zero).sum(0)
-        return jax.lax.map(send, jnp.arange(num_labels, dtype=jnp.int32))
+        return v, jax.lax.map(send, jnp.arange(num_labels, dtype=jnp.int32))
     offset = p - label
+    near = jnp.where(jnp.abs(offset) <= radius, v, zero)
     routed = jnp.where(offset == 0, v, zero)
+    values, offsets = _shifts(v, radius, 0), _shifts(offset, radius, 0)
     for d in range(1, radius + 1):
-        routed += _shift_labels(jnp.where(offset == -d, v, zero), -d, 0)
-        routed += _shift_labels(jnp.where(offset == d, v, zero), d, 0)
+        for shift in (d, -d):
+            routed += jnp.where(offsets(shift) == shift, values(shift), zero)
+    # Every entry that took the floor has the same sender, argmin a.
+    if pairwise.semimetric:
+        # It is Q, which also pays for the normalisation: floor - total = -near. V(Q, Q) = 0, so that V need not see it.
+        return v, routed - jnp.where(label == q[None], near.sum(0, keepdims=True), zero)
     far = jnp.abs(offset) > radius
-    # Every entry that took the floor has the same sender, argmin a; a semimetric stores it as Q.
-    sender = q[None] if pairwise.semimetric else jnp.where(far, p, 0).max(0, keepdims=True)
-    floor = jnp.where(far, v, zero).sum(0, keepdims=True)
-    return routed + jnp.where(label == sender, floor, zero)
+    sender = jnp.where(far, p, 0).max(0, keepdims=True)
+    return v, routed + jnp.where(label == sender, v.sum(0, keepdims=True) - near.sum(0, keepdims=True), zero)
 
 
 def _empty_histogram(pairwise: Pairwise, num_labels: int, lines: int, dtype: Any) -> jax.Array:
@@ -354,12 +370,13 @@ def _put(x: jax.Array, value: jax.Array, i: Any) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(x, value, i, 0)
 
 
-def _shift_labels(x: jax.Array, offset: int, fill: Any) -> jax.Array:
-    """y(lam) = x(lam - offset) along the first axis."""
-    size = min(abs(offset), x.shape[0])
-    pad = jnp.full((size, *x.shape[1:]), fill, x.dtype)
-    kept = x.shape[0] - size
-    return jnp.concatenate([pad, x[:kept]] if offset > 0 else [x[x.shape[0] - kept :], pad])
+def _shifts(x: jax.Array, radius: int, fill: Any) -> Callable[[int], jax.Array]:
+    """d -> y with y(lam) = x(lam - d) along the first axis, |d| <= radius.
+
+    Slices of one array padded in memory: fused into its readers, the padding would cost XLA a branch per element.
+    """
+    padded = jax.lax.optimization_barrier(jnp.pad(x, ((radius, radius), (0, 0)), constant_values=fill))
+    return lambda d: jax.lax.slice_in_dim(padded, radius - d, radius - d + x.shape[0])
 
 
 def _shift_lines(x: jax.Array, offset: int, images: int) -> jax.Array:
