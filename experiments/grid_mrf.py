@@ -255,7 +255,7 @@ def save_panels(path: pathlib.Path, panels: Sequence[tuple[str, np.ndarray]], co
 def save_curves(path: pathlib.Path, title: str, traces: Mapping[str, Mapping[str, Any]]) -> None:
     """Energy against iterations and against time; bounds dashed; as the excess over the best bound, on a log scale."""
     best = max((max(t["bound"]) for t in traces.values() if t["bound"]), default=0.0)
-    figure = _figure(10, 4)
+    figure = _figure(12, 4)
     left, right = figure.subplots(1, 2, sharey=True)
     for number, (solver, trace) in enumerate(traces.items()):
         iterations, colour = np.asarray(trace["iterations"]), f"C{number}"
@@ -270,7 +270,7 @@ def save_curves(path: pathlib.Path, title: str, traces: Mapping[str, Mapping[str
         axes.set(xscale="log", yscale="log", xlabel=label)
         axes.grid(alpha=0.3)
     left.set_ylabel(f"energy above the best bound {best:,.0f}, per cent", fontsize=8)
-    left.legend(fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
