@@ -343,6 +343,7 @@ def _figures(
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     config = task.config
     name = f"{config.model} on {pathlib.Path(config.dataset).stem}, {task.recipe.steps:,} steps"
@@ -359,8 +360,14 @@ def _figures(
         axis.axhline(np.mean(errors["test_error dense"]), color="black", linewidth=1, label="dense")
     paper = [(s, published[_metric("snip", s, 100)]) for s in config.sparsity if _metric("snip", s, 100) in published]
     if paper:
-        axis.plot([100 * (1 - s) for s, _ in paper], [e for _, e in paper], "k*", markersize=10, label="paper (SNIP)")
+        axis.plot(
+            [100 * (1 - s) for s, _ in paper], [e for _, e in paper], "k*", markersize=10, label="published (snip)"
+        )
     axis.set(xscale="log", yscale="log", xlabel="connections kept (%)", ylabel="test error (%)", title=name)
+    axis.set_xticks(kept, [f"{share:g}" for share in kept])
+    axis.minorticks_off()
+    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axis.invert_xaxis()
     axis.legend()
     figure.savefig(workdir / "error_vs_sparsity.png", dpi=150, bbox_inches="tight")
