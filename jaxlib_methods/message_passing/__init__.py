@@ -34,6 +34,9 @@ from jaxlib_methods.message_passing._grid import DIRECTIONS as DIRECTIONS
 from jaxlib_methods.message_passing._grid import GridMRF as GridMRF
 from jaxlib_methods.message_passing._grid import both_directions as both_directions
 from jaxlib_methods.message_passing._grid import energy as energy
+from jaxlib_methods.message_passing._layer import MessagePassing as MessagePassing
+from jaxlib_methods.message_passing._layer import boundary_weights as boundary_weights
+from jaxlib_methods.message_passing._mean_field import mean_field as mean_field
 from jaxlib_methods.message_passing._potentials import cauchy as cauchy
 from jaxlib_methods.message_passing._potentials import huber as huber
 from jaxlib_methods.message_passing._potentials import linear as linear
@@ -55,12 +58,14 @@ __all__ = [
     "GraphCutSolution",
     "GridMRF",
     "IshikawaGraph",
+    "MessagePassing",
     "NonConvexPrior",
     "Pairwise",
     "Solution",
     "alpha_expansion",
     "birchfield_tomasi",
     "both_directions",
+    "boundary_weights",
     "cauchy",
     "chain_lower_bound",
     "chain_min_marginals",
@@ -73,6 +78,7 @@ __all__ = [
     "ishikawa_graph",
     "iteratively_reweighted_graph_cut",
     "linear",
+    "mean_field",
     "negative_potts",
     "non_convex_prior",
     "potts",

@@ -81,7 +81,7 @@ def both_directions(weights: Sequence[jax.Array] | jax.Array) -> jax.Array:
     result = []
     for k, w in enumerate(weights):
         received = jnp.where(has_sender(w.shape, DIRECTIONS[2 * k]), w, jnp.zeros_like(w))
-        result += [received, _shift_grid(received, DIRECTIONS[2 * k + 1])]
+        result += [received, shift_grid(received, DIRECTIONS[2 * k + 1])]
     return jnp.stack(result)
 
 
@@ -126,7 +126,7 @@ def grid_energy(
     # Row by row, then over the rows: partial sums of like size lose least.
     total = chosen.sum(-1).sum(-1)
     for d in range(0, connectivity, 2):
-        sender = _shift_grid(labels, DIRECTIONS[d])
+        sender = shift_grid(labels, DIRECTIONS[d])
         cost = jnp.asarray(pairwise.weight).astype(dtype) * base_cost(pairwise, sender, labels, dtype)
         if weights is not None:
             cost = cost * weights[d].astype(dtype)
@@ -208,7 +208,7 @@ def has_sender(shape: tuple[int, ...], step: tuple[int, int]) -> np.ndarray:
     return np.broadcast_to(inside, shape)
 
 
-def _shift_grid(x: jax.Array, step: tuple[int, int]) -> jax.Array:
+def shift_grid(x: jax.Array, step: tuple[int, int]) -> jax.Array:
     """y(i) = x(i - step) over the last two axes, zero outside."""
     pads = [(0, 0, 0)] * (x.ndim - 2) + [(s, -s, 0) for s in step]
     return jax.lax.pad(x, jnp.zeros((), x.dtype), pads)
