@@ -60,7 +60,7 @@ class Config:
 
     data_dir: str | None = None  # folder that holds denoise/; None: the bundled photograph
     instances: tuple[str, ...] | None = None  # None: penguin and house, or the photograph without data_dir
-    solvers: tuple[str, ...] = ("sgm-4", "isgmr-4", "trwp-4")  # name-directions; "trws" needs g++
+    solvers: tuple[str, ...] = ("sgm-4", "isgmr-4", "trwp-4", "mean_field-4")  # name-directions; "trws" needs g++
     iterations: int | None = None  # None: 50, and 20 for the photograph
     evaluate_every: int = 5  # iterations between energies
     noise: float = 25.0  # standard deviation of the photograph's noise, in grey values

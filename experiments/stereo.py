@@ -96,7 +96,7 @@ class Config:
 
     data_dir: str | None = None  # folder that holds stereo/; None: the synthetic pair
     instances: tuple[str, ...] | None = None  # None: all four pairs, or the synthetic one without data_dir
-    solvers: tuple[str, ...] = ("sgm-4", "isgmr-4", "trwp-4")  # name-directions; "trws" needs g++
+    solvers: tuple[str, ...] = ("sgm-4", "isgmr-4", "trwp-4", "mean_field-4")  # name-directions; "trws" needs g++
     iterations: int = 50
     evaluate_every: int = 1  # iterations between energies
     noise: float = 3.0  # standard deviation of the grey values of the synthetic pair
