@@ -19,13 +19,19 @@ PyTree = Any
 
 
 class MaskState(NamedTuple):
-    """State of `mask_updates`."""
+    """State of `mask_updates`.
+
+    Source: this library.
+    """
 
     masks: PyTree  # bool like the parameters, or uint8 [ceil(size / 8)] where packed; None: never pruned
 
 
 class PrunedState(NamedTuple):
-    """State of `pruned`."""
+    """State of `pruned`.
+
+    Source: this library.
+    """
 
     masks: PyTree  # bool like the parameters, or uint8 [ceil(size / 8)] where packed; None: never pruned
     inner_state: PyTree  # of the inner transformation; its moments are 0 wherever the mask is False
@@ -191,7 +197,10 @@ def pruned(
 
 
 class Sparsity(NamedTuple):
-    """One row of `summarize_sparsity`."""
+    """One row of `summarize_sparsity`.
+
+    Source: this library.
+    """
 
     path: str  # of the leaf; "total" in the last row
     shape: tuple[int, ...]  # () in the last row

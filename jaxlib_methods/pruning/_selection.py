@@ -1,6 +1,5 @@
 r"""From scores to masks: which parameters are candidates, how many are kept, in one cut or in many."""
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +56,7 @@ def prunable(params: PyTree, policy: str = "snip") -> PyTree:
     return jax.tree.map(gated, names)
 
 
-def prune_masks(scores: PyTree, sparsity: float, *, scope: str = "global") -> PyTree:
+def prune_masks(scores: PyTree, sparsity: float, *, scope: str = "global", specs: PyTree | None = None) -> PyTree:
     r"""Keeps exactly $\kappa = \mathrm{round}(m\,(1 - s))$ of $m$ scores, the largest; ties go to the lower flat index.
 
     Args:
@@ -65,6 +64,8 @@ def prune_masks(scores: PyTree, sparsity: float, *, scope: str = "global") -> Py
         sorted, see `jaxlib_methods.kernels.threshold`.
       sparsity: share $s$ to remove, in [0, 1).
       scope: "global" ranks all leaves jointly, "per_layer" keeps the same share of every leaf.
+      specs: inside `jax.shard_map` only: the `PartitionSpec`s of the scores, as in its `in_specs`; the masks are then
+        this device's part of those of the whole network.
 
     Returns:
       A tree like `scores` of boolean masks, True where kept.
@@ -80,7 +81,8 @@ def prune_masks(scores: PyTree, sparsity: float, *, scope: str = "global") -> Py
     Source: Lee, Ajanthan, Torr (ICLR 2019), arXiv:1810.02340, Algorithm 1 [lee2019snip].
     """
     _check_sparsity(sparsity)
-    return threshold.keep_largest(scores, _kept(scores, 1 - sparsity, scope))
+    sizes = threshold.num_scores(scores, specs=specs)
+    return threshold.keep_largest(scores, _kept(sizes, 1 - sparsity, scope), specs=specs)
 
 
 def iterative_prune(
@@ -131,7 +133,8 @@ def iterative_prune(
     @jax.jit
     def run(params: PyTree) -> tuple[PyTree, jax.Array]:
         shapes = jax.eval_shape(score_fn, params)
-        counts = jax.tree.map(lambda *kept: jnp.asarray(kept), *[_kept(shapes, share, scope) for share in shares])
+        sizes = threshold.num_scores(shapes)
+        counts = jax.tree.map(lambda *kept: jnp.asarray(kept), *[_kept(sizes, share, scope) for share in shares])
 
         def cut(t: jax.Array, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
             masks, first_bad = carry
@@ -153,9 +156,8 @@ def iterative_prune(
     return masks
 
 
-def _kept(scores: PyTree, share: float, scope: str) -> PyTree:
+def _kept(sizes: PyTree, share: float, scope: str) -> PyTree:
     """How many to keep: one integer, or a tree of one for each leaf."""
-    sizes = jax.tree.map(lambda s: math.prod(s.shape), scores)
     if scope == "global":
         return round(sum(jax.tree.leaves(sizes)) * float(share))
     if scope == "per_layer":

@@ -1,7 +1,6 @@
 """The largest scores of a whole pytree as boolean masks: validation, canonical form, choice of an implementation."""
 
 import functools
-import math
 import operator
 from typing import Any
 
@@ -61,12 +60,12 @@ def keep_largest(
                 f"scores{jax.tree_util.keystr(path)} must be float16, bfloat16, float32 or float64, got {leaf.dtype}; "
                 "convert it with .astype(jnp.float32)"
             )
-    axes = _axes(scores, leaves, specs)
     shapes = tuple(leaf.shape for leaf in leaves)
+    axes = _axes(scores, shapes, specs)
     whole = jax.tree.structure(kappa) == jax.tree.structure(0)
     groups = (0,) * len(leaves) if whole else tuple(range(len(leaves)))
     layout = reference.Leaves(groups, 1 if whole else len(leaves), axes, shapes)
-    sizes = [math.prod(layout.shape(leaf)) for leaf in range(len(leaves))]
+    sizes = layout.sizes()
     dtype = _count_dtype(sum(sizes))
     if whole:
         kappas = [_count("kappa", kappa, sum(sizes), dtype)]
@@ -93,6 +92,31 @@ def keep_largest(
             "that made it"
         )
     return jax.tree.unflatten(treedef, masks)
+
+
+def num_scores(scores: PyTree, *, specs: PyTree | None = None) -> PyTree:
+    """Number of entries of every whole leaf, also inside `jax.shard_map`, where a device sees a part of it.
+
+    Args:
+      scores: pytree of arrays or shapes.
+      specs: as in `keep_largest`.
+
+    Returns:
+      A tree like `scores` of Python integers.
+
+    Raises:
+      ValueError: for `specs` that do not fit.
+
+    Example:
+      >>> num_scores({"kernel": jnp.ones((2, 3)), "scale": None})
+      {'kernel': 6, 'scale': None}
+
+    Source: this library.
+    """
+    leaves, treedef = jax.tree.flatten(scores)
+    shapes = tuple(jnp.shape(leaf) for leaf in leaves)
+    layout = reference.Leaves((0,) * len(leaves), 1, _axes(scores, shapes, specs), shapes)
+    return treedef.unflatten(layout.sizes())
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -132,21 +156,23 @@ def _count_dtype(size: int) -> Any:
     return jnp.int64
 
 
-def _axes(scores: PyTree, leaves: list[jax.Array], specs: PyTree | None) -> tuple[tuple[tuple[str, ...], ...], ...]:
+def _axes(
+    scores: PyTree, shapes: tuple[tuple[int, ...], ...], specs: PyTree | None
+) -> tuple[tuple[tuple[str, ...], ...], ...]:
     """The mesh axes of every dimension of every leaf."""
     if specs is None:
-        return tuple(((),) * leaf.ndim for leaf in leaves)
+        return tuple(((),) * len(shape) for shape in shapes)
     is_spec = lambda node: isinstance(node, PartitionSpec)
     try:
         per_leaf = jax.tree.leaves(jax.tree.broadcast(specs, scores, is_leaf=is_spec), is_leaf=is_spec)
     except ValueError as error:
         raise ValueError(f"specs must be one PartitionSpec or a tree of them, a prefix of scores: {error}") from error
     axes = []
-    for spec, leaf in zip(per_leaf, leaves, strict=True):
+    for spec, shape in zip(per_leaf, shapes, strict=True):
         entries = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
-        if len(entries) > leaf.ndim:
-            raise ValueError(f"specs holds {spec} for an array of shape {leaf.shape}: more entries than dimensions")
-        axes.append(tuple(entries) + ((),) * (leaf.ndim - len(entries)))
+        if len(entries) > len(shape):
+            raise ValueError(f"specs holds {spec} for an array of shape {shape}: more entries than dimensions")
+        axes.append(tuple(entries) + ((),) * (len(shape) - len(entries)))
     return tuple(axes)
 
 

@@ -64,6 +64,10 @@ class Leaves:
         counts = [math.prod(map(lax.axis_size, names)) for names in self.axes[leaf]]
         return tuple(size * count for size, count in zip(self.local[leaf], counts, strict=True))
 
+    def sizes(self) -> list[int]:
+        """Number of entries of every whole leaf."""
+        return [math.prod(self.shape(leaf)) for leaf in range(len(self.local))]
+
     def flat_index(self, leaf: int, one: jax.Array) -> jax.Array:
         """Row-major index in the whole leaf of every entry on this device, as multiples of `one` (the integer 1)."""
         shape, local, dtype = self.shape(leaf), self.local[leaf], one.dtype
@@ -176,7 +180,7 @@ def keep_largest(scores: Sequence[jax.Array], kappas: jax.Array, leaves: Leaves)
     Source: this library.
     """
     dtype = kappas.dtype
-    sizes = [math.prod(leaves.shape(leaf)) for leaf in range(len(scores))]
+    sizes = leaves.sizes()
     starts = [sum(sizes[:leaf]) for leaf in range(len(scores))]
     total = sum(sizes)
     in_group = [sum(s for s, g in zip(sizes, leaves.groups, strict=True) if g == n) for n in range(leaves.num_groups)]

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from jaxlib_methods import models, pruning, trees
 
@@ -52,6 +53,19 @@ def test_scope_per_layer_keeps_the_same_share_of_every_leaf(sparsity):
         assert int(masks[name].sum()) == round(leaf.size * (1 - sparsity))
     together = pruning.prune_masks(pruning.magnitude(PARAMS), 0.5)
     assert [int(together[name].sum()) for name in PARAMS] == [2, 1]
+
+
+@pytest.mark.parametrize("scope", ["global", "per_layer"])
+def test_masks_inside_shard_map_are_parts_of_those_of_the_whole_network(scope, key):
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    scores = {"a": jax.random.uniform(key, (16, 3)), "b": jnp.ones((24,)), "bn": None, "c": jnp.arange(5.0)}
+    specs = {"a": P("model"), "b": P("model"), "bn": None, "c": P()}
+    local = lambda scores: pruning.prune_masks(scores, 0.6, scope=scope, specs=specs)
+    masks = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=specs))(scores)
+    expected = pruning.prune_masks(scores, 0.6, scope=scope)
+    assert masks["bn"] is None
+    for name in ("a", "b", "c"):
+        np.testing.assert_array_equal(masks[name], expected[name])
 
 
 @pytest.mark.parametrize("scope", ["global", "per_layer"])
