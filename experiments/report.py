@@ -146,6 +146,13 @@ def provenance(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def notes(path: pathlib.Path) -> str:
+    """The hand-written section `## Notes` at the end of an earlier table, which a new one keeps."""
+    text = path.read_text() if path.exists() else ""
+    at = text.find("\n## Notes\n")
+    return text[at:] if at >= 0 else ""
+
+
 def figure(table: list[Row], path: pathlib.Path) -> None:
     """The same table as a picture; one block of monospaced text, because drawing cell by cell takes seconds."""
     import matplotlib
@@ -185,9 +192,11 @@ def main(options: Any) -> int:
             [str(folder), *(["--all"] if options.all else []), "--write", options.write]
         )
         head = (
-            "# Results\n\nWritten by a command, not by hand. `difference` is ours minus the paper's; "
+            "# Results\n\nWritten by a command, but for the notes at the end. `difference` is ours minus the paper's; "
             "± is the standard deviation over seeds.\n"
         )
-        write_text(pathlib.Path(options.write), f"{head}\n    {made}\n\n{text}\n## Commands\n\n{provenance(kept)}")
+        path = pathlib.Path(options.write)
+        body = f"{head}\n    {made}\n\n{text}\n## Commands\n\n{provenance(kept)}"
+        write_text(path, body + notes(path))
         print(f"wrote {options.write}")
     return 0

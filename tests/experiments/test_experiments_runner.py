@@ -179,6 +179,10 @@ def test_report_pools_seeds_and_tells_configurations_apart(tmp_path, monkeypatch
     assert main(["report", "runs", "--write", "RESULTS.md"]) == 0
     results = pathlib.Path("RESULTS.md").read_text()
     assert "python -m experiments report runs --write RESULTS.md" in results
+    with pathlib.Path("RESULTS.md").open("a") as file:
+        file.write("\n## Notes\n\nWritten by hand.\n")
+    assert main(["report", "runs", "--write", "RESULTS.md"]) == 0
+    assert pathlib.Path("RESULTS.md").read_text() == results + "\n## Notes\n\nWritten by hand.\n"
     assert "| snip [model=vgg] | error | 7.27 | 7.27 | +0 | 1 |" in results
     assert "`python -m experiments run snip --model vgg`" in results and "1.5 min" in results
     assert " 50 " not in results
