@@ -150,7 +150,10 @@ def load_pair(folder: pathlib.Path, scale: int) -> Pair:
 
 
 def visible_in_both(disparity: np.ndarray) -> np.ndarray:
-    """Pixels of the left view whose partner lies inside the right one and is not hidden by something nearer."""
+    """Pixels of the left view whose partner lies inside the right one and is not hidden by something nearer.
+
+    Nearer by more than one disparity: rounding makes neighbours on a slanted surface meet in one pixel.
+    """
     height, width = disparity.shape
     disparity = disparity.astype(int)
     column = np.arange(width)[None] - disparity
@@ -158,7 +161,7 @@ def visible_in_both(disparity: np.ndarray) -> np.ndarray:
     row = np.broadcast_to(np.arange(height)[:, None], column.shape)
     inside = column >= 0
     np.maximum.at(nearest, (row[inside], column[inside]), disparity[inside])
-    return inside & (nearest[row, np.maximum(column, 0)] == disparity)
+    return inside & (nearest[row, np.maximum(column, 0)] <= disparity + 1)
 
 
 def synthetic_pair(shrink: int, noise: float, num_disparities: int, seed: int) -> Pair:

@@ -68,7 +68,7 @@ def test_the_synthetic_pair_is_the_photograph_moved_by_its_disparities():
 
 
 def test_visible_pixels_by_hand():
-    disparity = np.array([[0, 0, 0, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+    disparity = np.array([[0, 0, 0, 2, 2, 0], [0, 1, 2, 2, 1, 1]])
     expected = [[True, False, False, True, True, True], [False, True, True, True, True, True]]
     np.testing.assert_array_equal(stereo.visible_in_both(disparity), expected)
 
