@@ -1,8 +1,9 @@
 """What the stereo and denoising experiments share: solvers by name, their traces over the iterations, and figures."""
 
+import functools
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ class Instance(NamedTuple):
     unaries: np.ndarray  # (H, W, L) float32
     pairwise: Any  # a jaxlib_methods.message_passing.Pairwise
     profile: np.ndarray  # (R + 1,) float64, weight included, the same costs for energies in float64
-    truncated_quadratic: bool  # for the peer's choice of distance transform
+    quadratic: bool  # for the peer's choice of distance transform
 
 
 def pairwise_cost(kind: str, weight: float, truncation: float | None, num_labels: int) -> tuple[Any, np.ndarray, bool]:
@@ -75,7 +76,8 @@ def solve(
 
     Returns:
       iterations, energy, sequential (energy after sequential rounding) and bound (best so far) as lists over the
-      evaluations, empty where there is no such thing; ms_per_iteration. For the last labels see `labels_of`.
+      evaluations, empty where there is no such thing; ms_per_iteration. For the last labels see `labels_of`. To measure
+      the time again, on a quieter machine, delete the folder `time` in that of the case.
     """
     base, directions = parse_solver(solver)
 
@@ -90,7 +92,9 @@ def solve(
         np.savez_compressed(folder / "labels.npz", labels=labels, rounded=labels if rounded is None else rounded)
         return trace
 
-    return run_or_load(case_dir, fresh)
+    trace = run_or_load(case_dir, fresh)
+    timed = run_or_load(case_dir / "time", lambda _: {"ms_per_iteration": _milliseconds(instance, base, directions)})
+    return trace | timed
 
 
 def labels_of(case_dir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
@@ -105,8 +109,7 @@ def _evaluations(iterations: int, every: int) -> list[int]:
 
 
 def _message_passing(instance: Instance, base: str, directions: int, iterations: int, every: int) -> tuple[Any, ...]:
-    """TRWP or ISGMR, one iteration at a time so that every one can be looked at; timed apart, without looking."""
-    import jax
+    """TRWP or ISGMR, one iteration at a time so that every one can be looked at."""
     import jax.numpy as jnp
 
     from jaxlib_methods import message_passing as mp
@@ -115,7 +118,6 @@ def _message_passing(instance: Instance, base: str, directions: int, iterations:
     solver = getattr(mp, base)
     trace: dict[str, Any] = {"iterations": [], "energy": [], "sequential": [], "bound": []}
     messages, best_bound, done, rounded = None, -np.inf, 0, None
-    # A few iterations per call, the same number wherever possible: every new number is a new program.
     for k in _evaluations(iterations, every):
         for _ in range(k - done):
             solution = solver(mrf, iterations=1, directions=directions, messages=messages)
@@ -129,16 +131,11 @@ def _message_passing(instance: Instance, base: str, directions: int, iterations:
             trace["sequential"].append(energy(instance, rounded))
             best_bound = max(best_bound, float(mp.chain_lower_bound(mrf, messages)))
             trace["bound"].append(best_bound)
-
-    timed = min(iterations, 5)
-    run = lambda: jax.block_until_ready(solver(mrf, iterations=timed, directions=directions).beliefs)
-    trace["ms_per_iteration"] = 1e3 * _seconds(run) / timed
     return trace, labels, rounded
 
 
 def _from_scratch(instance: Instance, base: str, directions: int, iterations: int) -> tuple[Any, ...]:
     """SGM and mean field, whose state is not handed out: a run of its own for every number of iterations."""
-    import jax
     import jax.numpy as jnp
 
     from jaxlib_methods import message_passing as mp
@@ -155,36 +152,53 @@ def _from_scratch(instance: Instance, base: str, directions: int, iterations: in
     for k in series:
         labels = np.asarray(run(k).labels)
         trace["energy"].append(energy(instance, labels))
-    timed = max(k for k in series if k <= 10)
-    trace["ms_per_iteration"] = 1e3 * _seconds(lambda: jax.block_until_ready(run(timed).beliefs)) / timed
     return trace, labels, None
 
 
 def _trws(instance: Instance, iterations: int) -> tuple[Any, ...]:
     """The C++ peer of the benchmarks, single-threaded; its labels are always rounded in sequence."""
-    from benchmarks.peers.trws import trws
-
-    method = "quadratic" if instance.truncated_quadratic and len(instance.profile) > 12 else "window"
-    result = trws(instance.unaries, instance.profile, iterations=iterations, method=method)
+    result = _trws_passes(instance, iterations)
     trace = {
         "iterations": list(range(1, iterations + 1)),
-        "energy": [energy(instance, result.labels) if k == iterations else e for k, e in enumerate(result.energies, 1)],
+        "energy": [*result.energies[:-1].tolist(), energy(instance, result.labels)],
         "sequential": [],
         "bound": np.maximum.accumulate(result.bounds).tolist(),
-        "ms_per_iteration": 1e3 * result.pass_seconds[-1] / iterations,
     }
     return trace, result.labels, result.labels
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    """Of the faster of two calls, after one that compiles."""
+def _trws_passes(instance: Instance, iterations: int) -> Any:
+    from benchmarks.peers.trws import trws
+
+    # Shifts are vectorised: 15 of them take half the time of the lower envelope.
+    method = "quadratic" if instance.quadratic and len(instance.profile) > 32 else "window"
+    return trws(instance.unaries, instance.profile, iterations=iterations, method=method)
+
+
+def _milliseconds(instance: Instance, base: str, directions: int, iterations: int = 5) -> float:
+    """Wall clock per iteration, nothing evaluated meanwhile: the fastest of three calls after one that compiles."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlib_methods import message_passing as mp
+
+    if base == "trws":
+        return 1e3 / iterations * min(_trws_passes(instance, iterations).pass_seconds[-1] for _ in range(3))
+    mrf = mp.GridMRF(jnp.asarray(instance.unaries), instance.pairwise)
+    if base == "sgm":
+        iterations, solver = 1, mp.sgm
+    elif base == "sgm_path_costs":
+        solver = functools.partial(mp.sgm, variant="path_costs")
+    else:
+        solver = getattr(mp, base)
+    run = lambda: jax.block_until_ready(solver(mrf, iterations=iterations, directions=directions).beliefs)
     run()
     samples = []
-    for _ in range(2):
+    for _ in range(3):
         start = time.perf_counter()
         run()
         samples.append(time.perf_counter() - start)
-    return min(samples)
+    return 1e3 * min(samples) / iterations
 
 
 def trace_metrics(instance: str, solver: str, trace: Mapping[str, Any]) -> dict[str, float]:

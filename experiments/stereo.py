@@ -15,6 +15,11 @@ from another photograph, and noise on both.
 
 Written to the workdir: `disparity/*.png` (grey value = disparity times the scale of the ground truth), one panel per
 pair with the ground truth, and energy against iterations and time, as the excess over the best lower bound.
+
+TRWP-4 reaches after 50 iterations 314,007 on Tsukuba (published: 314,037), 1,806,918 on Teddy, 1,292,180 on Venus and
+143,249 on Map, with 2.1, 13.4, 8.8 and 0.8 % bad pixels; sequential rounding 313,699, 1,804,857, 1,258,221 and 143,193.
+The synthetic pair takes 20 s, the four real ones about half an hour with ten solvers, on 2 busy CPU cores. Times are
+wall clock, and as good as the machine is idle; `python -m benchmarks run message_passing` measures ratios.
 """
 
 import dataclasses

@@ -68,7 +68,7 @@ def trws(
       vertical: (H - 1, W) edge weights, None = 1.
       iterations: forward and backward passes.
       method: the distance transform. "window": any profile, 2 R - 1 vectorised shifts; "linear" and "quadratic":
-        the O(L) transforms for min(s d, K) and min(s d^2, K). Windows win up to R of about ten.
+        the O(L) transforms for min(s d, K) and min(s d^2, K). Windows win up to R of about thirty.
 
     Returns:
       A `TRWSResult`.
