@@ -61,6 +61,14 @@ def test_a_wide_profile_loops_over_the_senders():
     assert_same_sweep(found, expected, True)
 
 
+def test_many_labels_and_few_lines():
+    # uint16 indices, and fewer lines than a register has lanes
+    arguments, static, expected = problem("potts", reverse=False, opposite=True, weighted=True, num_labels=260, lines=6)
+    found = jax.jit(functools.partial(pallas_tpu.sweep, interpret=True, with_indices=True, **static))(*arguments)
+    assert found[1].dtype == jnp.uint16
+    assert_same_sweep(found, expected, False)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_ragged_block_of_rubbish_does_not_reach_the_carry(reverse):
     # 5 positions in blocks of 2: walking down starts in the ragged block, which the interpreter fills with NaN.
