@@ -75,6 +75,20 @@ def test_interpreted_backward_equals_the_reference_bit_for_bit(name, reverse, op
 
 
 @needs_mosaic
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here")
+@pytest.mark.parametrize(("name", "reverse", "opposite", "weighted", "lanes"), CASES, ids=IDS)
+def test_on_the_device_as_in_the_interpreter(name, reverse, opposite, weighted, lanes):
+    flags = {"reverse": reverse, "opposite": opposite, "weighted": weighted}
+    options = {"config": pallas_gpu.Config(lanes, slots=3)}
+    arguments, static, expected = problem(name, **flags)
+    found = jax.jit(functools.partial(pallas_gpu.sweep, with_indices=True, **options, **static))(*arguments)
+    assert_same_sweep(found, expected, reverse)
+    arguments, static, expected = backward_problem(name, **flags)
+    found = jax.jit(functools.partial(pallas_gpu.sweep_backward, **options, **static))(*arguments)
+    assert_same_backward(found, expected)
+
+
+@needs_mosaic
 def test_messages_do_not_depend_on_whether_indices_are_wanted():
     arguments, static, expected = problem(
         "linear_doubling", reverse=False, opposite=False, weighted=False

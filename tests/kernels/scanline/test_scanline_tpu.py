@@ -41,6 +41,17 @@ def test_interpreted_sweep_equals_the_reference_bit_for_bit(name):
     assert_same_sweep(found, expected, static["reverse"])
 
 
+@pytest.mark.skipif(jax.default_backend() != "tpu", reason="there is no TPU here")
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_on_the_device_as_in_the_interpreter(name):
+    arguments, static, expected = problem(name, **options(name))
+    found = jax.jit(functools.partial(pallas_tpu.sweep, with_indices=True, **static))(*arguments)
+    assert_same_sweep(found, expected, static["reverse"])
+    arguments, static, expected = backward_problem(name, **options(name))
+    found = jax.jit(functools.partial(pallas_tpu.sweep_backward, **static))(*arguments)
+    assert_same_backward(found, expected)
+
+
 @pytest.mark.parametrize("name", ["potts", "linear_doubling", "table"])
 def test_messages_do_not_depend_on_whether_indices_are_wanted(name):
     arguments, static, expected = problem(name, **options(name))
