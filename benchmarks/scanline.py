@@ -50,7 +50,7 @@ def _pair(spec: arg_specs.ArgSpec, batch: int, name: str, platform: str) -> Case
 
     implementations = _implementations(shape, spec, platform, scanline.sweep, rows)
     if isinstance(implementations.get("pallas_gpu"), Implementation):
-        for config in _other_layouts(spec):
+        for config in _other_layouts(spec, shape[2]):
             sweep = functools.partial(pallas_gpu.sweep, config=config)
             implementations[f"pallas_gpu, {config.lanes} lanes"] = rows(sweep)
     return Case("scanline", name, implementations, reference="xla", bytes=24 * spec.entries * batch)
@@ -127,9 +127,9 @@ def _implementations(
     return found | {"xla": rows(functools.partial(function, implementation="xla"))}
 
 
-def _other_layouts(spec: arg_specs.ArgSpec) -> list[pallas_gpu.Config]:
+def _other_layouts(spec: arg_specs.ArgSpec, lines: int) -> list[pallas_gpu.Config]:
     """Every number of lanes per line that fits, but the one that the kernel chooses itself."""
-    chosen = pallas_gpu.choose(spec.num_labels, spec.pairwise)
+    chosen = pallas_gpu.choose(spec.num_labels, spec.pairwise, lines)
     fitting = []
     for lanes in pallas_gpu.LANES_PER_LINE:
         config = pallas_gpu.Config(lanes, pallas_gpu.MIN_SLOTS)

@@ -90,17 +90,19 @@ def smem_bytes(num_labels: int, config: Config, pairwise: Pairwise, *, backward:
     return config.slots * slot + STAGES * stage + shifted
 
 
-def choose(num_labels: int, pairwise: Pairwise) -> Config | str:
+def choose(num_labels: int, pairwise: Pairwise, lines: int | None = None) -> Config | str:
     """The layout for a label count, or the reason why there is none.
 
     The fewest lanes a line with which a thread holds at most `LABELS_PER_LANE` labels, since a reduction over more
-    lanes takes more shuffles; then the longest ring that fits.
+    lanes takes more shuffles. More lanes make smaller blocks: the fewest whose blocks divide `lines` come first, since
+    padding copies every array. Then the longest ring that fits.
 
     Source: this library.
     """
     fitting = [k for k in LANES_PER_LINE if num_labels % k == 0 and num_labels // k <= MAX_LABELS_PER_LANE]
-    comfortable = [k for k in fitting if num_labels // k <= LABELS_PER_LANE]
-    for k in comfortable or fitting[-1:]:
+    comfortable = [k for k in fitting if num_labels // k <= LABELS_PER_LANE] or fitting[-1:]
+    dividing = [k for k in comfortable if lines is not None and lines % Config(k, 1).lines == 0]
+    for k in (*dividing, *comfortable):
         for slots in range(MAX_SLOTS, MIN_SLOTS - 1, -1):
             config = Config(k, slots)
             if all(smem_bytes(num_labels, config, pairwise, backward=b) <= SMEM_BUDGET for b in (False, True)):
@@ -180,7 +182,7 @@ def sweep(
     del images, out  # lines never meet at step (1, 0); XLA places the result
     _require(can_use(u.shape, u.dtype, pairwise, step=step) or device_reason())
     _, num_labels, lines = u.shape
-    config = choose(num_labels, pairwise) if config is None else config
+    config = choose(num_labels, pairwise, lines) if config is None else config
     padded = _pad_lines(lines, config)
     scale = jnp.asarray(pairwise.weight).astype(u.dtype)
     scale = jnp.broadcast_to(scale, (1, lines)) if edge_weight is None else scale * edge_weight
@@ -265,7 +267,7 @@ def sweep_backward(
     del images, out
     _require(can_use(dm.shape, dm.dtype, pairwise, step=step) or device_reason())
     _, num_labels, lines = dm.shape
-    config = choose(num_labels, pairwise) if config is None else config
+    config = choose(num_labels, pairwise, lines) if config is None else config
     if rho == 1.0:
         opposite_ds = None
     padded = _pad_lines(lines, config)

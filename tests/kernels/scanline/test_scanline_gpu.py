@@ -75,6 +75,16 @@ def test_interpreted_backward_equals_the_reference_bit_for_bit(name, reverse, op
 
 
 @needs_mosaic
+def test_eight_lanes_as_for_256_labels():
+    arguments, static, expected = problem(
+        "linear_doubling", reverse=True, opposite=True, weighted=True, num_labels=16, lines=16
+    )
+    options = {"config": pallas_gpu.Config(8, slots=4), "interpret": interpreted(), "with_indices": True}
+    found = jax.jit(functools.partial(pallas_gpu.sweep, **options, **static))(*arguments)
+    assert_same_sweep(found, expected, True)
+
+
+@needs_mosaic
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here")
 @pytest.mark.parametrize(("name", "reverse", "opposite", "weighted", "lanes"), CASES, ids=IDS)
 def test_on_the_device_as_in_the_interpreter(name, reverse, opposite, weighted, lanes):
@@ -167,6 +177,12 @@ def test_lanes_grow_with_the_labels_and_the_ring_fits_the_shared_memory():
             assert pallas_gpu.smem_bytes(spec.num_labels, config, spec.pairwise, backward=backward) <= (
                 pallas_gpu.SMEM_BUDGET
             )
+
+
+@pytest.mark.parametrize(("lines", "lanes"), [(384, 1), (320, 2), (288, 4), (304, 8), (300, 1), (8 * 288, 1)])
+def test_blocks_that_divide_the_lines_come_first(lines, lanes):
+    tsukuba = arg_specs.BY_NAME["tsukuba"]
+    assert pallas_gpu.choose(tsukuba.num_labels, tsukuba.pairwise, lines).lanes == lanes
 
 
 def test_shared_memory_by_hand():
