@@ -1,12 +1,12 @@
 """The orthogonal polar factor U of A = U P, batched, with a backward pass that is finite at a tiny singular value.
 
 Forward, by `method`:
-  svd             A = Q S V^T, U = Q V^T. Any A, also rank deficient (then one of several factors). The reference,
-                  and on CPU the fastest for what the ETF head asks.
-  qdwh            dynamically weighted Halley iteration: at most 6 steps of QR or Cholesky whatever the condition
-  number. newton_schulz   X <- 3/2 X - 1/2 X X^T X, matrix products only. The first steps are stretched by the
-                  scalings that are optimal on [1/condition, 1], so kappa = 200 takes 10 steps instead of 18. Full
-                  rank only.
+  svd             A = Q S V^T, U = Q V^T. Any A, also rank deficient (then one of several factors). The reference.
+  qdwh            dynamically weighted Halley iteration: at most 6 steps of QR or Cholesky, whatever the condition.
+  newton_schulz   X <- 3/2 X - 1/2 X X^T X, matrix products only. The first steps are stretched by the scalings that
+                  are optimal on [1/condition, 1], so kappa = 200 takes 10 steps instead of 18. Full rank only.
+  None            Where the condition is known and at most 2000: newton_schulz, and the SVD should it not converge; on
+                  CPU svd below 32 columns. Where it is not known, or larger: svd on CPU, qdwh on GPU and TPU.
 
 Backward, for the cotangent G, with A = U V S V^T:
   Omega = V [ (V^T (U^T G - G^T U) V)_ij / (s_i + s_j) ] V^T
@@ -17,6 +17,8 @@ values (neural collapse makes K-1 of them equal) cost nothing.
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,9 @@ from jaxlib_methods.classifiers._simplex_etf import HIGHEST, compute_dtype
 METHODS = ("svd", "qdwh", "newton_schulz")
 # Above this, Newton-Schulz needs more passes over A than QDWH needs factorisations.
 NEWTON_SCHULZ_MAX_CONDITION = 2e3
+# Below this a CPU is faster with an SVD. Above, the two are alike on an idle machine, but LAPACK's threads wait for one
+# another on a busy one: 161 ms against 9 ms at K = 100, d = 512 with 13 processes on two cores.
+NEWTON_SCHULZ_MIN_COLUMNS = 32
 _MAX_STEPS = 80
 
 matmul = functools.partial(jnp.matmul, precision=HIGHEST)
@@ -49,12 +54,13 @@ def _scalings(condition: float) -> list[float]:
     return scalings
 
 
-def _newton_schulz(A: jax.Array, condition: float | None) -> jax.Array:
+def _newton_schulz(A: jax.Array, condition: float | None) -> tuple[jax.Array, jax.Array]:
+    """U, and whether all matrices of the batch have converged."""
     K = A.shape[-1]
-    # ||A^T A||_F^(1/2) bounds ||A||_2 more tightly than ||A||_F. It still overestimates it by up to K^(1/4).
     # A is scaled to order one first: the Gram matrix squares what may be very small or large.
     peak = jnp.max(jnp.abs(A), axis=(-2, -1), keepdims=True)
     X = A / jnp.where(peak > 0, peak, 1)
+    # ||A^T A||_F^(1/2) bounds ||A||_2 more tightly than ||A||_F. It still overestimates it by up to K^(1/4).
     G = matmul(_t(X), X)
     bound = jnp.sqrt(jnp.sqrt(jnp.sum(G * G, axis=(-2, -1), keepdims=True)))
     X = X / jnp.where(bound > 0, bound, 1)
@@ -73,8 +79,8 @@ def _newton_schulz(A: jax.Array, condition: float | None) -> jax.Array:
         return X, *residual(X), i + 1
 
     # Quadratic convergence: one step past a residual of sqrt(eps) reaches eps.
-    X, G, _, _ = jax.lax.while_loop(lambda c: (c[2] > tolerance) & (c[3] < _MAX_STEPS), step, (X, *residual(X), 0))
-    return 1.5 * X - 0.5 * matmul(X, G)
+    X, G, r, _ = jax.lax.while_loop(lambda c: (c[2] > tolerance) & (c[3] < _MAX_STEPS), step, (X, *residual(X), 0))
+    return 1.5 * X - 0.5 * matmul(X, G), r <= tolerance
 
 
 def _qdwh(A: jax.Array) -> jax.Array:
@@ -82,31 +88,46 @@ def _qdwh(A: jax.Array) -> jax.Array:
     return jax.lax.map(lambda a: jax.lax.linalg.qdwh(a)[0], flat).reshape(A.shape)
 
 
-def _factors(A: jax.Array, method: str | None, condition: float | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(U, s, V) with A = U V diag(s) V^T."""
+def _factors(A: jax.Array, method: str | None, condition: float | None, *, spectrum: bool) -> tuple[jax.Array, ...]:
+    """(U,), or with the spectrum (U, s, V) with A = U V diag(s) V^T."""
+
+    def with_spectrum(U: jax.Array) -> tuple[jax.Array, ...]:
+        if not spectrum:
+            return (U,)
+        P = matmul(_t(U), A)
+        s, V = jnp.linalg.eigh((P + _t(P)) / 2, symmetrize_input=False)
+        return U, jnp.maximum(s, 0), V
+
     if method is None:
-        accelerated = "newton_schulz" if condition and condition <= NEWTON_SCHULZ_MAX_CONDITION else "qdwh"
-        return jax.lax.platform_dependent(
-            A,
-            cpu=lambda A: _factors(A, "svd", condition),
-            default=lambda A: _factors(A, accelerated, condition),
-        )
+        by = lambda name: lambda A: _factors(A, name, condition, spectrum=spectrum)
+        if not condition or condition > NEWTON_SCHULZ_MAX_CONDITION:
+            return jax.lax.platform_dependent(A, cpu=by("svd"), default=by("qdwh"))
+        if A.shape[-1] < NEWTON_SCHULZ_MIN_COLUMNS:
+            return jax.lax.platform_dependent(A, cpu=by("svd"), default=_or_svd(by, condition, with_spectrum))
+        return _or_svd(by, condition, with_spectrum)(A)
     if method == "svd":
         Q, s, Vt = jnp.linalg.svd(A, full_matrices=False)
-        return matmul(Q, Vt), s, _t(Vt)
-    U = _qdwh(A) if method == "qdwh" else _newton_schulz(A, condition)
-    P = matmul(_t(U), A)
-    s, V = jnp.linalg.eigh((P + _t(P)) / 2, symmetrize_input=False)
-    return U, jnp.maximum(s, 0), V
+        return (matmul(Q, Vt), s, _t(Vt)) if spectrum else (matmul(Q, Vt),)
+    return with_spectrum(_qdwh(A) if method == "qdwh" else _newton_schulz(A, condition)[0])
+
+
+def _or_svd(by: Callable[..., Any], condition: float, with_spectrum: Callable[..., Any]) -> Callable[..., Any]:
+    """Newton-Schulz, and the SVD where it does not converge: the condition that was promised may not hold."""
+
+    def factors(A: jax.Array) -> tuple[jax.Array, ...]:
+        U, converged = _newton_schulz(A, condition)
+        return jax.lax.cond(converged, lambda: with_spectrum(U), lambda: by("svd")(A))
+
+    return factors
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _polar(A: jax.Array, method: str | None, condition: float | None) -> jax.Array:
-    return _factors(A, method, condition)[0]  # XLA drops the eigenvalue problem where s and V are not used
+    return _factors(A, method, condition, spectrum=False)[0]
 
 
 def _polar_forward(A, method, condition):
-    U, s, V = _factors(A, method, condition)
+    U, s, V = _factors(A, method, condition, spectrum=True)
     return U, (U, s, V)
 
 
@@ -138,8 +159,7 @@ def polar(A: jax.Array, *, method: str | None = None, condition: float | None = 
     Args:
       A: (..., d, K), real. bfloat16 and float16 are computed in float32 and returned in their own type. Always at
         highest matmul precision.
-      method: "svd", "qdwh" or "newton_schulz" (module docstring). None: "svd" on CPU; on GPU and TPU "newton_schulz" if
-        `condition` is at most 2000, else "qdwh".
+      method: "svd", "qdwh", "newton_schulz", or None to choose by platform and conditioning (module docstring).
       condition: a bound or guess of the condition number of A, a Python float. It chooses the method and the
         stretches of Newton-Schulz, never the answer.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlib_methods.classifiers import polar
-from jaxlib_methods.classifiers._polar import METHODS, NEWTON_SCHULZ_MAX_CONDITION
+from jaxlib_methods.classifiers._polar import METHODS, NEWTON_SCHULZ_MAX_CONDITION, NEWTON_SCHULZ_MIN_COLUMNS
 
 
 def matrix_with_spectrum(s, d, seed=0, dtype=np.float64):
@@ -161,15 +161,37 @@ def test_newton_schulz_is_made_of_matrix_products_and_stretching_saves_steps():
 
 
 @pytest.mark.parametrize(
-    ("condition", "custom_calls"), [(NEWTON_SCHULZ_MAX_CONDITION, False), (2 * NEWTON_SCHULZ_MAX_CONDITION, True)]
+    ("columns", "condition", "iterates_on_cpu"),
+    [
+        (NEWTON_SCHULZ_MIN_COLUMNS, NEWTON_SCHULZ_MAX_CONDITION, True),
+        (NEWTON_SCHULZ_MIN_COLUMNS - 1, NEWTON_SCHULZ_MAX_CONDITION, False),
+        (NEWTON_SCHULZ_MIN_COLUMNS, 2 * NEWTON_SCHULZ_MAX_CONDITION, False),
+        (NEWTON_SCHULZ_MIN_COLUMNS, None, False),
+    ],
 )
-def test_method_none_chooses_by_platform_and_conditioning(condition, custom_calls):
-    f = jax.jit(lambda A: polar(A, condition=condition))
-    A = jnp.ones((16, 4))
-    assert "svd" in f.trace(A).lower(lowering_platforms=("cpu",)).as_text() or "gesdd" in f.lower(A).as_text()
-    tpu = f.trace(A).lower(lowering_platforms=("tpu",)).as_text()
-    assert ("custom_call" in tpu) == custom_calls
-    assert "gesdd" not in tpu
+def test_method_none_chooses_by_platform_size_and_conditioning(columns, condition, iterates_on_cpu):
+    traced = jax.jit(lambda A: polar(A, condition=condition)).trace(jnp.ones((64, columns)))
+    cpu, tpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu"))
+    assert ("stablehlo.while" in cpu) == iterates_on_cpu
+    assert "gesdd" in cpu  # the method, or what stands by should the iteration not converge
+    assert "stablehlo.while" in tpu and "gesdd" not in tpu
+
+
+def test_newton_schulz_that_does_not_converge_gives_way_to_the_svd():
+    A = np.diag(np.r_[np.ones(35), 0.0]).astype(np.float32)  # rank deficient, whatever the caller believes
+    U = polar(jnp.asarray(A), condition=10.0)
+    np.testing.assert_allclose(U.T @ U, np.eye(36), atol=1e-5)
+    assert jnp.abs(polar(jnp.asarray(A), condition=10.0, method="newton_schulz")[35, 35]) < 1e-3
+    assert jnp.isfinite(jax.grad(lambda A: jnp.sum(polar(A, condition=10.0)))(jnp.asarray(A))).all()
+
+
+@pytest.mark.parametrize("condition", [None, 300.0])
+def test_many_columns_match_the_svd(condition, x64):
+    A, U = matrix_with_spectrum(np.geomspace(1, 1 / 200, 40), 50)
+    np.testing.assert_allclose(polar(jnp.asarray(A), condition=condition), U, atol=1e-11)
+    G = jnp.asarray(np.random.default_rng(0).standard_normal((50, 40)))
+    grads = [jax.vjp(lambda A: polar(A, method=m, condition=condition), jnp.asarray(A))[1](G)[0] for m in (None, "svd")]
+    np.testing.assert_allclose(*grads, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize(
