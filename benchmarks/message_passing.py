@@ -205,7 +205,7 @@ def _iteration(name: str, options: Options) -> Iterator[Record]:
         "trwp": Implementation(lambda: mp.trwp(mrf, iterations=ITERATIONS).beliefs),
         "scan a user would write": Implementation(naive, (mrf.unaries, jnp.asarray(table))),
         "torch": peer("torch", lambda torch: _torch_trwp(torch, _unaries(name), table)),
-        "pgmax": peer("pgmax", lambda pgmax: _pgmax(_unaries(name), table, options)),
+        "pgmax": _pgmax_or_skip(_unaries(name), table, options),
         "trws C++": _trws_or_skip(name, ITERATIONS),
     }
     entries = height * width * labels * ITERATIONS
@@ -334,11 +334,24 @@ def _torch_trwp(torch: Any, unaries: np.ndarray, table: np.ndarray) -> Implement
     return Implementation(solve)
 
 
+def _pgmax_or_skip(unaries: np.ndarray, table: np.ndarray, options: Options) -> Implementation | Skip:
+    gib = 2 * unaries[..., 0].size * table.nbytes / 2**30
+    if gib > 2:
+        return Skip(f"its log potentials, one table per edge, would take {gib:.1f} GiB and several times that to build")
+    return peer("pgmax", lambda pgmax: _pgmax(unaries, table, options))
+
+
 def _pgmax(unaries: np.ndarray, table: np.ndarray, options: Options) -> Implementation:
     """Max-product BP of PGMax on the same grid; building the graph is timed apart and told as a note."""
     import time
+    import types
 
+    from jax.extend import backend
     from pgmax import fgraph, fgroup, infer, vgroup
+
+    # PGMax 0.6.1 asks for the platform by a name that JAX has removed.
+    if not hasattr(jax.lib, "xla_bridge"):
+        jax.lib.xla_bridge = types.SimpleNamespace(get_backend=backend.get_backend)
 
     height, width, labels = unaries.shape
     start = time.perf_counter()
