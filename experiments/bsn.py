@@ -59,9 +59,9 @@ class Config:
     root: Literal["minus", "plus"] = "minus"  # of the GPN shift
     retraction: Literal["bjorck", "qr"] = "bjorck"
     seeds: int = 1
-    steps: int = 300
+    steps: int = 1000
     batch_size: int = 128
-    learning_rate: float = 1.0  # of SGD, divided by the depth: every layer turns, and the angles add up
+    learning_rate: float = 1.5  # of SGD, divided by depth^1.5: what every layer turns adds up, and flat norms spread it
 
     def __post_init__(self):
         for name in ("width", "seeds", "steps", "batch_size", "learning_rate"):
@@ -128,7 +128,7 @@ def _task(config: Config, dataset: data.Dataset, depth: int, activation: str, no
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels
         return signal_norms(params, inputs(few), lambda logits: cross_entropy(logits, labels).mean(), phi)
 
-    sgd = optax.sgd(config.learning_rate / depth)
+    sgd = optax.sgd(config.learning_rate / depth**1.5)
     per_example = training.classification(logits_fn)
     return {
         "config": config,

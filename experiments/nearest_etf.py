@@ -297,7 +297,8 @@ def _figure(config: Config, curves: dict[str, list[list[dict[str, float]]]], wor
             epochs = [point["epoch"] for point in of_seeds[0]]
             values = shown(np.array([[point[name] for point in curve] for curve in of_seeds]))
             median, label = np.median(values, axis=0), method.replace("_", " ")
-            (line,) = axis.plot(epochs, median, label=label, marker=".", markersize=4)
+            dashes = ":" if method == "implicit_no_gradient" else "-"
+            (line,) = axis.plot(epochs, median, dashes, label=label, marker=".", markersize=4)
             low, high = values.min(axis=0), values.max(axis=0)
             axis.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="epoch", yscale=scale)

@@ -179,7 +179,8 @@ def _figure(config: Config, K: int, curves: dict[str, list[list[dict[str, float]
         for method, of_seeds in curves.items():
             steps = [point["step"] for point in of_seeds[0]]
             values = shown(np.array([[point[name] for point in curve] for curve in of_seeds]))
-            (line,) = axis.plot(steps, np.median(values, axis=0), label=method.replace("_", " "))
+            dashes = ":" if method == "implicit_no_gradient" else "-"
+            (line,) = axis.plot(steps, np.median(values, axis=0), dashes, label=method.replace("_", " "))
             low, high = values.min(axis=0), values.max(axis=0)
             axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="step", yscale=scale)
