@@ -27,4 +27,5 @@ def test_examples(name):
         runner.run(test, out=report.append)
     assert not report, "\n".join(report)
     written = sum(line.lstrip().startswith(">>> ") for line in inspect.getsource(module).splitlines())
-    assert examples == written, f"{name} shows {written} examples and only {examples} are reached from its objects"
+    # More are reached where a jitted alias shows the examples of its function again.
+    assert examples >= written, f"{name} shows {written} examples and only {examples} are reached from its objects"
