@@ -114,6 +114,7 @@ def _number(value: float) -> str:
 
 def print_table(table: list[Row]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -126,7 +127,8 @@ def print_table(table: list[Row]) -> None:
     for row in table:
         if last not in (None, row.experiment):
             shown.add_section()
-        shown.add_row("" if row.experiment == last else row.experiment, *row.cells()[1:])
+        cells = row.cells() if row.experiment != last else ("", *row.cells()[1:])
+        shown.add_row(*map(escape, cells))  # rich would read "[model=lenet5]" as a style
         last = row.experiment
     console.print(shown)
 

@@ -184,6 +184,7 @@ def test_report_pools_seeds_and_tells_configurations_apart(tmp_path, monkeypatch
     assert main(["report", "runs", "--write", "RESULTS.md"]) == 0
     assert pathlib.Path("RESULTS.md").read_text() == results + "\n## Notes\n\nWritten by hand.\n"
     assert "| snip [model=vgg] | error | 7.27 | 7.27 | +0 | 1 |" in results
+    assert "snip [model=vgg]" in capsys.readouterr().out
     assert "`python -m experiments run snip --model vgg`" in results and "1.5 min" in results
     assert " 50 " not in results
     assert (runs / "report.md").read_text() in results
