@@ -79,11 +79,17 @@ class MessagePassing(nnx.Module):
         return costs * (1 - jnp.eye(self.num_labels, dtype=raw.dtype))
 
     def __call__(self, logits: jax.Array, edge_weights: jax.Array | None = None) -> jax.Array:
-        """Refined logits (B, H, W, L) from logits (B, H, W, L) and edge weights (D, B, H, W) or None."""
-        costs = logits.max(-1, keepdims=True) - logits
-        one = jnp.ones((), logits.dtype)
-        pairwise = Pairwise("table", one, table=self.compatibility().astype(logits.dtype), semimetric=True)
-        return -self.solve(GridMRF(costs, pairwise, edge_weights)).beliefs
+        """Refined logits (B, H, W, L) from logits (B, H, W, L) and edge weights (D, B, H, W) or None.
+
+        Inference runs in float32 for logits of less, and its result has the dtype of the logits.
+        """
+        dtype = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
+        x = logits.astype(dtype)
+        table = self.compatibility().astype(dtype)
+        pairwise = Pairwise("table", jnp.ones((), dtype), table=table, semimetric=True)
+        weights = None if edge_weights is None else edge_weights.astype(dtype)
+        beliefs = self.solve(GridMRF(x.max(-1, keepdims=True) - x, pairwise, weights)).beliefs
+        return -beliefs.astype(logits.dtype)
 
 
 def boundary_weights(boundaries: jax.Array, *, directions: int = 4) -> jax.Array:

@@ -37,7 +37,6 @@ def problem(key, directions, kind):
         (4, "trwp", "profile"),
         (4, "trwp", "potts"),
         (4, "isgmr", "linear2"),
-        (4, "isgmr", "table"),
         (8, "trwp", "linear2"),
         (8, "isgmr", "profile"),
         (16, "trwp", "table"),

@@ -86,6 +86,14 @@ def test_layer_starts_as_potts_and_takes_edge_weights(key):
     assert jnp.isfinite(gradient).all() and (gradient != 0).any()
 
 
+def test_layer_keeps_the_dtype_of_its_logits(key):
+    logits = noisy_stripes(key)[0]
+    layer = mp.MessagePassing(3, method="mean_field", iterations=2)
+    half = layer(logits.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), layer(logits), atol=0.1)
+
+
 @pytest.mark.parametrize("directions", [4, 8, 16])
 def test_boundary_weights_cut_every_edge_of_a_boundary_pixel(directions):
     boundaries = jnp.zeros((4, 5)).at[1, 2].set(1.0)

