@@ -178,7 +178,8 @@ def _doubling(
         cost = (scale * jnp.asarray(2**k, a.dtype))[None]
         t, winner = a, p
         costs = _shifts(a, 2**k, jnp.inf)
-        senders = None if p is None else _shifts(p, 2**k, 0)
+        # At first every label is its own sender, so that its neighbours' need no look in memory.
+        senders = None if p is None else (lambda d: p - d) if k == 0 else _shifts(p, 2**k, 0)
         for offset in (2**k, -(2**k)):
             candidate = costs(offset) + cost
             if senders is not None:
