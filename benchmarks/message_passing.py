@@ -5,8 +5,7 @@ Cases (`INSTANCE` is tsukuba, teddy, venus, map, penguin or house; the pictures 
 * `INSTANCE energies METHOD@ITERATIONS`: solves; the error is the relative distance from the energy in the literature
 or, where that
   was never published, of an independent implementation. `bound` is the chain lower bound, `sequential` the energy after
-  sequential
-  rounding.
+  sequential rounding.
 * `INSTANCE iteration`: five TRWP-4 iterations of the public solver beside the scan a user would write in JAX, its
   PyTorch form, PGMax (max-product, five iterations) and five iterations of TRW-S in C++, one thread.
 * `INSTANCE to the energy of TRW-S`: until the energy that TRW-S has after 50 iterations, against those 50 iterations.
@@ -56,8 +55,7 @@ PROBLEMS = {
     "house": Problem(mp.quadratic(5.0, num_labels=256), 5.0, np.arange(256.0) ** 2, 256),
 }
 # Energies of the specification: ISGMR-4 and TRWP-4 at 1, 10 and 50 iterations, then the bound and the sequentially
-# rounded energy of
-# TRWP at 50, and the energy of TRW-S at 50.
+# rounded energy of TRWP at 50, and the energy of TRW-S at 50.
 TARGETS = {
     "tsukuba": ((824694, 621409, 637996), (869363, 339460, 314037), 313315.57, 313699, 314393),
     "map": ((215875, 148969, 148049), (192200, 144356, 143364), 143042.31, 143192, 143197),

@@ -2,20 +2,16 @@ r"""A small CNN with a TRWP layer on top, trained end to end to segment noisy di
 
 Paper: Xu, Ajanthan, Hartley, "Fast and Differentiable Message Passing on Pairwise Markov Random Fields", ACCV 2020,
 whose experiment refines a DeepLab on VOC; what is compared here is the same (no layer, mean field, TRWP), at the size
-that two
-cores can train.
+that two cores can train.
 
-    python -m experiments run learned_mrf                                        # 2 x 2 digits of scikit-learn, 16 x 16
-    pixels
-    python -m experiments run learned_mrf --data-dir ../shared/data/tfds --dataset mnist --tiles 1   # 28 x 28 pixels
+    python -m experiments run learned_mrf    # 2 x 2 digits of scikit-learn, 16 x 16 pixels: ten minutes on two cores
+    python -m experiments run learned_mrf --data-dir DIR --dataset mnist --tiles 1    # one digit, 28 x 28 pixels
 
 Task: a scene is a square of handwritten digits under Gaussian noise, and every pixel is to be labelled: background, or
-the class of
-the digit whose stroke it is on. What a pixel's neighbourhood shows is ambiguous: the CNN sees 7 x 7 pixels, less than a
-digit. The layer
-has to carry what is certain along the strokes. All methods share the CNN, its initialisation, the data, the noise and
-the number of steps; the
-layers learn one cost per pair of labels and, from the CNN's features, one edge weight per pixel.
+the class of the digit whose stroke it is on. What a pixel's neighbourhood shows is ambiguous: the CNN sees 7 x 7
+pixels, less than a digit. The layer has to carry what is certain along the strokes. All methods share the CNN, its
+initialisation, the data, the noise and the number of steps; the layers learn one cost per pair of labels and, from the
+CNN's features, one edge weight per pixel.
 
 Test scenes are made of test digits only, with noise drawn once. Figures: pixel error over the steps and example
 segmentations.

@@ -6,10 +6,9 @@
     gradient = jax.grad(lambda m: loss(trwp(m).beliefs))(mrf)           # to unaries, edge weights and V
 
 Which solver: `trwp` reaches the lowest energies and comes with a lower bound; `isgmr` is loopy min-sum; `sgm` is one
-pass;
-`mean_field` is the baseline. `MessagePassing` is the layer with learned compatibilities. The exact solvers
-(enumeration, chains,
-graph cuts) are oracles for small problems. Problems with the same static structure share one compiled program.
+pass; `mean_field` is the baseline. `MessagePassing` is the layer with learned compatibilities. The exact solvers
+(enumeration, chains, graph cuts) are oracles for small problems. Problems with the same static structure share one
+compiled program.
 
 BibTeX:
 @inproceedings{xu2020fast,

@@ -1,8 +1,7 @@
 """Grid MRFs as plain arrays: E(x) = sum_i theta_i(x_i) + sum_(ij) w_ij V(x_i, x_j), x_i the label of pixel i.
 
 Directions d and d^1 are opposite; even ones point down, or right along a row. `DIRECTIONS[d]` is the step (row, column)
-from the sending
-to the receiving pixel. Weights of direction d are stored at the receiving pixel.
+from the sending to the receiving pixel. Weights of direction d are stored at the receiving pixel.
 """
 
 from collections.abc import Sequence
@@ -31,11 +30,9 @@ class GridMRF(NamedTuple):
     Attributes:
       unaries: (B, H, W, L) or (H, W, L) costs theta, float32 or float64; results have or lack the batch axis alike.
       pairwise: V, from `potts`, `truncated_linear`, ..., `table`. For an asymmetric table the first label is that of
-        the pixel
-        above, or left in the same row.
+        the pixel above, or left in the same row.
       edge_weights: (D, B, H, W) or (D, H, W) for at least the D directions in use, or None for 1. w[d] and w[d^1]
-        describe
-        the same edges from both ends: `both_directions` makes them from one.
+        describe the same edges from both ends: `both_directions` makes them from one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,9 +54,8 @@ def both_directions(weights: Sequence[jax.Array] | jax.Array) -> jax.Array:
 
     Args:
       weights: D/2 arrays (B, H, W) or (H, W) for directions 0, 2, 4, ..., each stored at the receiving pixel:
-        weights[0][i, j] belongs
-        to the edge from (i, j - 1) to (i, j), weights[1][i, j] to the one from (i - 1, j). Values without an edge do
-        not matter.
+        weights[0][i, j] belongs to the edge from (i, j - 1) to (i, j), weights[1][i, j] to the one from (i - 1, j).
+        Values without an edge do not matter.
 
     Returns:
       (D, B, H, W) or (D, H, W), zero where a pixel has no such neighbour.
@@ -95,8 +91,7 @@ def energy(mrf: GridMRF, labels: jax.Array, *, connectivity: int = 4, dtype: Any
       labels: (B, H, W) or (H, W) integer labelling.
       connectivity: 4, 8 or 16; with edge weights there must be as many directions.
       dtype: of the sum, by default that of the unaries. Float32 holds whole numbers only up to 2^24: beyond, ask for
-        float64
-        (which needs `jax.enable_x64`).
+        float64 (which needs `jax.enable_x64`).
 
     Returns:
       (B,) energies, or a scalar without a batch axis.

@@ -18,8 +18,7 @@ class MessagePassing(nnx.Module):
     """Refines the logits of every pixel by inference in a grid MRF whose compatibilities are learned.
 
     Costs are the logits' distance from the best one; V(mu, lam) = softplus of a symmetric table, zero on the diagonal,
-    so that it is
-    a semimetric whatever the optimizer does. It starts as a Potts cost of weight `init_weight`.
+    so that it is a semimetric whatever the optimizer does. It starts as a Potts cost of weight `init_weight`.
 
     Args:
       num_labels: L.

@@ -66,8 +66,8 @@ def truncated_quadratic(weight: ArrayLike = 1.0, *, truncation: float | int, tru
     """V = weight min(|lam - mu|, truncation)^2, or weight min(|lam - mu|^2, truncation).
 
     The two readings of "truncated quadratic with T" differ by a square, and both are in use: the authors' stereo code
-    truncates the
-    distance (Venus with 7 is min(d^2, 49)), their denoising code and the Middlebury benchmark the cost (min(d^2, 7)).
+    truncates the distance (Venus with 7 is min(d^2, 49)), their denoising code and the Middlebury benchmark the cost
+    (min(d^2, 7)).
 
     Args:
       weight: non-negative scalar.

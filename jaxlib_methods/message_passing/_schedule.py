@@ -1,23 +1,19 @@
 """Iterations of scanline sweeps in pair form, and the exact backward pass through their argmins.
 
 Messages live in the layout their sweep wants, [positions, L, lines]: horizontal ones [W, L, B W'] with lines = image
-rows, all others
-[H, L, B W] with lines = image columns (a diagonal walks over the rows and shifts its columns). Only sums of pairs are
-ever transposed.
+rows, all others [H, L, B W] with lines = image columns (a diagonal walks over the rows and shifts its columns). Only
+sums of pairs are ever transposed.
 
 **Forward.** For the pair k = (d, q) of opposite directions let u_k = theta + sum of the messages of all *other* pairs.
-The sweeps of d and q need
-u_k and one another's messages and nothing else, so an iteration reads no message that it overwrites, keeps no running
-belief and cannot drift.
-TRWP takes the newest messages (Gauss-Seidel, d before q), ISGMR those of the previous iteration (Jacobi).
+The sweeps of d and q need u_k and one another's messages and nothing else, so an iteration reads no message that it
+overwrites, keeps no running belief and cannot drift. TRWP takes the newest messages (Gauss-Seidel, d before q), ISGMR
+those of the previous iteration (Jacobi).
 
 **Backward.** With dS^d the gradient that the sweep of d sends to its S, u_k receives du_k = rho (dS^d + dS^q) and the
-messages of the opposite
-direction (rho - 1) dS^d. Every message of pair k thus receives the sum of du over the *other* pairs, plus (rho - 1) dS
-of its opposite:
-the forward recursion with dS in the place of m, walked from the last iteration to the first, and of the last pair to
-the first.
-It needs P and Q, one byte per pixel, label, direction and iteration up to 256 labels, and not a single message value.
+messages of the opposite direction (rho - 1) dS^d. Every message of pair k thus receives the sum of du over the *other*
+pairs, plus (rho - 1) dS of its opposite: the forward recursion with dS in the place of m, walked from the last
+iteration to the first, and of the last pair to the first. It needs P and Q, one byte per pixel, label, direction and
+iteration up to 256 labels, and not a single message value.
 """
 
 import functools

@@ -57,37 +57,32 @@ def trwp(
 
     Directions in order, in place: with rho the edge appearance probability and the newest messages,
 
-        S_p = rho [theta_p + sum_(k != d) m_p^k] - m_p^opposite,   m_i(lam) = min_mu [S_p + rho m_p^d + w V(mu, lam)] -
-        min,
-        beliefs = theta + sum_d m^d.
+        S_p = rho [theta_p + sum_(k != d) m_p^k] - m_p^opposite
+        m_i(lam) = min_mu [S_p(mu) + rho m_p^d(mu) + w V(mu, lam)] less its minimum
+        beliefs = theta + sum_d m^d
 
     Args:
       mrf: the problem.
       iterations: number of sweeps over all directions; static.
       directions: 4, 8 or 16; static.
       rho: edge appearance probability. 0.5 is right for 4 directions (each pixel lies in a row and a column); the
-        authors' code
-        uses it for all. Static.
+        authors' code uses it for all. Static.
       rounding: "argmin" of the beliefs as in the paper, or "sequential" (4 directions only), which finds lower
         energies; static.
       evaluate_every: compute energy and bound every so many iterations (and after the last); None never does. Beliefs
         are then not differentiable. Static.
       tolerance: stop once (energy - bound) <= tolerance |bound| for the best of both, in every image of the batch.
-        Needs
-        `evaluate_every` and 4 directions.
+        Needs `evaluate_every` and 4 directions.
       messages: start from these instead of zeros; constants to differentiation.
       checkpoint_every: for the backward pass, keep the messages of every so many iterations and compute the argmins
-        between
-        them again, instead of keeping all argmins. A divisor of `iterations`; static.
+        between them again, instead of keeping all argmins. A divisor of `iterations`; static.
       temperature: replaces the min by a softmin-weighted mean, differentiated by JAX at L^2 memory per pixel and
-        direction. The
-        paper's code has it (temperature 1) and the paper does not use it.
+        direction. The paper's code has it (temperature 1) and the paper does not use it.
       implementation: of the sweeps, see `jaxlib_methods.kernels.scanline.sweep`.
 
     Returns:
       A `Solution`. Gradients to unaries, edge weights and V are exact for the argmins found, and cost about two forward
-      passes and
-      iterations x D x H x W x (L + 1) bytes (twice as many above 256 labels).
+      passes and iterations x D x H x W x (L + 1) bytes (twice as many above 256 labels).
 
     Raises:
       ValueError: for an invalid problem or options that do not fit together.
@@ -125,8 +120,8 @@ def isgmr(
     """Iterative semi-global matching revised: loopy min-sum with a scanline schedule, all directions from the last
     iteration.
 
-        m_i(lam) = min_mu [theta_p + m_p^d + sum_(k != d, opposite) m_p^k(old) + w V(mu, lam)] - min,   beliefs = theta
-        + sum_d m^d.
+        m_i(lam) = min_mu [theta_p + m_p^d + sum_(k != d, opposite) m_p^k(old) + w V(mu, lam)] less its minimum
+        beliefs = theta + sum_d m^d
 
     With whole-number costs all messages are exact whole numbers. It need not converge: with 4 directions it often
     oscillates.

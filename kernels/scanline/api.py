@@ -1,20 +1,19 @@
 """One scanline sweep in the "lines last" layout, and its backward: validation and the choice of an implementation.
 
 Arrays are [positions, L, lines]: a sweep runs over `positions` of a line, all `lines` in parallel. Recursion, with u
-the unary cost plus
-every message that is not of this direction d or its opposite q, and a the carry (zero before the first position):
+the unary cost plus every message that is not of this direction d or its opposite q, and a the carry (zero before the
+first position):
 
-    m_i(lam) = min_mu [a(mu) + w_i V(mu, lam)] - min_nu(same),   P_i(lam) and Q_i the two argmins,   m = 0 at the first
-    position
+    m_i(lam) = min_mu [a(mu) + w_i V(mu, lam)] - min_nu(same),   m = 0 at the first position
     a        = rho (u_i + m_i + opposite_i) - opposite_i
 
+P_i(lam) and Q_i are the two argmins.
 Index ties go to the lowest label. Where V is a `semimetric`, Q is the argmin of a: the lowest argmin of the outgoing
-message too,
-except at w_i = 0, where every label is one. P and Q at the first position are unspecified; no gradient passes there.
+message too, except at w_i = 0, where every label is one. P and Q at the first position are unspecified; no gradient
+passes there.
 
 An implementation is a module with `sweep` and `sweep_backward` of the signatures below (without `implementation`),
-called with validated
-arguments; it raises `NotImplementedError` with the reason where it does not support them.
+called with validated arguments; it raises `NotImplementedError` with the reason where it does not support them.
 """
 
 import importlib
@@ -69,9 +68,8 @@ def sweep(
       reverse: walk from the last position to the first; static.
       with_indices: also return the argmins; static.
       step: (positions, lines) from the sending to the receiving pixel when walking forward, (1, 0) along the lines; a
-        diagonal has
-        a second entry, and with `reverse` both are negated. A pixel whose sender lies outside the image gets a zero
-        message. Static.
+        diagonal has a second entry, and with `reverse` both are negated. A pixel whose sender lies outside the image
+        gets a zero message. Static.
       images: number of images side by side in `lines` (image-major), which a diagonal must not connect; static.
       out: an array like `u` that is no longer needed: its storage may take the result, its values are never read.
       implementation: None for the best known one that supports the arguments ("xla" until a kernel has been measured to
@@ -128,9 +126,8 @@ def sweep_backward(
         dw_i = sum_lam V(P_i(lam), lam) v(lam);   dV(mu, lam) += w_i v(lam)
 
     In pair form the messages m^d of a forward sweep are used by the sweeps of other pairs (whose gradients make up dm)
-    and as the
-    `opposite` of the reverse sweep q, so `opposite_ds` is the dS of that sweep: backward sweeps pass it as forward ones
-    pass messages.
+    and as the `opposite` of the reverse sweep q, so `opposite_ds` is the dS of that sweep: backward sweeps pass it as
+    forward ones pass messages.
 
     Args:
       dm: [positions, L, lines] gradient of the loss in the messages, but for what `opposite_ds` brings.
@@ -143,8 +140,8 @@ def sweep_backward(
 
     Returns:
       (dS, dw, dpairwise). dS [positions, L, lines]: du = rho dS and dopposite = (rho - 1) dS. dw [positions, lines], or
-      None without edge
-      weights. dpairwise: a `Pairwise` whose arrays are the gradients in `weight`, `profile` and `table`.
+      None without edge weights. dpairwise: a `Pairwise` whose arrays are the gradients in `weight`, `profile` and
+      `table`.
 
     Raises:
       ValueError, NotImplementedError, ExceptionGroup: as `sweep`.

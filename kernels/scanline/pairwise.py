@@ -37,8 +37,7 @@ class Pairwise:
       table: (L, L) array for `"table"`, else None.
       truncation: the T of `"truncated_linear"`, a positive int, else 0; static.
       semimetric: promise that V >= 0 with a zero diagonal and edge weights >= 0. Then the minimum of an outgoing
-        message is
-        that of the incoming costs and a sweep that starts from zeros sends a zero first message; static.
+        message is that of the incoming costs and a sweep that starts from zeros sends a zero first message; static.
 
     Example:
       >>> potts = Pairwise("potts", jnp.float32(2.0), semimetric=True)

@@ -1,8 +1,7 @@
 """The sweep in plain `jax.numpy`: works everywhere, and is what every other implementation is compared with.
 
 The loop writes each message into a buffer that it never reads, so XLA updates it in place; what it reads is
-loop-invariant.
-Each kind of V has its own exact min-plus product:
+loop-invariant. Each kind of V has its own exact min-plus product:
 
 * Potts: min(a, min a + w);
 * truncated linear: doubling, o <- min(o, shift(o, +-2^k) + s 2^k) for 2^k < T, then the floor min a + s T;
