@@ -298,7 +298,8 @@ def _plain(
     weights: jax.Array | None,
     messages: Messages | None,
 ) -> Solution:
-    beliefs, messages = _schedule.solve(schedule, iterations, checkpoint_every, unaries, pairwise, weights, messages)
+    options = (schedule, iterations, checkpoint_every)
+    beliefs, messages = _schedule.solve_in_chunks(*options, unaries, pairwise, weights, messages)
     messages = jax.lax.stop_gradient(messages)
     labels = _round(rounding, beliefs, unaries, pairwise, weights, messages)
     return Solution(beliefs, labels, messages, jnp.asarray(iterations, jnp.int32))

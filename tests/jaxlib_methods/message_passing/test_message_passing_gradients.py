@@ -91,6 +91,21 @@ def test_recomputing_from_checkpoints_gives_the_same_gradient(key, x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), gradient(None), gradient(2))
 
 
+def test_images_one_after_the_other_give_the_same_as_together(key, x64, monkeypatch):
+    mrf, g = problem(key, 4, "table")
+    start = mp.trwp(mrf, iterations=1).messages
+
+    def solve(limit):
+        monkeypatch.setattr(_schedule, "CPU_CHUNK_BYTES", limit)
+        jax.clear_caches()
+        solution = lambda m: mp.trwp(m, iterations=2, messages=start)
+        gradient = jax.grad(lambda m: (solution(m).beliefs * g).sum())(mrf)
+        return solution(mrf), gradient
+
+    together, apart = solve(2**20), solve(1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), together, apart)
+
+
 @pytest.mark.parametrize("variant", ["messages", "path_costs"])
 def test_sgm_gradients_equal_finite_differences(key, x64, variant):
     mrf, g = problem(key, 4, "linear2")
