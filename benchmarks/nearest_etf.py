@@ -98,7 +98,9 @@ def _solver_case(name: str, K: int, d: int) -> Case:
     forward_only = lambda output: (np.asarray(output[0]),)
     both_parts = K <= DENSE_MAX
     if K <= TRUST_REGION_MAX:
+        enabled = jax.config.jax_enable_x64
         solver = peer("pymanopt", lambda pymanopt: Implementation(_trust_region(pymanopt, Y, prox, G)), extra="test")
+        jax.config.update("jax_enable_x64", enabled)  # importing pymanopt switches the whole process to float64
     else:
         solver = Skip(f"the trust region takes minutes a call at K = {K}, d = {d}")
     if isinstance(solver, Implementation) and not both_parts:
