@@ -4,7 +4,7 @@ Paper: Xu, Ajanthan, Hartley, "Fast and Differentiable Message Passing on Pairwi
 whose experiment refines a DeepLab on VOC; what is compared here is the same (no layer, mean field, TRWP), at the size
 that two cores can train.
 
-    python -m experiments run learned_mrf    # 2 x 2 digits of scikit-learn, 16 x 16 pixels: ten minutes on two cores
+    python -m experiments run learned_mrf    # 2 x 2 digits of scikit-learn, 16 x 16 pixels
     python -m experiments run learned_mrf --data-dir DIR --dataset mnist --tiles 1    # one digit, 28 x 28 pixels
 
 Task: a scene is a square of handwritten digits under Gaussian noise, and every pixel is to be labelled: background, or
@@ -12,6 +12,10 @@ the class of the digit whose stroke it is on. What a pixel's neighbourhood shows
 pixels, less than a digit. The layer has to carry what is certain along the strokes. All methods share the CNN, its
 initialisation, the data, the noise and the number of steps; the layers learn one cost per pair of labels and, from the
 CNN's features, one edge weight per pixel.
+
+Measured with the defaults (3 seeds, 23 minutes on two cores that were busy with other work; mean and standard
+deviation over the seeds), wrong pixels of strokes: CNN alone 49.4 +- 1.8 %, with mean field 48.2 +- 2.4 %, with TRWP
+29.0 +- 0.8 %; of all pixels 18.8, 18.4 and 12.7 %.
 
 Test scenes are made of test digits only, with noise drawn once. Figures: pixel error over the steps and example
 segmentations.
