@@ -141,14 +141,14 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             curves.setdefault(method, []).append(result["curve"])
     if jax.process_index() == 0:
         _figure(config, curves, workdir)
-    return {f"{name} {m}": [curve[-1][name] for curve in curves[m]] for m in config.methods for name in SHOWN} | {
-        f"epochs to 1% train_error {m}": [_epochs_to(curve, 1.0) for curve in curves[m]] for m in config.methods
-    }
+    final = {f"{name} {m}": [curve[-1][name] for curve in curves[m]] for m in config.methods for name in SHOWN}
+    reached = {m: [_epochs_to(curve, 1.0) for curve in curves[m]] for m in config.methods}
+    return final | {f"epochs to 1% train_error {m}": epochs for m, epochs in reached.items() if None not in epochs}
 
 
-def _epochs_to(curve: list[dict[str, float]], error: float) -> float:
-    """The first measured epoch with at most this training error; the run's length if there is none."""
-    return next((point["epoch"] for point in curve if point["train_error"] <= error), curve[-1]["epoch"])
+def _epochs_to(curve: list[dict[str, float]], error: float) -> float | None:
+    """The first measured epoch with at most this training error; None if the run ends above it."""
+    return next((point["epoch"] for point in curve if point["train_error"] <= error), None)
 
 
 class _Task(NamedTuple):
