@@ -1,9 +1,11 @@
 """Small library of flax nnx networks that the experiments and users share.
 
-Kernels are drawn from a truncated normal with variance 1 / fan-in and biases are zero, as flax does by default and
-pruning at initialisation wants it. Batch norm layers, and nothing else, have names with "bn", so that a path expression
-tells their scale and bias from the weights and biases of the layers. `model.train()` and `model.eval()` switch them
-between batch and running statistics; with pure functions, split the model once in each mode:
+Classifiers are built by name with `create`, language models from a `GPTConfig`; `GPT_CONFIGS` holds some by name.
+
+The kernels of the classifiers are drawn from a truncated normal with variance 1 / fan-in and biases are zero, as flax
+does by default and pruning at initialisation wants it. Their batch norm layers, and nothing else, have names with "bn",
+so that a path expression tells their scale and bias from the weights and biases of the layers. `model.train()` and
+`model.eval()` switch them between batch and running statistics; with pure functions, split the model once in each mode:
 
     model = create("vgg_d", num_classes=10, input_shape=(32, 32, 3), rngs=nnx.Rngs(0))
     train_def, params, rest = nnx.split(model, nnx.Param, ...)
@@ -15,6 +17,13 @@ between batch and running statistics; with pure functions, split the model once 
 from jaxlib_methods.models._alexnet import AlexNet as AlexNet
 from jaxlib_methods.models._convolution import Conv as Conv
 from jaxlib_methods.models._convolution import convolve as convolve
+from jaxlib_methods.models._gpt import GPT as GPT
+from jaxlib_methods.models._gpt import GPT_CONFIGS as GPT_CONFIGS
+from jaxlib_methods.models._gpt import GPTConfig as GPTConfig
+from jaxlib_methods.models._gpt import GPTStages as GPTStages
+from jaxlib_methods.models._gpt import gpt_stages as gpt_stages
+from jaxlib_methods.models._gpt import rotate as rotate
+from jaxlib_methods.models._gpt import split_gpt_params as split_gpt_params
 from jaxlib_methods.models._lenet import LeNet5 as LeNet5
 from jaxlib_methods.models._lenet import LeNet300 as LeNet300
 from jaxlib_methods.models._recurrent import GRUClassifier as GRUClassifier
@@ -26,10 +35,14 @@ from jaxlib_methods.models._resnet import WideResNet as WideResNet
 from jaxlib_methods.models._vgg import VGG as VGG
 
 __all__ = [
+    "GPT",
+    "GPT_CONFIGS",
     "NAMES",
     "VGG",
     "AlexNet",
     "Conv",
+    "GPTConfig",
+    "GPTStages",
     "GRUClassifier",
     "LSTMClassifier",
     "LeNet5",
@@ -38,4 +51,7 @@ __all__ = [
     "WideResNet",
     "convolve",
     "create",
+    "gpt_stages",
+    "rotate",
+    "split_gpt_params",
 ]
