@@ -1,0 +1,206 @@
+"""What the language-model experiments share: text, decoder, loss, evaluation and training of any optimizer.
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(language_model.Options):
+        learning_rate: float = 1e-3
+
+    task = language_model.Task.of(config)
+    optimizer = optax.adamw(language_model.warmup_cosine(config.learning_rate, config.steps))
+    state, history = task.fit(optimizer, seed, workdir, label="adamw")
+    task.evaluate(state)  # {"validation_loss": nats per token}
+
+Parameters are the `nnx.State` of a `jaxlib_methods.models.GPT`, with the paths that its docstring lists. What a run
+does depends on its options and its seed alone; it resumes to the bit.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments import pipeline, text
+from experiments import train as training
+from experiments.log import Record
+from jaxlib_methods import models
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of every language-model experiment; its `Config` adds its own."""
+
+    text: str = "python_docs"  # python_docs, tiny_shakespeare, another TFDS set of texts, or a path to a .txt or .npy
+    validation_text: str | None = None  # another text, wholly for validation; None: the set's own, or the text's end
+    data_dir: str | None = None  # folder of prepared TFDS sets; None: TFDS's own default
+    tokenizer: Literal["byte", "character"] = "byte"
+    preset: str = "llama_tiny"  # a name of jaxlib_methods.models.GPT_CONFIGS
+    layers: int | None = None  # this and the next three: None takes the preset's
+    width: int | None = None
+    heads: int | None = None
+    block: int | None = None  # tokens of a training window
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
+    batch_size: int = 16  # windows per step
+    steps: int = 500
+    seeds: int = 3
+    validation_windows: int = 128  # at most, spread over the validation text
+    evaluate_every: int = 100
+
+    def __post_init__(self):
+        if self.preset not in models.GPT_CONFIGS:
+            raise ValueError(f"unknown preset {self.preset!r}; known are {', '.join(models.GPT_CONFIGS)}")
+        for name in ("batch_size", "steps", "seeds", "validation_windows", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.model()
+
+    def model(self, vocab_size: int | None = None) -> models.GPTConfig:
+        """The decoder's configuration; the MLP keeps its ratio to the width."""
+        preset = models.GPT_CONFIGS[self.preset]
+        changes = {
+            "layers": self.layers,
+            "width": self.width,
+            "heads": self.heads,
+            "block_size": self.block,
+            "vocab_size": vocab_size,
+        }
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if self.width and preset.mlp_width:
+            changes["mlp_width"] = max(1, round(preset.mlp_width * self.width / preset.width))
+        if self.heads and preset.kv_heads:
+            changes["kv_heads"] = max(1, self.heads * preset.kv_heads // preset.heads)
+        return dataclasses.replace(preset, dtype=self.dtype, **changes)
+
+
+def warmup_cosine(learning_rate: float, steps: int, *, warmup: float = 0.06, final: float = 0.1) -> optax.Schedule:
+    """Linear warm-up over the share `warmup` of the steps, then a cosine down to `final` times the learning rate.
+
+    The defaults are AsyncPP's: 3,000 of 50,000 steps, and a tenth.
+    """
+    return optax.warmup_cosine_decay_schedule(
+        learning_rate / max(1, round(warmup * steps)),  # the first step already moves
+        learning_rate,
+        max(1, round(warmup * steps)),
+        steps,
+        final * learning_rate,
+    )
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Negative log-likelihood of each target in nats, in float32 whatever the logits are: [..., V], [...] -> [...]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets.astype(jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """Everything that runs of the same options share, so that nothing is compiled or loaded twice."""
+
+    options: Options
+    config: models.GPTConfig
+    text: text.Text
+    rows: pipeline.OnDevice  # of the training text
+    init: Callable[[jax.Array], PyTree]  # key -> parameters
+    apply: Callable[[PyTree, jax.Array], jax.Array]  # (parameters, tokens [B, T]) -> logits [B, T, V]
+    loss_fn: training.LossFn  # of windows [B, T + 1]: mean over all tokens
+    window: Callable[[jax.Array, jax.Array], jax.Array]  # (rows [B, ...], key) -> windows [B, T + 1]
+    evaluate: Callable[[training.TrainState], dict[str, float]]
+
+    @classmethod
+    def of(cls, options: Options) -> "Task":
+        loaded = text.load(
+            options.text, validation=options.validation_text, tokenizer=options.tokenizer, data_dir=options.data_dir
+        )
+        config = options.model(loaded.vocab_size)
+        graph = nnx.graphdef(nnx.eval_shape(lambda: models.GPT(config, rngs=nnx.Rngs(0))))
+        init = jax.jit(lambda key: nnx.state(models.GPT(config, rngs=nnx.Rngs(key)), nnx.Param))
+        apply = lambda params, tokens: nnx.merge(graph, params)(tokens)
+
+        def per_window(params: PyTree, model_state: PyTree, windows: jax.Array) -> dict[str, jax.Array]:
+            del model_state
+            return {"loss": cross_entropy(apply(params, windows[:, :-1]), windows[:, 1:]).mean(axis=1)}
+
+        def loss_fn(params: PyTree, model_state: PyTree, windows: jax.Array, key: jax.Array):
+            del key
+            return per_window(params, model_state, windows)["loss"].mean(), (model_state, {})
+
+        held_out = text.validation_rows(loaded.validation, config.block_size, options.validation_windows)
+        return cls(
+            options,
+            config,
+            loaded,
+            pipeline.put(text.training_rows(loaded.train, config.block_size), pipeline.data_mesh(options.batch_size)),
+            init,
+            apply,
+            loss_fn,
+            functools.partial(text.random_window, block=config.block_size),
+            training.evaluator(per_window, held_out, batch_size=options.batch_size, prefix="validation_"),
+        )
+
+    def start(self, optimizer: optax.GradientTransformation, seed: int) -> training.TrainState:
+        """The state before the first step: every optimizer gets the same parameters and batches from the same seed."""
+        init_key, train_key = jax.random.split(jax.random.key(seed))
+        return training.init_state(self.init(init_key), optimizer, key=train_key)
+
+    def fit(
+        self,
+        optimizer: optax.GradientTransformation,
+        seed: int,
+        workdir: str | os.PathLike | None,
+        *,
+        label: str,
+        steps: int | None = None,
+        loss_fn: training.LossFn | None = None,
+        state: training.TrainState | None = None,
+        log: Iterable[Callable[[Record], None]] = (),
+    ) -> tuple[training.TrainState, list[Record]]:
+        """Trains one model with `fit` of `experiments.train`.
+
+        Args:
+          optimizer: pass the same object again for another seed, and nothing is compiled twice.
+          seed: of the parameters and the batches.
+          workdir, label, log: as for `fit`.
+          steps: None takes the options'.
+          loss_fn: None takes the task's; another one may keep what it needs in the state's `model_state`.
+          state: None takes `start(optimizer, seed)`.
+        """
+        return training.fit(
+            loss_fn or self.loss_fn,
+            optimizer,
+            state or self.start(optimizer, seed),
+            self.rows,
+            batch_size=self.options.batch_size,
+            steps=steps or self.options.steps,
+            steps_per_call=min(25, self.options.evaluate_every),
+            augment=self.window,
+            evaluate=self.evaluate,
+            evaluate_every=self.options.evaluate_every,
+            workdir=workdir,
+            checkpoint_every=200,
+            mesh=self.rows.mesh,
+            label=label,
+            log=log,
+        )
+
+    def calibration(self, count: int, seed: int = 0) -> np.ndarray:
+        """`count` windows [n, T + 1] of the training text, drawn from the seed, for what is measured on activations."""
+        rows = text.training_rows(self.text.train, self.config.block_size)
+        chosen = np.random.default_rng(seed).integers(0, len(rows), count)
+        return np.asarray(self.window(jnp.asarray(rows[chosen]), jax.random.key(seed)))
+
+
+def evaluations(history: list[Record]) -> list[dict[str, float]]:
+    """Step, training loss and validation loss of the records that hold an evaluation."""
+    names = ("step", "loss", "validation_loss")
+    return [{name: record[name] for name in names} for record in history if "validation_loss" in record]
+
+
+def parameter_count(params: PyTree) -> int:
+    """Numbers in a tree of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
