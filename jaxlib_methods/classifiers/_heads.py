@@ -82,8 +82,16 @@ def class_sums(
 
     Source: this library.
     """
-    members = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)
-    totals = (matmul(features.T, members), jnp.sum(members, axis=0), jnp.sum(features, axis=0))
+
+    def scatter(f: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:  # B d additions; labels outside are dropped
+        return jax.ops.segment_sum(f, y, num_classes).T, jax.ops.segment_sum(jnp.ones_like(f[:, 0]), y, num_classes)
+
+    def multiply(f: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:  # B d K, but in the same order every time
+        members = jax.nn.one_hot(y, num_classes, dtype=f.dtype)
+        return matmul(f.T, members), jnp.sum(members, axis=0)
+
+    totals = jax.lax.platform_dependent(features, labels, cpu=scatter, default=multiply)
+    totals = (*totals, jnp.sum(features, axis=0))
     size = features.shape[0]
     if axis_name is not None:
         totals = jax.lax.psum(totals, axis_name)

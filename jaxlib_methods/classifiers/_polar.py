@@ -5,8 +5,12 @@ Forward, by `method`:
   qdwh            dynamically weighted Halley iteration: at most 6 steps of QR or Cholesky, whatever the condition.
   newton_schulz   X <- 3/2 X - 1/2 X X^T X, matrix products only. The first steps are stretched by the scalings that
                   are optimal on [1/condition, 1], so kappa = 200 takes 10 steps instead of 18. Full rank only.
-  None            Where the condition is known and at most 2000: newton_schulz, and the SVD should it not converge; on
-                  CPU svd below 32 columns. Where it is not known, or larger: svd on CPU, qdwh on GPU and TPU.
+  gram            U_0 = A V S^-1 V^T from the K x K problem A^T A = V S^2 V^T, then Newton steps on both conditions that
+                  single U out, U^T U = I and U^T A symmetric: what squaring the condition number lost comes back.
+                  Its S and V serve the backward pass. Full rank only.
+  None            Where the condition is known and at most 2000: newton_schulz (on CPU: gram), and the SVD should it
+                  not converge; on CPU svd below 32 columns. Where it is not known, or larger: svd on CPU, qdwh on GPU
+                  and TPU.
 
 Backward, for the cotangent G, with A = U V S V^T:
   Omega = V [ (V^T (U^T G - G^T U) V)_ij / (s_i + s_j) ] V^T
@@ -17,20 +21,17 @@ values (neural collapse makes K-1 of them equal) cost nothing.
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.classifiers._simplex_etf import HIGHEST, compute_dtype
 
-METHODS = ("svd", "qdwh", "newton_schulz")
+METHODS = ("svd", "qdwh", "newton_schulz", "gram")
 # Above this, Newton-Schulz needs more passes over A than QDWH needs factorisations.
 NEWTON_SCHULZ_MAX_CONDITION = 2e3
-# Below this a CPU is faster with an SVD. Above, the two are alike on an idle machine, but LAPACK's threads wait for one
-# another on a busy one: 161 ms against 9 ms at K = 100, d = 512 with 13 processes on two cores.
-NEWTON_SCHULZ_MIN_COLUMNS = 32
+# Below this a CPU is faster with an SVD.
+GRAM_MIN_COLUMNS = 32
 _MAX_STEPS = 80
 
 matmul = functools.partial(jnp.matmul, precision=HIGHEST)
@@ -44,6 +45,10 @@ def _eye_like(G: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.eye(G.shape[-1], dtype=G.dtype), G.shape)
 
 
+def _between(V: jax.Array, X: jax.Array) -> jax.Array:
+    return matmul(matmul(V, X), _t(V))
+
+
 def _scalings(condition: float) -> list[float]:
     """Stretches a_k of x -> 3/2 (a x) - 1/2 (a x)^3 that raise the lower end l of [l, 1] the most, until l = 0.9."""
     l, scalings = 1.0 / condition, []
@@ -54,12 +59,17 @@ def _scalings(condition: float) -> list[float]:
     return scalings
 
 
+def _order_one(A: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A over its largest entry, and that: the Gram matrix squares what may be very small or large."""
+    peak = jnp.max(jnp.abs(A), axis=(-2, -1), keepdims=True)
+    peak = jnp.where(peak > 0, peak, 1)
+    return A / peak, peak
+
+
 def _newton_schulz(A: jax.Array, condition: float | None) -> tuple[jax.Array, jax.Array]:
     """U, and whether all matrices of the batch have converged."""
     K = A.shape[-1]
-    # A is scaled to order one first: the Gram matrix squares what may be very small or large.
-    peak = jnp.max(jnp.abs(A), axis=(-2, -1), keepdims=True)
-    X = A / jnp.where(peak > 0, peak, 1)
+    X, _ = _order_one(A)
     # ||A^T A||_F^(1/2) bounds ||A||_2 more tightly than ||A||_F. It still overestimates it by up to K^(1/4).
     G = matmul(_t(X), X)
     bound = jnp.sqrt(jnp.sqrt(jnp.sum(G * G, axis=(-2, -1), keepdims=True)))
@@ -83,6 +93,44 @@ def _newton_schulz(A: jax.Array, condition: float | None) -> tuple[jax.Array, ja
     return 1.5 * X - 0.5 * matmul(X, G), r <= tolerance
 
 
+def _gram(A: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """U, s, V with A = U V diag(s) V^T, and whether all matrices of the batch have converged."""
+    X, peak = _order_one(A)
+    w, V = jnp.linalg.eigh(matmul(_t(X), X), symmetrize_input=False)
+    eps = float(jnp.finfo(A.dtype).eps)
+    top = jnp.maximum(w[..., -1:], eps)
+    s = jnp.sqrt(jnp.maximum(w, eps * top))
+    U = matmul(X, matmul(V / s[..., None, :], _t(V)))
+    tolerance = math.sqrt(eps)
+    sums_inverse = 1 / (s[..., :, None] + s[..., None, :])
+
+    def newton(U):
+        # U (I + C) with C = Omega - E/2, E = U^T U - I and a skew Omega meets both conditions to second order.
+        E, B = matmul(_t(U), U), matmul(_t(U), X)
+        E = E - _eye_like(E)
+        D = B - matmul(E, B) / 2
+        C = _between(V, matmul(matmul(_t(V), D - _t(D)), V) * sums_inverse) - E / 2
+        return B, C, jnp.sqrt(jnp.max(jnp.sum(C * C, axis=(-2, -1))))
+
+    def step(carry):
+        U, _, C, _, i = carry
+        U = U + matmul(U, C)
+        return U, *newton(U), i + 1
+
+    # What starts far off has a smaller singular value than A^T A can show: a matter for another method.
+    going_on = lambda c: (c[3] > tolerance) & (c[3] < 0.25) & (c[4] < 5)
+    U, B, C, r, _ = jax.lax.while_loop(going_on, step, (U, *newton(U), 0))
+    U = U + matmul(U, C)
+    P = B + matmul(_t(C), B)
+    P = (P + _t(P)) / 2
+    # The eigenvectors serve P as they do A^T A, unless two singular values are so small that it cannot tell them apart;
+    # the eigenvalues are P's own.
+    distinct = jnp.all(0.1 * tolerance * w[..., min(1, A.shape[-1] - 1)] > eps * top[..., 0])
+    rayleigh = lambda: (jnp.sum(V * matmul(P, V), axis=-2), V)
+    s, V = jax.lax.cond(distinct, rayleigh, lambda: tuple(jnp.linalg.eigh(P, symmetrize_input=False)))
+    return U, jnp.maximum(s, 0) * peak[..., 0], V, r <= tolerance
+
+
 def _qdwh(A: jax.Array) -> jax.Array:
     flat = A.reshape((-1, *A.shape[-2:]))
     return jax.lax.map(lambda a: jax.lax.linalg.qdwh(a)[0], flat).reshape(A.shape)
@@ -102,23 +150,24 @@ def _factors(A: jax.Array, method: str | None, condition: float | None, *, spect
         by = lambda name: lambda A: _factors(A, name, condition, spectrum=spectrum)
         if not condition or condition > NEWTON_SCHULZ_MAX_CONDITION:
             return jax.lax.platform_dependent(A, cpu=by("svd"), default=by("qdwh"))
-        if A.shape[-1] < NEWTON_SCHULZ_MIN_COLUMNS:
-            return jax.lax.platform_dependent(A, cpu=by("svd"), default=_or_svd(by, condition, with_spectrum))
-        return _or_svd(by, condition, with_spectrum)(A)
+
+        def newton_schulz_or_svd(A: jax.Array) -> tuple[jax.Array, ...]:
+            U, converged = _newton_schulz(A, condition)
+            return jax.lax.cond(converged, lambda: with_spectrum(U), lambda: by("svd")(A))
+
+        def gram_or_svd(A: jax.Array) -> tuple[jax.Array, ...]:
+            *factors, converged = _gram(A)
+            return jax.lax.cond(converged, lambda: tuple(factors if spectrum else factors[:1]), lambda: by("svd")(A))
+
+        on_cpu = by("svd") if A.shape[-1] < GRAM_MIN_COLUMNS else gram_or_svd
+        return jax.lax.platform_dependent(A, cpu=on_cpu, default=newton_schulz_or_svd)
     if method == "svd":
         Q, s, Vt = jnp.linalg.svd(A, full_matrices=False)
         return (matmul(Q, Vt), s, _t(Vt)) if spectrum else (matmul(Q, Vt),)
+    if method == "gram":
+        factors = _gram(A)[:3]
+        return factors if spectrum else factors[:1]
     return with_spectrum(_qdwh(A) if method == "qdwh" else _newton_schulz(A, condition)[0])
-
-
-def _or_svd(by: Callable[..., Any], condition: float, with_spectrum: Callable[..., Any]) -> Callable[..., Any]:
-    """Newton-Schulz, and the SVD where it does not converge: the condition that was promised may not hold."""
-
-    def factors(A: jax.Array) -> tuple[jax.Array, ...]:
-        U, converged = _newton_schulz(A, condition)
-        return jax.lax.cond(converged, lambda: with_spectrum(U), lambda: by("svd")(A))
-
-    return factors
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -139,12 +188,11 @@ def _polar_backward(method, condition, residuals, G):
     floor = float(jnp.finfo(s.dtype).eps) * d * jnp.max(s, axis=-1, keepdims=True)
     sums = s[..., :, None] + s[..., None, :]
     sums_inverse = jnp.where(sums > floor[..., None], 1 / jnp.where(sums > 0, sums, 1), 0)
-    Omega = matmul(matmul(V, matmul(_t(V), matmul(UtG - _t(UtG), V)) * sums_inverse), _t(V))
-    dA = matmul(U, Omega)
-    if d > K:  # a square U leaves no orthogonal complement: round-off over s_min is all that would be added
-        s_inverse = jnp.where(s > floor, 1 / jnp.where(s > 0, s, 1), 0)
-        dA = dA + matmul(matmul(G - matmul(U, UtG), V) * s_inverse[..., None, :], _t(V))
-    return (dA,)
+    Omega = _between(V, matmul(_t(V), matmul(UtG - _t(UtG), V)) * sums_inverse)
+    if d == K:  # a square U leaves no orthogonal complement: round-off over s_min is all that would be added
+        return (matmul(U, Omega),)
+    P_inverse = matmul(V * jnp.where(s > floor, 1 / jnp.where(s > 0, s, 1), 0)[..., None, :], _t(V))
+    return (matmul(U, Omega) + matmul(G - matmul(U, UtG), P_inverse),)
 
 
 _polar.defvjp(_polar_forward, _polar_backward)
@@ -159,7 +207,7 @@ def polar(A: jax.Array, *, method: str | None = None, condition: float | None = 
     Args:
       A: (..., d, K), real. bfloat16 and float16 are computed in float32 and returned in their own type. Always at
         highest matmul precision.
-      method: "svd", "qdwh", "newton_schulz", or None to choose by platform and conditioning (module docstring).
+      method: "svd", "qdwh", "newton_schulz", "gram", or None to choose by platform and conditioning (module docstring).
       condition: a bound or guess of the condition number of A, a Python float. It chooses the method and the
         stretches of Newton-Schulz, never the answer.
 

@@ -109,6 +109,19 @@ def test_a_label_outside_the_classes_counts_in_the_mean_only():
     assert sums.tolist() == [[1.0, 0.0]] and counts.tolist() == [1.0, 0.0] and mean.tolist() == [3.0]
 
 
+def test_class_sums_are_those_of_a_loop_and_every_feature_gets_its_class_gradient():
+    f, labels = features(), jnp.asarray(np.random.default_rng(0).integers(-1, K + 1, B), jnp.int32)
+    expected = np.zeros((D, K))
+    for vector, label in zip(np.asarray(f), np.asarray(labels), strict=True):
+        if 0 <= label < K:
+            expected[:, label] += vector
+    np.testing.assert_allclose(class_sums(f, labels, K)[0], expected, atol=1e-5)
+    weights = features(3, (D, K))
+    gradient = jax.jit(jax.grad(lambda f: jnp.sum(class_sums(f, labels, K)[0] * weights)))(f)
+    inside = ((labels >= 0) & (labels < K))[:, None]
+    np.testing.assert_array_equal(gradient, jnp.where(inside, weights.T[jnp.clip(labels, 0, K - 1)], 0))
+
+
 def test_gradient_flows_through_the_alpha_weighted_current_term_only():
     f = normalize_features(features())
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlib_methods.classifiers import polar
-from jaxlib_methods.classifiers._polar import METHODS, NEWTON_SCHULZ_MAX_CONDITION, NEWTON_SCHULZ_MIN_COLUMNS
+from jaxlib_methods.classifiers._polar import GRAM_MIN_COLUMNS, METHODS, NEWTON_SCHULZ_MAX_CONDITION
 
 
 def matrix_with_spectrum(s, d, seed=0, dtype=np.float64):
@@ -164,10 +164,10 @@ def test_newton_schulz_is_made_of_matrix_products_and_stretching_saves_steps():
 @pytest.mark.parametrize(
     ("columns", "condition", "iterates_on_cpu"),
     [
-        (NEWTON_SCHULZ_MIN_COLUMNS, NEWTON_SCHULZ_MAX_CONDITION, True),
-        (NEWTON_SCHULZ_MIN_COLUMNS - 1, NEWTON_SCHULZ_MAX_CONDITION, False),
-        (NEWTON_SCHULZ_MIN_COLUMNS, 2 * NEWTON_SCHULZ_MAX_CONDITION, False),
-        (NEWTON_SCHULZ_MIN_COLUMNS, None, False),
+        (GRAM_MIN_COLUMNS, NEWTON_SCHULZ_MAX_CONDITION, True),
+        (GRAM_MIN_COLUMNS - 1, NEWTON_SCHULZ_MAX_CONDITION, False),
+        (GRAM_MIN_COLUMNS, 2 * NEWTON_SCHULZ_MAX_CONDITION, False),
+        (GRAM_MIN_COLUMNS, None, False),
     ],
 )
 def test_method_none_chooses_by_platform_size_and_conditioning(columns, condition, iterates_on_cpu):
@@ -178,11 +178,37 @@ def test_method_none_chooses_by_platform_size_and_conditioning(columns, conditio
     assert "stablehlo.while" in tpu and "gesdd" not in tpu
 
 
-def test_newton_schulz_that_does_not_converge_gives_way_to_the_svd():
+@pytest.mark.parametrize(
+    "small",
+    [[1 / 200], [1 / 150, 1 / 200], np.geomspace(1 / 20, 1 / 200, 12)],
+    ids=["as in the ETF head", "two near another", "many"],
+)
+def test_gram_recovers_what_squaring_the_condition_number_lost(small):
+    """One small singular value keeps the eigenvectors of A^T A, several are solved for again."""
+    A, U = matrix_with_spectrum(np.r_[np.ones(40 - len(small)), small], 50)
+    kappa_eps = 200 * float(jnp.finfo(jnp.float32).eps)
+    G = np.random.default_rng(2).standard_normal((50, 40))
+
+    def both(method, dtype):
+        solve = lambda A: polar(A, method=method)
+        return jax.jit(lambda A, G: (solve(A), jax.vjp(solve, A)[1](G)[0]))(
+            jnp.asarray(A, dtype), jnp.asarray(G, dtype)
+        )
+
+    with jax.enable_x64(True):
+        exact = [np.asarray(x) for x in both("svd", jnp.float64)]
+    np.testing.assert_allclose(exact[0], U, atol=1e-12)
+    for got, single, reference in zip(both("gram", jnp.float32), both("svd", jnp.float32), exact, strict=True):
+        error = lambda x, reference=reference: np.abs(np.asarray(x, np.float64) - reference).max()
+        assert error(got) < 2 * error(single) + kappa_eps * np.abs(reference).max()
+
+
+def test_an_iteration_that_does_not_converge_gives_way_to_the_svd():
     A = np.diag(np.r_[np.ones(35), 0.0]).astype(np.float32)  # rank deficient, whatever the caller believes
     U = polar(jnp.asarray(A), condition=10.0)
     np.testing.assert_allclose(U.T @ U, np.eye(36), atol=1e-5)
-    assert jnp.abs(polar(jnp.asarray(A), condition=10.0, method="newton_schulz")[35, 35]) < 1e-3
+    for method in ("newton_schulz", "gram"):
+        assert jnp.abs(polar(jnp.asarray(A), condition=10.0, method=method)[35, 35]) < 1e-3
     gradient = jax.jit(jax.grad(lambda A: jnp.sum(polar(A, condition=10.0))))(jnp.asarray(A))
     assert jnp.isfinite(gradient).all()
 
