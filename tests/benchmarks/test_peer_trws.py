@@ -46,6 +46,19 @@ def test_the_distance_transforms_agree():
         trws(unaries, [0, 1, 3], method="linear")
 
 
+def test_the_fastest_transform_is_a_window_for_short_profiles_and_never_one_that_cannot_do_it():
+    # Penguin's min(d^2, 200) and House's d^2, with the labels thinned out.
+    unaries = np.random.default_rng(4).integers(0, 50, (3, 4, 40))
+    odd = np.concatenate([np.arange(38), [50, 60]])
+    for profile, method in (
+        (np.minimum(np.arange(16) ** 2, 200), "window"),
+        (np.arange(40) ** 2, "quadratic"),
+        (odd, "window"),
+    ):
+        chosen, named = (trws(unaries, profile, iterations=2, **m) for m in ({}, {"method": method}))
+        np.testing.assert_array_equal(chosen.bounds, named.bounds)
+
+
 # The specification's numbers; the order of float32 operations moves the later ones by less than 0.01 %.
 @pytest.mark.parametrize(
     ("name", "num_labels", "profile", "weight", "first", "fiftieth", "bound"),
@@ -69,3 +82,9 @@ def test_the_middlebury_setting_with_gradient_cues_has_the_published_bound(share
     result = trws(unaries, [0, 1, 2], weight=20, horizontal=right[:, 1:], vertical=down[1:], iterations=100)
     assert 369217.58 - 60 < result.bounds[-1] < 369217.58 + 0.5  # where TRW-S ends; the optimum is 369218
     assert 369218 <= result.energies.min() < 369218 * 1.002
+
+
+def test_leaves_subnormal_numbers_of_the_process_alone():
+    trws(np.zeros((2, 2, 2), np.float32), profile=np.array([0, 1], np.float32), weight=1.0, iterations=1)
+    smallest = np.nextafter(np.float32(0), np.float32(1))
+    assert smallest * np.float32(1) == smallest
