@@ -3,16 +3,20 @@
 Paper: Lu, Gould, Ajanthan, "Bidirectionally Self-Normalizing Neural Networks", Neural Networks 2023
 
     python -m experiments run bsn                                     # digits, width 100: minutes, 2 cores
+    python -m experiments run bsn --data-dir DIR --dataset mnist --learning-rates 0.4 1.5 6 24 --steps 300
     python -m experiments run bsn --data-dir DIR --dataset mnist --width 500 --steps 3000    # the paper's size: a GPU
 
 Cases: depth x activation x with and without Gauss-Poincare normalisation (gpn, raw). Weights are Haar-orthogonal and
 stay orthogonal: Riemannian SGD with two Bjorck steps as retraction. Inputs are standardised and put on the sphere of
-radius sqrt(n). The default root of each activation is the one whose norms do not drift.
+radius sqrt(n). The default root of each activation is the one whose norms do not drift. With several learning rates
+every network is trained with each of them on its first seed and keeps the one with the smallest error on a tenth of
+the training set that is held out: raw and normalised networks get the same chance.
 Figures: forward and backward signal norms by layer before and after training, side by side; training accuracy by depth.
 """
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 from typing import Any, Literal
 
@@ -23,6 +27,7 @@ import optax
 
 from experiments import cases, data, pipeline
 from experiments import train as training
+from experiments.errors import ExperimentError, NonFiniteLossError
 from jaxlib_methods.normalization import (
     BSNParams,
     apply_bsn,
@@ -61,15 +66,18 @@ class Config:
     seeds: int = 1
     steps: int = 1000
     batch_size: int = 128
-    learning_rate: float = 1.5  # of SGD, divided by depth^1.5: what every layer turns adds up, and flat norms spread it
+    # Of SGD, divided by depth^1.5: what every layer turns adds up, and flat norms spread it.
+    learning_rates: tuple[float, ...] = (1.5,)
 
     def __post_init__(self):
-        for name in ("width", "seeds", "steps", "batch_size", "learning_rate"):
+        for name in ("width", "seeds", "steps", "batch_size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("depths", "activations", "normalisations"):
+        for name in ("depths", "activations", "normalisations", "learning_rates"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; name at least one")
+        if not min(self.learning_rates) > 0:
+            raise ValueError(f"learning_rates must be positive, got {min(self.learning_rates)}")
         if min(self.depths) < 1:
             raise ValueError(f"depths must be at least 1, got {min(self.depths)}")
 
@@ -80,19 +88,28 @@ PAPER: dict[str, float] = {}  # no number of the paper is confirmed
 
 def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Runs all cases, draws the figures and returns the last measurements, one per seed."""
-    dataset = data.load(config.dataset, config.data_dir)
+    tuned = len(config.learning_rates) > 1
+    dataset = data.load(config.dataset, config.data_dir, validation_fraction=0.1 if tuned else 0.0)
     metrics: dict[str, list[float]] = {}
     results: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for depth in config.depths:
-        for activation in config.activations:
-            for normalisation in config.normalisations:
-                task = _task(config, dataset, depth, activation, normalisation)
-                for seed in range(config.seeds):
-                    name = f"{activation}-{normalisation}-depth{depth}-seed{seed}"
-                    result = cases.run_or_load(workdir / "cases" / name, functools.partial(_run_case, task, seed))
-                    results.setdefault((activation, normalisation, depth), result)
-                    for key, value in result["metrics"].items():
-                        metrics.setdefault(f"{key} {activation} {normalisation} L={depth}", []).append(value)
+    for depth, activation, normalisation in itertools.product(config.depths, config.activations, config.normalisations):
+        task = _task(config, dataset, depth, activation, normalisation)
+
+        def run(seed: int, rate: float, task: dict[str, Any] = task) -> dict[str, Any]:
+            name = f"{task['label'].replace(' ', '-')}-seed{seed}" + (f"-rate{rate:g}" if tuned else "")
+            return cases.run_or_load(workdir / "cases" / name, functools.partial(_run_case, task, seed, rate))
+
+        network = f"{activation} {normalisation} L={depth}"
+        tried = {rate: result for rate in config.learning_rates if "diverged" not in (result := run(0, rate))}
+        if not tried:
+            raise ExperimentError(
+                f"{network} diverged with every learning rate of {config.learning_rates}; add smaller"
+            )
+        best = min(tried, key=lambda rate: tried[rate]["metrics"].get("validation_error", 0.0))
+        results[activation, normalisation, depth] = tried[best]
+        for seed in range(config.seeds):
+            for key, value in (run(seed, best)["metrics"] | ({"learning_rate": best} if tuned else {})).items():
+                metrics.setdefault(f"{key} {network}", []).append(value)
     if jax.process_index() == 0:
         _figures(config, results, workdir)
     return metrics
@@ -128,8 +145,15 @@ def _task(config: Config, dataset: data.Dataset, depth: int, activation: str, no
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels
         return signal_norms(params, inputs(few), lambda logits: cross_entropy(logits, labels).mean(), phi)
 
-    sgd = optax.sgd(config.learning_rate / depth**1.5)
+    sgd = optax.inject_hyperparams(optax.sgd)(config.learning_rates[0])  # one program for all learning rates
     per_example = training.classification(logits_fn)
+    evaluators = [training.evaluator(per_example, dataset.test)]
+    if dataset.validation is not None:
+        evaluators.append(training.evaluator(per_example, dataset.validation, prefix="validation_"))
+
+    def evaluate(state: training.TrainState) -> dict[str, float]:
+        return {name: value for evaluator in evaluators for name, value in evaluator(state).items()}
+
     return {
         "config": config,
         "depth": depth,
@@ -140,38 +164,43 @@ def _task(config: Config, dataset: data.Dataset, depth: int, activation: str, no
         ),
         "loss_fn": loss_fn,
         "optimizer": orthogonal_retraction(sgd, method=config.retraction),
-        "evaluate": training.evaluator(per_example, dataset.test),
+        "evaluate": evaluate,
         "norms": norms,
     }
 
 
-def _run_case(task: dict[str, Any], seed: int, case_dir: pathlib.Path) -> dict[str, Any]:
+def _run_case(task: dict[str, Any], seed: int, rate: float, case_dir: pathlib.Path) -> dict[str, Any]:
     """Trains one network; returns its errors, its learning curve and its signal norms before and after."""
     config = task["config"]
     init_key, train_key = jax.random.split(jax.random.key(seed))
     params = task["init"](init_key)
     before = jax.device_get(task["norms"](params))
-    state, history = training.fit(
-        task["loss_fn"],
-        task["optimizer"],
-        training.init_state(params, task["optimizer"], key=train_key),
-        task["split"],
-        batch_size=config.batch_size,
-        steps=config.steps,
-        steps_per_call=max(1, config.steps // 20),
-        evaluate=task["evaluate"],
-        workdir=case_dir,
-        checkpoint_every=0,
-        mesh=task["split"].mesh,
-        label=task["label"],
-    )
+    initial = training.init_state(params, task["optimizer"], key=train_key)
+    initial.opt_state.hyperparams["learning_rate"] = jnp.float32(rate / task["depth"] ** 1.5)
+    try:
+        state, history = training.fit(
+            task["loss_fn"],
+            task["optimizer"],
+            initial,
+            task["split"],
+            batch_size=config.batch_size,
+            steps=config.steps,
+            steps_per_call=max(1, config.steps // 20),
+            evaluate=task["evaluate"],
+            workdir=case_dir,
+            checkpoint_every=0,
+            mesh=task["split"].mesh,
+            label=f"{task['label']} rate {rate:g}",
+        )
+    except NonFiniteLossError as error:
+        return {"diverged": str(error)}
     after = jax.device_get(task["norms"](jax.device_get(state.params)))
     curve = [{name: record[name] for name in ("step", "loss", "train_error")} for record in history]
     safe_log = lambda ratio: float(np.log10(np.maximum(ratio, 1e-300)))
     return {
         "metrics": {
             "train_error": curve[-1]["train_error"],
-            "test_error": history[-1]["test_error"],
+            **{name: history[-1][name] for name in ("test_error", "validation_error") if name in history[-1]},
             "log10 forward ratio": safe_log(np.float64(before.forward[-1]) / before.forward[0]),
             "log10 backward ratio": safe_log(np.float64(before.backward[0]) / np.maximum(before.backward[-1], 1e-300)),
             "orthogonality_error": float(jnp.max(orthogonality_error(state.params.hidden), initial=0.0)),
