@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlib_methods import pruning
+from jaxlib_methods import optimizers, pruning
 from jaxlib_methods.normalization import orthogonal_retraction
-from jaxlib_methods.optimizers import agd, scale_by_agd
+from jaxlib_methods.optimizers import agd, geoprec_gd, scale_by_agd, scale_by_pullback_metric
 
 
 def half_masks(params: Any) -> Any:
@@ -71,6 +71,14 @@ def orthonormal(params: Any) -> Any:
 
 WEIGHTS_ONLY = dict.fromkeys(("parabola", "rosenbrock", "mixed_ranks"), "AGD refuses vectors and scalars")
 
+MATRICES_ONLY = dict.fromkeys(("parabola", "rosenbrock", "mixed_ranks"), "scale_by_numuon refuses vectors and scalars")
+
+NUMUON_STATIC = ("rank_schedule", "ns_coeffs", "ns_steps", "key", "iterations", "oversampling", "adam_paths")
+
+SLOW_VALLEY = {"rosenbrock": "plain momentum at a step that is stable everywhere creeps along the valley"}
+
+RING = {"tree_map_params": "a history has one axis more than the parameters, and is mapped all the same"}
+
 HALF_PRUNED = {"rosenbrock": "its minimum needs the entry that is pruned"}
 
 ENTRIES: list[Entry] = [
@@ -100,6 +108,20 @@ ENTRIES: list[Entry] = [
         opt_outs=WEIGHTS_ONLY,
     ),
     Entry("agd", agd, {"gain": 0.3}, example=two_kernels, opt_outs=WEIGHTS_ONLY),
+    Entry(
+        "scale_by_pullback_metric",
+        scale_by_pullback_metric,
+        {"psi": lambda x1: jax.tree.map(jnp.sin, x1), "solver": "cg"},
+        as_optimizer=lambda rule: optax.chain(rule, optax.sgd(1e-3, momentum=0.9)),
+        static_args=("psi", "solver", "tol", "max_iterations"),
+    ),
+    Entry(
+        "geoprec_gd",
+        geoprec_gd,
+        {"learning_rate": 1e-3, "psi": lambda x1: [jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(x1)]},
+        static_args=("psi", "solver", "tol", "max_iterations", "mask"),
+        steps=20_000,
+    ),
     Entry(
         "orthogonal_retraction",
         orthogonal_retraction,
@@ -135,5 +157,61 @@ ENTRIES: list[Entry] = [
         constrain=lambda params: pruning.apply_masks(params, half_masks(params)),
         static_args=("masks",),
         opt_outs=HALF_PRUNED,
+    ),
+    Entry(
+        "scale_by_numuon",
+        optimizers.scale_by_numuon,
+        {"rank_schedule": optimizers.cosine_rank_schedule(2), "key": jax.random.key(0)},
+        as_optimizer=lambda rule: optax.chain(rule, optax.scale(-1e-2)),
+        example=two_kernels,
+        static_args=NUMUON_STATIC,
+        opt_outs=MATRICES_ONLY,
+    ),
+    Entry(
+        "numuon",
+        optimizers.numuon,
+        {"learning_rate": 1e-2, "rank_schedule": 0.5, "weight_decay": 0.0, "key": jax.random.key(0)},
+        static_args=NUMUON_STATIC,
+        promotion="standard",
+    ),
+    Entry("scale_by_nadam", optimizers.scale_by_nadam, as_optimizer=lambda rule: optax.chain(rule, optax.scale(-1e-2))),
+    Entry("nadam", optimizers.nadam, {"learning_rate": 1e-2}),
+    Entry("delayed_nesterov", optimizers.delayed_nesterov, {"learning_rate": 1e-2, "weight_decay": 0.0}),
+    Entry(
+        "scale_by_discounted_nesterov",
+        optimizers.scale_by_discounted_nesterov,
+        {"gamma": 0.9},
+        as_optimizer=lambda rule: optax.chain(rule, optax.scale(-1e-2)),
+        static_args=("discount",),
+        opt_outs=SLOW_VALLEY,
+    ),
+    Entry(
+        "discounted_nesterov",
+        optimizers.discounted_nesterov,
+        {"learning_rate": 1e-3, "gamma": 0.9, "discount": False},
+        static_args=("discount",),
+    ),
+    Entry(
+        "keep_param_history",
+        optimizers.keep_param_history,
+        {"tau": 2},
+        as_optimizer=lambda link: optax.chain(link, optax.sgd(1e-3, momentum=0.9)),
+        static_args=("tau",),
+        opt_outs=RING,
+    ),
+    Entry(
+        "delay_gradients",
+        optimizers.delay_gradients,
+        {"tau": 2},
+        as_optimizer=lambda link: optax.chain(link, optimizers.nadam(1e-2)),
+        static_args=("tau",),
+        opt_outs=RING | {"rosenbrock": "late momentum swings across the valley"},
+    ),
+    Entry(
+        "clip_by_group_norm",
+        optimizers.clip_by_group_norm,
+        {"max_norm": 100.0, "groups": (("", "all"),)},
+        as_optimizer=lambda link: optax.chain(link, optax.sgd(1e-3, momentum=0.9)),
+        static_args=("max_norm", "groups"),
     ),
 ]

@@ -1,7 +1,89 @@
-"""Optimizers: optax gradient transformations, each as the rule `scale_by_x` and as the alias `x`."""
+"""Optimizers: optax gradient transformations, each as the rule `scale_by_x` and as the alias `x`.
+
+BibTeX:
+
+@inproceedings{markou2025sharper,
+  title = {Sharper Convergence Rates for Nonconvex Optimisation via Reduction Mappings},
+  author = {Markou, Evan and Ajanthan, Thalaiyasingam and Gould, Stephen},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2025},
+}
+"""
 
 from jaxlib_methods.optimizers._agd import agd as agd
 from jaxlib_methods.optimizers._agd import agd_initializer as agd_initializer
 from jaxlib_methods.optimizers._agd import scale_by_agd as scale_by_agd
+from jaxlib_methods.optimizers._block_krylov import block_krylov_svd as block_krylov_svd
+from jaxlib_methods.optimizers._delays import DelayGradientsState as DelayGradientsState
+from jaxlib_methods.optimizers._delays import ParamHistoryState as ParamHistoryState
+from jaxlib_methods.optimizers._delays import clip_by_group_norm as clip_by_group_norm
+from jaxlib_methods.optimizers._delays import delay_gradients as delay_gradients
+from jaxlib_methods.optimizers._delays import delay_memory as delay_memory
+from jaxlib_methods.optimizers._delays import keep_param_history as keep_param_history
+from jaxlib_methods.optimizers._delays import mixed_versions as mixed_versions
+from jaxlib_methods.optimizers._delays import pipeline_delays as pipeline_delays
+from jaxlib_methods.optimizers._delays import stale_params as stale_params
+from jaxlib_methods.optimizers._geoprec_gd import PullbackMetricState as PullbackMetricState
+from jaxlib_methods.optimizers._geoprec_gd import geoprec_gd as geoprec_gd
+from jaxlib_methods.optimizers._geoprec_gd import pullback_metric as pullback_metric
+from jaxlib_methods.optimizers._geoprec_gd import scale_by_pullback_metric as scale_by_pullback_metric
+from jaxlib_methods.optimizers._nadam import ScaleByDiscountedNesterovState as ScaleByDiscountedNesterovState
+from jaxlib_methods.optimizers._nadam import ScaleByNadamState as ScaleByNadamState
+from jaxlib_methods.optimizers._nadam import delayed_nesterov as delayed_nesterov
+from jaxlib_methods.optimizers._nadam import discounted_nesterov as discounted_nesterov
+from jaxlib_methods.optimizers._nadam import momentum_schedule as momentum_schedule
+from jaxlib_methods.optimizers._nadam import nadam as nadam
+from jaxlib_methods.optimizers._nadam import scale_by_discounted_nesterov as scale_by_discounted_nesterov
+from jaxlib_methods.optimizers._nadam import scale_by_nadam as scale_by_nadam
+from jaxlib_methods.optimizers._nadam import theory_momentum as theory_momentum
+from jaxlib_methods.optimizers._numuon import NuMuonState as NuMuonState
+from jaxlib_methods.optimizers._numuon import nuclear_norm_lmo as nuclear_norm_lmo
+from jaxlib_methods.optimizers._numuon import numuon as numuon
+from jaxlib_methods.optimizers._numuon import scale_by_numuon as scale_by_numuon
+from jaxlib_methods.optimizers._rank_schedules import cosine_rank_schedule as cosine_rank_schedule
+from jaxlib_methods.optimizers._rank_schedules import piecewise_rank_schedule as piecewise_rank_schedule
+from jaxlib_methods.optimizers._reduction_curvature import ReducedCurvature as ReducedCurvature
+from jaxlib_methods.optimizers._reduction_curvature import reduced_curvature as reduced_curvature
+from jaxlib_methods.optimizers._reduction_mappings import argmin_mapping as argmin_mapping
+from jaxlib_methods.optimizers._reduction_mappings import reduced_objective as reduced_objective
+from jaxlib_methods.optimizers._reduction_mappings import small_slope as small_slope
 
-__all__ = ["agd", "agd_initializer", "scale_by_agd"]
+__all__ = [
+    "DelayGradientsState",
+    "NuMuonState",
+    "ParamHistoryState",
+    "PullbackMetricState",
+    "ReducedCurvature",
+    "ScaleByDiscountedNesterovState",
+    "ScaleByNadamState",
+    "agd",
+    "agd_initializer",
+    "argmin_mapping",
+    "block_krylov_svd",
+    "clip_by_group_norm",
+    "cosine_rank_schedule",
+    "delay_gradients",
+    "delay_memory",
+    "delayed_nesterov",
+    "discounted_nesterov",
+    "geoprec_gd",
+    "keep_param_history",
+    "mixed_versions",
+    "momentum_schedule",
+    "nadam",
+    "nuclear_norm_lmo",
+    "numuon",
+    "piecewise_rank_schedule",
+    "pipeline_delays",
+    "pullback_metric",
+    "reduced_curvature",
+    "reduced_objective",
+    "scale_by_agd",
+    "scale_by_discounted_nesterov",
+    "scale_by_nadam",
+    "scale_by_numuon",
+    "scale_by_pullback_metric",
+    "small_slope",
+    "stale_params",
+    "theory_momentum",
+]

@@ -1,0 +1,408 @@
+"""Delayed gradients, simulated exactly on one device around any optax chain, with ring buffers.
+
+Symbols: stages i = 1..P, the last one is P; K microbatches per update; tau_i delay of stage i in updates; w_i^(v)
+parameters of stage i after v updates, v = 0 at the start. Any grouping of the parameters may take the place of stages.
+
+Two models of staleness:
+
+* **Stale weights** (`keep_param_history`, `stale_params`): update m = 0, 1, 2, ... takes one full gradient of batch m
+  at the composite {w_j^(max(m - tau_j, 0))}_j, in which every group stands at its own version, and applies its parts
+  to the newest w_j^(m). This is asynchronous 1F1B with weight stashing, to the bit: the forward pass of microbatch m
+  meets every stage at that version, and the backward pass uses the same stashed weights.
+* **Late gradients** (`delay_gradients`): update m applies to group j its part of the gradient that was taken at step
+  max(m - tau_j, 0), of that step's batch, at that step's newest weights of all groups. This is an optimizer that
+  receives its gradients late, as from a parameter server. With one delay for all groups and one batch for all steps
+  the two are the same sequence; with different delays they are not.
+
+BibTeX:
+
+@inproceedings{narayanan2019pipedream,
+  title = {{PipeDream}: Generalized Pipeline Parallelism for {DNN} Training},
+  author = {Narayanan, Deepak and Harlap, Aaron and Phanishayee, Amar and Seshadri, Vivek and Devanur, Nikhil R. and
+    Ganger, Gregory R. and Gibbons, Phillip B. and Zaharia, Matei},
+  booktitle = {Symposium on Operating Systems Principles},
+  year = {2019},
+}
+
+@inproceedings{ajanthan2025nesterov,
+  title = {Nesterov Method for Asynchronous Pipeline Parallel Optimization},
+  author = {Ajanthan, Thalaiyasingam and Ramasinghe, Sameera and Zuo, Yan and Avraham, Gil and Long, Alexander},
+  booktitle = {International Conference on Machine Learning},
+  year = {2025},
+  eprint = {2505.01099},
+  archivePrefix = {arXiv},
+}
+"""
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlib_methods import trees
+
+PyTree = Any
+Tau = Any  # int: one delay for all parameters; Sequence[tuple[str, int]]: by the first regex found in the path
+
+
+class ParamHistoryState(NamedTuple):
+    """State of `keep_param_history`.
+
+    Source: this library.
+    """
+
+    count: jax.Array  # int32 []: updates done, m; the parameters are version m
+    history: PyTree  # per parameter [tau, ...] of its dtype: version v in slot v mod tau; None where tau = 0
+
+
+class DelayGradientsState(NamedTuple):
+    """State of `delay_gradients`.
+
+    Source: this library.
+    """
+
+    count: jax.Array  # int32 []: gradients received
+    history: PyTree  # per parameter [tau + 1, ...] of its dtype: gradient t in slot t mod (tau + 1); None where tau = 0
+
+
+def pipeline_delays(num_stages: int, accumulation: int = 1) -> tuple[int, ...]:
+    r"""Delays of the stages of an asynchronous 1F1B pipeline, $\tau_i = \lfloor (2 (P - i) + 1) / (2 K) \rfloor$.
+
+    Args:
+      num_stages: P.
+      accumulation: K, the microbatches whose gradients make one update.
+
+    Returns:
+      tau_1, ..., tau_P in updates; the last stage's is 0.
+
+    Raises:
+      ValueError: if P or K is not positive.
+
+    Example:
+      >>> pipeline_delays(8)
+      (7, 6, 5, 4, 3, 2, 1, 0)
+      >>> pipeline_delays(8, accumulation=2)
+      (3, 3, 2, 2, 1, 1, 0, 0)
+
+    Source: Ajanthan, Ramasinghe, Zuo, Avraham, Long (ICML 2025), arXiv:2505.01099 [ajanthan2025nesterov].
+    """
+    for name, value in (("num_stages", num_stages), ("accumulation", accumulation)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    return tuple((2 * (num_stages - i) + 1) // (2 * accumulation) for i in range(1, num_stages + 1))
+
+
+def delay_memory(params: PyTree, tau: Tau, *, gradients: bool = False) -> int:
+    r"""Bytes of the ring buffers: $\sum_j \tau_j |w_j|$ for `keep_param_history`, one copy more for `delay_gradients`.
+
+    The newest version is the parameters themselves and not counted. Nothing is allocated.
+
+    Args:
+      params: arrays, or `jax.ShapeDtypeStruct`s such as `jax.eval_shape` gives.
+      tau: as `keep_param_history` takes it.
+      gradients: True for `delay_gradients`, whose rings have tau + 1 slots.
+
+    Returns:
+      The number of bytes.
+
+    Raises:
+      ValueError: as `keep_param_history`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> matrix = jax.ShapeDtypeStruct((768, 768), jnp.float32)
+      >>> delay_memory({"first": matrix, "last": matrix}, [("first", 7), ("last", 0)])
+      16515072
+
+    Source: this library.
+    """
+    depths = _gradient_depths(params, tau) if gradients else delay_of_each_leaf(params, tau)
+    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)]
+    return sum(depth * size for depth, size in zip(depths, sizes, strict=True))
+
+
+def keep_param_history(tau: Tau) -> optax.GradientTransformationExtraArgs:
+    """A link for `optax.chain` that remembers earlier parameters, so that gradients can be taken at stale ones.
+
+    Updates pass through unchanged; where in the chain it stands makes no difference. One step is
+
+        grads = jax.grad(loss)(stale_params(opt_state, params), batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+
+    It costs tau copies of each parameter (`delay_memory` tells before), one of which is read and written per step.
+
+    Args:
+      tau: the delay of all parameters in updates, or (regex, delay) rules on their paths as in `trees.label_tree`: the
+        first match wins, every rule must match and every parameter must be matched. Static: it determines shapes.
+
+    Returns:
+      An optax transformation with `ParamHistoryState`; `update` needs the parameters.
+
+    Raises:
+      ValueError: for a negative or fractional delay at once; by `init`, for rules that match nothing and parameters
+        without a rule; by `update`, without parameters.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> optimizer = optax.chain(keep_param_history([("first", 2), ("last", 0)]), optax.sgd(1.0))
+      >>> params = {"first": jnp.array(0.0), "last": jnp.array(0.0)}
+      >>> state = optimizer.init(params)
+      >>> for _ in range(5):
+      ...     grads = {"first": jnp.array(-1.0), "last": jnp.array(-1.0)}
+      ...     updates, state = optimizer.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> {name: float(w) for name, w in stale_params(state, params).items()}
+      {'first': 3.0, 'last': 5.0}
+
+    Source: Narayanan et al. (SOSP 2019), weight stashing [narayanan2019pipedream]; Ajanthan et al. (ICML 2025),
+      arXiv:2505.01099 [ajanthan2025nesterov].
+    """
+    tau = checked_delays(tau)
+
+    def init(params: PyTree) -> ParamHistoryState:
+        return ParamHistoryState(jnp.zeros((), jnp.int32), _rings(params, delay_of_each_leaf(params, tau), jnp.asarray))
+
+    def update(
+        updates: PyTree, state: ParamHistoryState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, ParamHistoryState]:
+        del extra_args
+        return updates, push_params(state, params, updates)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def stale_params(opt_state: PyTree, params: PyTree) -> PyTree:
+    r"""The composite stale parameters $\{w_j^{(\max(m - \tau_j, 0))}\}_j$: where to take the gradient of update m.
+
+    Args:
+      opt_state: state of an optimizer with `keep_param_history` (or `delay_compensation`) anywhere in it.
+      params: the newest parameters.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: if the state holds no history, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> params = {"w": jnp.ones(2)}
+      >>> optimizer = optax.chain(keep_param_history(tau=1), optax.sgd(0.5))
+      >>> state = optimizer.init(params)
+      >>> updates, state = optimizer.update({"w": jnp.ones(2)}, state, params)
+      >>> stale_params(state, optax.apply_updates(params, updates))
+      {'w': Array([1., 1.], dtype=float32)}
+
+    Source: Ajanthan, Ramasinghe, Zuo, Avraham, Long (ICML 2025), arXiv:2505.01099 [ajanthan2025nesterov].
+    """
+    found = trees.find_states(opt_state, ParamHistoryState)
+    if len(found) != 1:
+        raise ValueError(
+            f"opt_state must hold one history of parameters, found {len(found)}; "
+            "put one keep_param_history(tau) (or delay_compensation(tau), which keeps its own) into the chain"
+        )
+    return oldest_params(found[0], params)
+
+
+def delay_gradients(tau: Tau) -> optax.GradientTransformationExtraArgs:
+    r"""A link for `optax.chain` that hands on the gradients of $\tau$ steps ago, $g_{\max(t - \tau, 0)}$.
+
+    What stands before it in the chain acts when the gradient is made, what stands after it when it arrives. Until step
+    tau the first gradient is repeated, as a pipeline computes its first gradients at version 0. All parts of a gradient
+    were taken at one version of the parameters; for the staleness of a pipeline use `keep_param_history`.
+
+    Args:
+      tau: as `keep_param_history` takes it.
+
+    Returns:
+      An optax transformation with `DelayGradientsState`.
+
+    Raises:
+      ValueError: for a negative or fractional delay at once; by `init`, for rules that match nothing and parameters
+        without a rule.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> link, received = delay_gradients(tau=2), []
+      >>> state = link.init(jnp.array(0.0))
+      >>> for g in (1.0, 2.0, 3.0, 4.0, 5.0):
+      ...     late, state = link.update(jnp.array(g), state)
+      ...     received.append(float(late))
+      >>> received
+      [1.0, 1.0, 1.0, 2.0, 3.0]
+
+    Source: this library.
+    """
+    tau = checked_delays(tau)
+
+    def init(params: PyTree) -> DelayGradientsState:
+        return DelayGradientsState(
+            jnp.zeros((), jnp.int32), _rings(params, _gradient_depths(params, tau), jnp.zeros_like)
+        )
+
+    def update(
+        updates: PyTree, state: DelayGradientsState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, DelayGradientsState]:
+        del params, extra_args
+        t = state.count
+
+        def late(g: jax.Array, ring: jax.Array | None) -> jax.Array:
+            if ring is None:
+                return g
+            return read_slot(ring, jnp.where(t < len(ring) - 1, 0, (t + 1) % len(ring))).astype(g.dtype)
+
+        write = lambda g, ring: None if ring is None else write_slot(ring, g, t % len(ring))
+        history = map_with_history(write, updates, state.history)
+        return map_with_history(late, updates, history), DelayGradientsState(optax.safe_increment(t), history)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clip_by_group_norm(
+    max_norm: float | int, groups: Sequence[tuple[str, Hashable]]
+) -> optax.GradientTransformationExtraArgs:
+    """Clips the gradient of each group by its own norm, as every pipeline stage clips its own parameters.
+
+    Args:
+      max_norm: the largest Euclidean norm that the gradient of a group may keep.
+      groups: (regex, label) rules on the paths, as in `trees.label_tree`; parameters with equal labels are one group.
+
+    Returns:
+      An optax transformation.
+
+    Raises:
+      ValueError: if max_norm is not positive; by `init`, for rules that match nothing and parameters without a rule.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> grads = {"first": jnp.array([3.0, 4.0]), "last": jnp.array([0.6, 0.8])}
+      >>> clip = clip_by_group_norm(2.0, [("first", 0), ("last", 1)])
+      >>> clipped, _ = clip.update(grads, clip.init(grads))
+      >>> {name: [round(float(g), 3) for g in leaf] for name, leaf in clipped.items()}
+      {'first': [1.2, 1.6], 'last': [0.6, 0.8]}
+
+    Source: Ajanthan, Ramasinghe, Zuo, Avraham, Long (ICML 2025), arXiv:2505.01099 [ajanthan2025nesterov].
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, got {max_norm}")
+    clip = optax.clip_by_global_norm(max_norm)
+    return optax.partition({label: clip for _, label in groups}, functools.partial(label_leaves, rules=groups))
+
+
+def mixed_versions(function: Callable[..., Any]) -> Callable[..., Any]:
+    r"""Runs a stage forward at one version of its parameters and backward at another, as pipelines without stashing do.
+
+    The result is a function of (forward_params, backward_params, *inputs) with the value f(forward_params, *inputs).
+    Its derivatives are those of f at (backward_params, *inputs): the cotangents of backward_params and of the inputs
+    are the VJP of a recomputed forward pass at the stored inputs with the backward weights; that of forward_params is
+    0. Applied to single layers in place of whole stages, the activations of the forward pass are reused instead.
+
+    Args:
+      function: `f(params, *inputs)`, a stage or a layer.
+
+    Returns:
+      The function `(forward_params, backward_params, *inputs) -> f(forward_params, *inputs)`.
+
+    Example:
+      >>> import jax
+      >>> stage = mixed_versions(lambda w, x: w * w * x)
+      >>> stage(2.0, 3.0, 5.0)
+      20.0
+      >>> [float(g) for g in jax.grad(stage, argnums=(0, 1, 2))(2.0, 3.0, 5.0)]
+      [0.0, 30.0, 9.0]
+
+    Source: Ajanthan, Ramasinghe, Zuo, Avraham, Long (ICML 2025), arXiv:2505.01099 [ajanthan2025nesterov].
+    """
+
+    @jax.custom_vjp
+    def mixed(forward_params: PyTree, backward_params: PyTree, *inputs: Any) -> Any:
+        del backward_params
+        return function(forward_params, *inputs)
+
+    def forward(forward_params: PyTree, backward_params: PyTree, *inputs: Any) -> tuple[Any, Any]:
+        return function(forward_params, *inputs), (forward_params, backward_params, inputs)
+
+    def backward(kept: Any, cotangent: Any) -> tuple[Any, ...]:
+        forward_params, backward_params, inputs = kept
+        _, vjp = jax.vjp(function, backward_params, *inputs)
+        return jax.tree.map(jnp.zeros_like, forward_params), *vjp(cotangent)
+
+    mixed.defvjp(forward, backward)
+    return mixed
+
+
+# ------------------------------------------------------------------------------ shared with the corrections
+
+
+def checked_delays(tau: Tau) -> Tau:
+    """`tau` with its delays checked; what needs the parameters is checked by `delay_of_each_leaf`."""
+    rules = isinstance(tau, Sequence)
+    for delay in [delay for _, delay in tau] if rules else [tau]:
+        if not isinstance(delay, int) or delay < 0:
+            raise ValueError(f"tau must be a whole number of updates, 0 or more, got {delay!r}")
+    return tuple(tau) if rules else tau
+
+
+def delay_of_each_leaf(params: PyTree, tau: Tau) -> list[int]:
+    """The delays in the order of `jax.tree.leaves`."""
+    tau = checked_delays(tau)
+    if isinstance(tau, int):
+        return [tau] * len(jax.tree.leaves(params))
+    return jax.tree.leaves(label_leaves(params, tau))
+
+
+def label_leaves(params: PyTree, rules: Sequence[tuple[str, Hashable]]) -> PyTree:
+    """`trees.label_tree`, but for the tree without leaves with which optax.tree_utils initialises."""
+    return trees.label_tree(params, rules) if jax.tree.leaves(params) else params
+
+
+def map_with_history(function: Callable[..., Any], tree: PyTree, *others: PyTree) -> PyTree:
+    """`jax.tree.map` where the other trees may hold None at a leaf of the first, and the result too."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(map(function, leaves, *map(structure.flatten_up_to, others)))
+
+
+def read_slot(ring: jax.Array, slot: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(ring, slot, 0, keepdims=False)
+
+
+def write_slot(ring: jax.Array, leaf: jax.Array, slot: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(ring, leaf.astype(ring.dtype), slot, 0)
+
+
+def oldest_params(state: ParamHistoryState, params: PyTree) -> PyTree:
+    """The version that the next `push_params` forgets; the parameters themselves where tau is 0."""
+    oldest = lambda p, ring: p if ring is None else read_slot(ring, state.count % len(ring)).astype(p.dtype)
+    return map_with_history(oldest, params, state.history)
+
+
+def push_params(state: ParamHistoryState, params: PyTree | None, updates: PyTree) -> ParamHistoryState:
+    """Version m takes the slot of version m - tau, which the updates were computed from."""
+    if params is None:
+        raise ValueError("params must be given to update: the history of parameters is made of them")
+
+    def write(p: jax.Array, u: jax.Array, ring: jax.Array | None) -> jax.Array | None:
+        if ring is None:
+            return None
+        # Always p. Only a value that depends on the updates keeps XLA from copying the ring, to write it before it has
+        # been read for them.
+        p = jnp.where(state.count >= 0, p, u.astype(p.dtype))
+        return write_slot(ring, p, state.count % len(ring))
+
+    return ParamHistoryState(optax.safe_increment(state.count), map_with_history(write, params, updates, state.history))
+
+
+def _rings(params: PyTree, depths: list[int], start: Callable[[jax.Array], jax.Array]) -> PyTree:
+    leaves, structure = jax.tree.flatten(params)
+    repeat = lambda leaf, depth: jnp.broadcast_to(start(leaf), (depth, *leaf.shape)) if depth else None
+    return structure.unflatten(map(repeat, leaves, depths))
+
+
+def _gradient_depths(params: PyTree, tau: Tau) -> list[int]:
+    """One slot more than there are late gradients: written before it is read, the ring is never copied."""
+    return [delay + 1 if delay else 0 for delay in delay_of_each_leaf(params, tau)]
