@@ -1,0 +1,145 @@
+r"""Quantization by proximal and mirror steps: weights from a small set of labels, trained through auxiliary variables.
+
+    lattice = Lattice(labels=(-1, 1), rules=(("^bn", None),))          # what is quantized, to which labels, and how
+    aux = init_auxiliary(key, params, lattice)
+    optimizer = proximal_mean_field(1e-3, lattice, beta=inverse_temperature_schedule(1.02, 100))
+    opt_state = optimizer.init(aux)
+    for batch in batches:
+        weights = project(aux, lattice, inverse_temperature(opt_state))
+        grads = jax.grad(loss)(weights, batch)                         # with respect to what the network saw
+        updates, opt_state = optimizer.update(grads, opt_state, aux)   # applies the projection's Jacobian
+        aux = optax.apply_updates(aux, updates)
+    network = quantize(aux, lattice)                                   # every weight is in its label set
+
+| method | projection | Jacobian | optimizer |
+| --- | --- | --- | --- |
+| proximal mean-field | softmax | double, single, exact | `proximal_mean_field` |
+| GD-tanh | tanh | exact | `proximal_mean_field` |
+| projected gradient descent | sparsemax | exact | `projected_gradient` |
+| proximal ICM | argmax | clipped | `icm` |
+| mirror descent, -S | softmax, tanh | none | `stable_mirror_descent` |
+| mirror descent, literal | softmax, tanh | none | `mirror_descent`, on primal variables |
+| straight-through, BinaryConnect | round | clipped, none | `straight_through`, `binary_connect` |
+
+Soft weights and fake quantization cost what float weights cost; `pack` stores the result in bits.
+
+BibTeX:
+@inproceedings{ajanthan2019proximal,
+  title = {Proximal Mean-field for Neural Network Quantization},
+  author = {Ajanthan, Thalaiyasingam and Dokania, Puneet K. and Hartley, Richard and Torr, Philip H. S.},
+  booktitle = {IEEE/CVF International Conference on Computer Vision},
+  year = {2019},
+}
+
+@inproceedings{ajanthan2021mirror,
+  title = {Mirror Descent View for Neural Network Quantization},
+  author = {Ajanthan, Thalaiyasingam and Gupta, Kartik and Torr, Philip and Hartley, Richard and Dokania, Puneet},
+  booktitle = {International Conference on Artificial Intelligence and Statistics},
+  year = {2021},
+}
+
+@inproceedings{courbariaux2015binaryconnect,
+  title = {{BinaryConnect}: Training Deep Neural Networks with binary weights during propagations},
+  author = {Courbariaux, Matthieu and Bengio, Yoshua and David, Jean-Pierre},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2015},
+}
+
+@article{bengio2013estimating,
+  title = {Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation},
+  author = {Bengio, Yoshua and L{\'e}onard, Nicholas and Courville, Aaron},
+  journal = {arXiv preprint arXiv:1308.3432},
+  year = {2013},
+}
+
+@inproceedings{hubara2016binarized,
+  title = {Binarized Neural Networks},
+  author = {Hubara, Itay and Courbariaux, Matthieu and Soudry, Daniel and El-Yaniv, Ran and Bengio, Yoshua},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2016},
+}
+"""
+
+from jaxlib_methods.quantization._annealing import AnnealingState as AnnealingState
+from jaxlib_methods.quantization._annealing import inverse_temperature as inverse_temperature
+from jaxlib_methods.quantization._annealing import inverse_temperature_schedule as inverse_temperature_schedule
+from jaxlib_methods.quantization._lattice import BINARY as BINARY
+from jaxlib_methods.quantization._lattice import TERNARY as TERNARY
+from jaxlib_methods.quantization._lattice import Lattice as Lattice
+from jaxlib_methods.quantization._lattice import assert_quantized as assert_quantized
+from jaxlib_methods.quantization._lattice import auxiliary_from as auxiliary_from
+from jaxlib_methods.quantization._lattice import init_auxiliary as init_auxiliary
+from jaxlib_methods.quantization._lattice import label_share as label_share
+from jaxlib_methods.quantization._lattice import primal_of as primal_of
+from jaxlib_methods.quantization._lattice import project as project
+from jaxlib_methods.quantization._lattice import quantize as quantize
+from jaxlib_methods.quantization._lattice import symmetric_labels as symmetric_labels
+from jaxlib_methods.quantization._lattice import weights_of as weights_of
+from jaxlib_methods.quantization._mirror_descent import lift_gradients as lift_gradients
+from jaxlib_methods.quantization._mirror_descent import mirror_descent as mirror_descent
+from jaxlib_methods.quantization._mirror_descent import mirror_map as mirror_map
+from jaxlib_methods.quantization._mirror_descent import mirror_step_softmax as mirror_step_softmax
+from jaxlib_methods.quantization._mirror_descent import mirror_step_tanh as mirror_step_tanh
+from jaxlib_methods.quantization._mirror_descent import scale_by_mirror_descent as scale_by_mirror_descent
+from jaxlib_methods.quantization._mirror_descent import scale_by_stable_mirror_descent as scale_by_stable_mirror_descent
+from jaxlib_methods.quantization._mirror_descent import stable_mirror_descent as stable_mirror_descent
+from jaxlib_methods.quantization._projections import argmax_projection as argmax_projection
+from jaxlib_methods.quantization._projections import round_projection as round_projection
+from jaxlib_methods.quantization._projections import softmax_projection as softmax_projection
+from jaxlib_methods.quantization._projections import sparsemax_projection as sparsemax_projection
+from jaxlib_methods.quantization._projections import tanh_projection as tanh_projection
+from jaxlib_methods.quantization._proximal_mean_field import icm as icm
+from jaxlib_methods.quantization._proximal_mean_field import projected_gradient as projected_gradient
+from jaxlib_methods.quantization._proximal_mean_field import proximal_mean_field as proximal_mean_field
+from jaxlib_methods.quantization._proximal_mean_field import proximal_mean_field_step as proximal_mean_field_step
+from jaxlib_methods.quantization._proximal_mean_field import scale_by_icm as scale_by_icm
+from jaxlib_methods.quantization._proximal_mean_field import scale_by_projected_gradient as scale_by_projected_gradient
+from jaxlib_methods.quantization._proximal_mean_field import (
+    scale_by_proximal_mean_field as scale_by_proximal_mean_field,
+)
+from jaxlib_methods.quantization._straight_through import binary_connect as binary_connect
+from jaxlib_methods.quantization._straight_through import clip_to_labels as clip_to_labels
+from jaxlib_methods.quantization._straight_through import scale_by_straight_through as scale_by_straight_through
+from jaxlib_methods.quantization._straight_through import straight_through as straight_through
+
+__all__ = [
+    "BINARY",
+    "TERNARY",
+    "AnnealingState",
+    "Lattice",
+    "argmax_projection",
+    "assert_quantized",
+    "auxiliary_from",
+    "binary_connect",
+    "clip_to_labels",
+    "icm",
+    "init_auxiliary",
+    "inverse_temperature",
+    "inverse_temperature_schedule",
+    "label_share",
+    "lift_gradients",
+    "mirror_descent",
+    "mirror_map",
+    "mirror_step_softmax",
+    "mirror_step_tanh",
+    "primal_of",
+    "project",
+    "projected_gradient",
+    "proximal_mean_field",
+    "proximal_mean_field_step",
+    "quantize",
+    "round_projection",
+    "scale_by_icm",
+    "scale_by_mirror_descent",
+    "scale_by_projected_gradient",
+    "scale_by_proximal_mean_field",
+    "scale_by_stable_mirror_descent",
+    "scale_by_straight_through",
+    "softmax_projection",
+    "sparsemax_projection",
+    "stable_mirror_descent",
+    "straight_through",
+    "symmetric_labels",
+    "tanh_projection",
+    "weights_of",
+]

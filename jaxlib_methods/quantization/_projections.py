@@ -1,0 +1,339 @@
+r"""Projections of auxiliary variables to the simplex of labels or to the interval, and their Jacobians.
+
+Lifted form: x [d, ...], one auxiliary variable per label, labels in the leading axis. u = P(beta x) lies on the simplex
+over that axis and w = sum_l q_l u_l. Scalar form: x [...], w = P(beta x) between the smallest and the largest label.
+
+    softmax    u_l = exp(beta x_l) / sum_k exp(beta x_k)                  proximal mean-field, mirror descent
+    sparsemax  u = argmin_{s in simplex} |s - beta x|^2                   projected gradient descent
+    argmax     u = one-hot argmax_l x_l                                   iterated conditional modes
+    tanh       w = c + sum_j h_j tanh(beta (x - m_j))                     mirror descent, GD-tanh
+    round      w = the label nearest to x                                 straight-through estimator, BinaryConnect
+
+with the sorted labels' midpoints m_j, half gaps h_j and centre c: tanh(beta x) for {-1, 1}, and for {-1, 0, 1} the
+shifted tanh (tanh(beta (x + 1/2)) + tanh(beta (x - 1/2))) / 2. Nothing overflows to NaN for finite x and any beta that
+float32 holds. Gradients g with respect to u (or w) are pulled back to x by
+
+    softmax    exact   beta (diag(u) - u u^T) g
+               single  beta (I - u u^T) g                        does not vanish as u becomes one-hot
+               double  beta (I - v v^T) g, v = softmax(beta u)   the authors' released code
+    sparsemax  exact   beta (diag(s) - s s^T / |s|) g, s = [u > 0]
+    argmax     clipped [|x_0 - x_1| <= 1] (g_0 - g_1, g_1 - g_0) / 2; two labels only
+    tanh       exact   beta sum_j h_j (1 - tanh^2(beta (x - m_j))) g
+    round      clipped [min q <= x <= max q] g
+    all        straight_through  g
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+LIFTED = ("softmax", "sparsemax", "argmax")
+JACOBIANS = {
+    "softmax": ("exact", "single", "double", "straight_through"),
+    "sparsemax": ("exact", "straight_through"),
+    "argmax": ("clipped", "straight_through"),
+    "tanh": ("exact", "straight_through"),
+    "round": ("clipped", "straight_through"),
+}
+Labels = tuple[float, ...]
+
+
+def check_jacobian(projection: str, jacobian: str) -> None:
+    """Raises ValueError for a Jacobian that the projection does not have."""
+    if jacobian not in JACOBIANS[projection]:
+        raise ValueError(f"jacobian must be one of {JACOBIANS[projection]} for {projection!r}, got {jacobian!r}")
+
+
+# ------------------------------------------------------------------------------------------- the mathematics on arrays
+
+
+def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
+    """<a, b> over the labels, with the axis kept."""
+    return jnp.sum(a * b, axis=0, keepdims=True)
+
+
+def _softmax(x: jax.Array, beta: jax.Array) -> jax.Array:
+    e = jnp.exp(beta * (x - jnp.max(x, axis=0, keepdims=True)))
+    return e / jnp.sum(e, axis=0, keepdims=True)
+
+
+def _sparsemax(x: jax.Array, beta: jax.Array) -> jax.Array:
+    if x.shape[0] == 2:  # the closed form: on a segment the projection is a clip
+        half = beta * (x[:1] - x[1:]) / 2
+        u = jnp.clip(half + x.dtype.type(0.5), 0, 1)
+        return jnp.concatenate([u, 1 - u])
+    # What lies more than 1 below the maximum is outside the support, so the cut at 2 changes nothing but overflow.
+    z = jnp.maximum(beta * (x - jnp.max(x, axis=0, keepdims=True)), jnp.asarray(-2, x.dtype))
+    project = optax.projections.projection_simplex
+    for _ in range(x.ndim - 1):
+        project = jax.vmap(project, in_axes=-1, out_axes=-1)
+    with jax.numpy_dtype_promotion("standard"):  # optax divides by integers
+        return project(z)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    labels = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    return (labels == jnp.argmax(x, axis=0, keepdims=True).astype(jnp.int32)).astype(x.dtype)
+
+
+def _steps(labels: Labels) -> tuple[np.ndarray, np.ndarray, float]:
+    """Midpoints m_j and half gaps h_j between neighbouring labels, and the centre c of the interval."""
+    q = np.sort(np.asarray(labels, np.float64))
+    return (q[1:] + q[:-1]) / 2, (q[1:] - q[:-1]) / 2, float(q[0] + q[-1]) / 2
+
+
+def _tanh(x: jax.Array, beta: jax.Array, labels: Labels) -> jax.Array:
+    midpoints, halves, centre = _steps(labels)
+    steps = [x.dtype.type(h) * jnp.tanh(beta * (x - x.dtype.type(m))) for m, h in zip(midpoints, halves, strict=True)]
+    return functools.reduce(jnp.add, steps) + x.dtype.type(centre)
+
+
+def nearest_index(x: jax.Array, labels: Labels) -> jax.Array:
+    """Index into the sorted labels of the one nearest to x, int32; a tie goes away from zero, and up at zero."""
+    midpoints, _, _ = _steps(labels)
+    above = [x >= x.dtype.type(m) if m >= 0 else x > x.dtype.type(m) for m in midpoints]
+    return functools.reduce(jnp.add, [a.astype(jnp.int32) for a in above])
+
+
+def look_up(index: jax.Array, labels: Sequence[float], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """labels[index] by selects: elementwise, so that it fuses and keeps any sharding."""
+    w = jnp.full_like(index, labels[0], dtype=dtype)
+    for l, q in enumerate(labels[1:], start=1):
+        w = jnp.where(index == l, jnp.full_like(w, q), w)
+    return w
+
+
+def _forward(projection: str, labels: Labels, x: jax.Array, beta: jax.Array) -> jax.Array:
+    if projection == "softmax":
+        return _softmax(x, beta)
+    if projection == "sparsemax":
+        return _sparsemax(x, beta)
+    if projection == "argmax":
+        return _argmax(x)
+    if projection == "tanh":
+        return _tanh(x, beta, labels)
+    return look_up(nearest_index(x, labels), sorted(labels), x.dtype)
+
+
+def pull_back(projection: str, jacobian: str, labels: Labels, x: jax.Array, beta: jax.Array, g: jax.Array) -> jax.Array:
+    """(dP/dx)^T g in the dtype of x; g is the gradient with respect to u (lifted) or w (scalar)."""
+    if jacobian == "straight_through":
+        return g.astype(x.dtype)
+    dtype = x.dtype
+    x, g = _wide(x), _wide(g)
+    beta = jnp.asarray(beta).astype(x.dtype)
+    if projection == "softmax":
+        u = _softmax(x, beta)
+        if jacobian == "exact":
+            out = beta * (u * (g - _inner(u, g)))
+        else:
+            v = u if jacobian == "single" else _softmax(u, beta)
+            out = beta * (g - v * _inner(v, g))
+    elif projection == "sparsemax":
+        s = (_sparsemax(x, beta) > 0).astype(x.dtype)
+        out = beta * (s * (g - _inner(s, g) / _inner(s, s)))
+    elif projection == "argmax":
+        if x.shape[0] != 2:
+            raise ValueError(
+                f"the argmax projection has a gradient for two labels only, got {x.shape[0]}; "
+                "use projection='softmax', or 'round' with the straight-through estimator"
+            )
+        inside = jnp.abs(x[:1] - x[1:]) <= 1
+        out = jnp.where(inside, (g - g[::-1]) / 2, jnp.zeros_like(g))
+    elif projection == "tanh":
+        midpoints, halves, _ = _steps(labels)
+        tanhs = [jnp.tanh(beta * (x - x.dtype.type(m))) for m in midpoints]
+        slopes = [x.dtype.type(h) * ((1 - t) * (1 + t)) for h, t in zip(halves, tanhs, strict=True)]
+        out = beta * functools.reduce(jnp.add, slopes) * g
+    else:
+        inside = (x >= x.dtype.type(min(labels))) & (x <= x.dtype.type(max(labels)))
+        out = jnp.where(inside, g, jnp.zeros_like(g))
+    return out.astype(dtype)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def primal(projection: str, jacobian: str, labels: Labels, x: jax.Array, beta: jax.Array) -> jax.Array:
+    """u = P(beta x), or w in scalar form, in the dtype of x; its derivative is `pull_back`, and zero in beta."""
+    wide = _wide(x)
+    return _forward(projection, labels, wide, jnp.asarray(beta).astype(wide.dtype)).astype(x.dtype)
+
+
+def _primal_forward(projection: str, jacobian: str, labels: Labels, x: jax.Array, beta: jax.Array):
+    return primal(projection, jacobian, labels, x, beta), (x, beta)
+
+
+def _primal_backward(projection: str, jacobian: str, labels: Labels, saved: tuple, g: jax.Array):
+    x, beta = saved
+    return pull_back(projection, jacobian, labels, x, beta, g), jnp.zeros_like(beta)
+
+
+primal.defvjp(_primal_forward, _primal_backward)
+
+
+# ------------------------------------------------------------------------------------------------ the public functions
+
+
+def _public(projection: str, jacobian: str, labels: Labels, x: jax.Array, beta: jax.Array | float) -> jax.Array:
+    check_jacobian(projection, jacobian)
+    if projection in LIFTED and (x.ndim < 1 or x.shape[0] < 2):
+        raise ValueError(f"x must be [labels, ...] with at least two labels in the leading axis, got {x.shape}")
+    return primal(projection, jacobian, labels, x, jnp.asarray(beta, _wide(x).dtype))
+
+
+def softmax_projection(x: jax.Array, beta: jax.Array | float = 1.0, *, jacobian: str = "exact") -> jax.Array:
+    r"""Softmax over the labels with inverse temperature, $u = \mathrm{softmax}(\beta x)$.
+
+    Args:
+      x: [d, ...], one auxiliary variable per label in the leading axis.
+      beta: inverse temperature > 0, a scalar; the limit of infinity is the argmax. No gradient goes to it.
+      jacobian: of the gradient in x: "exact", "single" or "double" (the surrogates of the module's docstring, which do
+        not vanish as beta grows), or "straight_through" (the identity).
+
+    Returns:
+      u, like x: non-negative, sums to 1 over the leading axis.
+
+    Raises:
+      ValueError: unknown Jacobian, or fewer than two labels.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> [f"{u:.5f}" for u in softmax_projection(jnp.array([0.3, -0.2]), 1.5)]
+      ['0.67918', '0.32082']
+      >>> softmax_projection(jnp.array([0.3, -0.2]), 1e35).tolist()
+      [1.0, 0.0]
+
+    Source: Ajanthan, Dokania, Hartley, Torr (ICCV 2019), arXiv:1812.04353 [ajanthan2019proximal].
+    """
+    return _public("softmax", jacobian, (), x, beta)
+
+
+def sparsemax_projection(x: jax.Array, beta: jax.Array | float = 1.0, *, jacobian: str = "exact") -> jax.Array:
+    r"""Euclidean projection to the simplex over the labels, $u = \arg\min_{s \in \Delta} \|s - \beta x\|^2$.
+
+    Args:
+      x: [d, ...], one auxiliary variable per label in the leading axis.
+      beta: inverse temperature > 0, a scalar. No gradient goes to it.
+      jacobian: "exact", or "straight_through" (the identity).
+
+    Returns:
+      u, like x: non-negative, sums to 1 over the leading axis, and zero for labels far below the best.
+
+    Raises:
+      ValueError: unknown Jacobian, or fewer than two labels.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> [f"{u:.4f}" for u in sparsemax_projection(jnp.array([0.1, 0.2, 0.9]))]
+      ['0.0333', '0.1333', '0.8333']
+
+    Source: Ajanthan, Dokania, Hartley, Torr (ICCV 2019), arXiv:1812.04353 [ajanthan2019proximal].
+    """
+    return _public("sparsemax", jacobian, (), x, beta)
+
+
+def argmax_projection(x: jax.Array, *, jacobian: str = "clipped") -> jax.Array:
+    """One-hot vector of the best label: the softmax projection at infinite inverse temperature.
+
+    Args:
+      x: [d, ...], one auxiliary variable per label in the leading axis; the lower index wins a tie.
+      jacobian: "clipped", for two labels the gradient that makes it BinaryConnect's straight-through step, or
+        "straight_through" (the identity).
+
+    Returns:
+      u, like x, of zeros and ones.
+
+    Raises:
+      ValueError: unknown Jacobian; fewer than two labels, or in the gradient of "clipped" more than two.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> argmax_projection(jnp.array([0.1, 0.9, 0.2])).tolist()
+      [0.0, 1.0, 0.0]
+
+    Source: Ajanthan, Dokania, Hartley, Torr (ICCV 2019), arXiv:1812.04353 [ajanthan2019proximal].
+    """
+    return _public("argmax", jacobian, (), x, 1.0)
+
+
+def tanh_projection(
+    x: jax.Array,
+    beta: jax.Array | float = 1.0,
+    *,
+    labels: Sequence[float | int] = (-1.0, 1.0),
+    jacobian: str = "exact",
+) -> jax.Array:
+    r"""Smooth staircase through the labels, $w = c + \sum_j h_j \tanh(\beta (x - m_j))$; $\tanh(\beta x)$ for {-1, 1}.
+
+    Args:
+      x: auxiliary variables of any shape.
+      beta: inverse temperature > 0, a scalar; the limit of infinity is rounding. No gradient goes to it.
+      labels: the label set; {-1, 0, 1} gives the shifted tanh of the ternary case.
+      jacobian: "exact", or "straight_through" (the identity).
+
+    Returns:
+      w, like x, between the smallest and the largest label.
+
+    Raises:
+      ValueError: unknown Jacobian, or labels that are not a label set.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([-2.0, 0.25, 0.6])
+      >>> tanh_projection(x, 1e6, labels=(-1, 0, 1)).tolist()
+      [-1.0, 0.0, 1.0]
+
+    Source: Ajanthan, Gupta, Torr, Hartley, Dokania (AISTATS 2021), arXiv:1910.08237 [ajanthan2021mirror].
+    """
+    return _public("tanh", jacobian, as_labels(labels), x, beta)
+
+
+def round_projection(
+    x: jax.Array, *, labels: Sequence[float | int] = (-1.0, 1.0), jacobian: str = "clipped"
+) -> jax.Array:
+    """The nearest label; the sign for {-1, 1}, where 0 counts as positive.
+
+    Args:
+      x: auxiliary variables of any shape. A tie goes to the label farther from zero, and up at zero.
+      labels: the label set.
+      jacobian: "clipped" (the identity between the smallest and the largest label, zero outside), or
+        "straight_through" (the identity everywhere).
+
+    Returns:
+      w, like x, every entry exactly a label.
+
+    Raises:
+      ValueError: unknown Jacobian, or labels that are not a label set.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jnp.array([-1.7, -0.5, 0.2, 0.5])
+      >>> round_projection(x, labels=(-1, 0, 1)).tolist()
+      [-1.0, -1.0, 0.0, 1.0]
+      >>> jax.grad(lambda x: round_projection(x).sum())(x).tolist()
+      [0.0, 1.0, 1.0, 1.0]
+
+    Source: Courbariaux, Bengio, David (NeurIPS 2015), arXiv:1511.00363; Bengio, Leonard, Courville (2013),
+    arXiv:1308.3432 [courbariaux2015binaryconnect; bengio2013estimating].
+    """
+    return _public("round", jacobian, as_labels(labels), x, 1.0)
+
+
+def as_labels(labels: Sequence[float | int]) -> Labels:
+    """A label set as a tuple of floats in the given order, or ValueError."""
+    try:
+        values = tuple(float(label) for label in labels)
+    except (TypeError, ValueError):
+        raise ValueError(f"a label set must be a sequence of numbers such as (-1, 1), got {labels!r}") from None
+    if len(values) < 2:
+        raise ValueError(f"a label set needs at least two labels, got {labels!r}; (-1, 1) is the binary one")
+    if len(set(values)) != len(values) or not all(np.isfinite(values)):
+        raise ValueError(f"labels must be finite and distinct, got {labels!r}")
+    return values

@@ -1,0 +1,171 @@
+"""Straight-through baselines: the network sees rounded weights, the gradient passes to the float ones behind them.
+
+w = nearest label of x;   x' = x - eta [min q <= x <= max q] dL/dw     straight-through, clipped gradient
+w = nearest label of x;   x' = clip(x - eta dL/dw, min q, max q)       BinaryConnect
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlib_methods.quantization import _annealing
+from jaxlib_methods.quantization._lattice import Lattice, map_leaves
+from jaxlib_methods.quantization._projections import Labels
+
+PyTree = Any
+
+
+def scale_by_straight_through(lattice: Lattice, *, clip: bool = True) -> optax.GradientTransformationExtraArgs:
+    """The rule of the straight-through estimator: zero gradients where a weight has left the range of its labels.
+
+    Args:
+      lattice: with projection "round".
+      clip: whether to zero them; otherwise every gradient passes.
+
+    Returns:
+      A transformation without state; `params` are the float weights, gradients are those of the rounded ones.
+
+    Raises:
+      ValueError: another projection; on update, missing `params` or shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rule = scale_by_straight_through(Lattice(projection="round"))
+      >>> x = jnp.array([0.3, -1.2])
+      >>> rule.update(jnp.array([2.0, 2.0]), rule.init(x), x)[0].tolist()
+      [2.0, 0.0]
+
+    Source: Bengio, Leonard, Courville (2013), arXiv:1308.3432; the clipping of Hubara, Courbariaux, Soudry, El-Yaniv,
+    Bengio (NeurIPS 2016), arXiv:1602.02830 [bengio2013estimating; hubara2016binarized].
+    """
+    _annealing.check_projection("the straight-through estimator", lattice, "round")
+    jacobian = "clipped" if clip else "straight_through"
+
+    def update(
+        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, optax.EmptyState]:
+        _annealing.check_params("the straight-through estimator", params)
+        return _annealing.pull_back(lattice, jacobian, jnp.float32(1), params, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def straight_through(
+    learning_rate: optax.ScalarOrSchedule,
+    lattice: Lattice,
+    *,
+    clip: bool = True,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """The straight-through estimator with Adam on the float weights.
+
+    Args:
+      learning_rate: a number or a schedule.
+      lattice: with projection "round".
+      clip: whether gradients outside the range of the labels are zeroed.
+      b1, b2, eps: of Adam.
+      weight_decay: factor of an L2 term on the float weights.
+
+    Returns:
+      The optimizer of the float weights; the network's are `project(aux, lattice)`.
+
+    Raises:
+      ValueError: as `scale_by_straight_through`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> optimizer = straight_through(0.1, Lattice(projection="round"))
+      >>> x = jnp.array([0.3, -1.2])
+      >>> [f"{u:.1f}" for u in optimizer.update(jnp.array([2.0, 2.0]), optimizer.init(x), x)[0]]
+      ['-0.1', '-0.0']
+
+    Source: Bengio, Leonard, Courville (2013), arXiv:1308.3432; Hubara, Courbariaux, Soudry, El-Yaniv, Bengio (NeurIPS
+    2016), arXiv:1602.02830 [bengio2013estimating; hubara2016binarized].
+    """
+    return optax.chain(
+        scale_by_straight_through(lattice, clip=clip),
+        optax.add_decayed_weights(weight_decay),
+        _annealing.adam(b1, b2, eps),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def clip_to_labels(lattice: Lattice) -> optax.GradientTransformationExtraArgs:
+    """The last link of BinaryConnect: shortens steps so that float weights stay within the range of their labels.
+
+    Args:
+      lattice: in scalar form, with projection "round" or "tanh".
+
+    Returns:
+      A transformation without state from finished steps to finished steps.
+
+    Raises:
+      ValueError: a lifted lattice; on update, missing `params`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> link = clip_to_labels(Lattice(projection="round"))
+      >>> x = jnp.array([0.5, -0.25])
+      >>> link.update(jnp.array([2.0, 0.25]), link.init(x), x)[0].tolist()
+      [0.5, 0.25]
+
+    Source: Courbariaux, Bengio, David (NeurIPS 2015), arXiv:1511.00363 [courbariaux2015binaryconnect].
+    """
+    _annealing.check_projection("clip_to_labels", lattice, "round", "tanh")
+
+    def update(
+        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, optax.EmptyState]:
+        _annealing.check_params("clip_to_labels", params)
+
+        def shorten(labels: Labels, x: jax.Array, step: jax.Array) -> jax.Array:
+            low, high = x.dtype.type(min(labels)), x.dtype.type(max(labels))
+            return jnp.clip(x + step, low, high) - x
+
+        return map_leaves(shorten, lattice, params, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def binary_connect(
+    learning_rate: optax.ScalarOrSchedule,
+    lattice: Lattice,
+    *,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """BinaryConnect with Adam: gradients of the rounded weights update float weights that are clipped to the labels.
+
+    Args:
+      learning_rate: a number or a schedule.
+      lattice: with projection "round"; any label set.
+      b1, b2, eps: of Adam.
+
+    Returns:
+      The optimizer of the float weights; the network's are `project(aux, lattice)`.
+
+    Raises:
+      ValueError: as `scale_by_straight_through`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> optimizer = binary_connect(0.1, Lattice(projection="round"))
+      >>> x = jnp.array([0.3, -0.95])
+      >>> updates, _ = optimizer.update(jnp.array([2.0, 2.0]), optimizer.init(x), x)
+      >>> [f"{x:.2f}" for x in optax.apply_updates(x, updates)]
+      ['0.20', '-1.00']
+
+    Source: Courbariaux, Bengio, David (NeurIPS 2015), arXiv:1511.00363 [courbariaux2015binaryconnect].
+    """
+    return optax.chain(
+        scale_by_straight_through(lattice, clip=False),
+        _annealing.adam(b1, b2, eps),
+        optax.scale_by_learning_rate(learning_rate),
+        clip_to_labels(lattice),
+    )
