@@ -107,6 +107,7 @@ class Task:
     text: text.Text
     rows: pipeline.OnDevice  # of the training text
     init: Callable[[jax.Array], PyTree]  # key -> parameters
+    merge: Callable[[PyTree], models.GPT]  # parameters -> the model that holds them
     apply: Callable[[PyTree, jax.Array], jax.Array]  # (parameters, tokens [B, T]) -> logits [B, T, V]
     loss_fn: training.LossFn  # of windows [B, T + 1]: mean over all tokens
     window: Callable[[jax.Array, jax.Array], jax.Array]  # (rows [B, ...], key) -> windows [B, T + 1]
@@ -120,7 +121,8 @@ class Task:
         config = options.model(loaded.vocab_size)
         graph = nnx.graphdef(nnx.eval_shape(lambda: models.GPT(config, rngs=nnx.Rngs(0))))
         init = jax.jit(lambda key: nnx.state(models.GPT(config, rngs=nnx.Rngs(key)), nnx.Param))
-        apply = lambda params, tokens: nnx.merge(graph, params)(tokens)
+        merge = lambda params: nnx.merge(graph, params)
+        apply = lambda params, tokens: merge(params)(tokens)
 
         def per_window(params: PyTree, model_state: PyTree, windows: jax.Array) -> dict[str, jax.Array]:
             del model_state
@@ -137,6 +139,7 @@ class Task:
             loaded,
             pipeline.put(text.training_rows(loaded.train, config.block_size), pipeline.data_mesh(options.batch_size)),
             init,
+            merge,
             apply,
             loss_fn,
             functools.partial(text.random_window, block=config.block_size),
@@ -158,6 +161,7 @@ class Task:
         steps: int | None = None,
         loss_fn: training.LossFn | None = None,
         state: training.TrainState | None = None,
+        evaluate: Callable[[training.TrainState], dict[str, float]] | None = None,
         log: Iterable[Callable[[Record], None]] = (),
     ) -> tuple[training.TrainState, list[Record]]:
         """Trains one model with `fit` of `experiments.train`.
@@ -169,6 +173,7 @@ class Task:
           steps: None takes the options'.
           loss_fn: None takes the task's; another one may keep what it needs in the state's `model_state`.
           state: None takes `start(optimizer, seed)`.
+          evaluate: None takes the task's.
         """
         return training.fit(
             loss_fn or self.loss_fn,
@@ -179,10 +184,10 @@ class Task:
             steps=steps or self.options.steps,
             steps_per_call=min(25, self.options.evaluate_every),
             augment=self.window,
-            evaluate=self.evaluate,
+            evaluate=evaluate or self.evaluate,
             evaluate_every=self.options.evaluate_every,
             workdir=workdir,
-            checkpoint_every=200,
+            checkpoint_every=100,
             mesh=self.rows.mesh,
             label=label,
             log=log,

@@ -99,7 +99,7 @@ class GPTConfig:
     Example:
       >>> config = dataclasses.replace(GPT_CONFIGS["llama_tiny"], layers=2, kv_heads=2)
       >>> config.layers, config.head_width
-      (2, 32)
+      (2, 40)
 
     Source: Radford et al. (2019) [radford2019language]; Ajanthan et al. (ICML 2025), arXiv:2505.01099
     [ajanthan2025nesterov]; Touvron et al. (2023), arXiv:2302.13971 [touvron2023llama].
@@ -161,7 +161,7 @@ _LLAMA = {
 # (134,324,305) and a Llama of the same depth and width (152,711,424).
 GPT_CONFIGS = {
     "gpt_tiny": GPTConfig(),
-    "llama_tiny": GPTConfig(mlp_width=352, **_LLAMA),
+    "llama_tiny": GPTConfig(width=160, mlp_width=432, **_LLAMA),
     "gpt2_small": GPTConfig(
         vocab_size=50_257,
         block_size=1024,
