@@ -1,0 +1,654 @@
+"""NuMuon: Muon's step with a budget on its nuclear norm, so that it is made of the top singular dyads of the momentum.
+
+Symbols, for a matrix parameter W (fan_in x fan_out) at step t, d = min(fan_in, fan_out):
+  M    <- beta M + (1 - beta) G                                                       momentum
+  k     = min(d, max(1, ceil(r(t) d)))                                                budget, r a rank schedule
+  D     = U_k V_k^T = argmax <M, D> subject to ||D||_2 <= 1, ||D||_* <= k             from M = U diag(sigma) V^T
+  W    <- (1 - lr wd) W - lr s D                                                      s from the shape of W
+With a fractional budget tau, k < tau < k + 1, D = U_k V_k^T + (tau - k) u_{k+1} v_{k+1}^T. With r = 1 D is the polar
+factor, approximated by Newton-Schulz as in Muon. The singular values themselves are never used.
+
+How the rank anneals in one compiled program: shapes are static, so the decomposition is compiled for a few ranks, the
+`rank_buckets`, and a `lax.switch` takes the smallest one that holds r(t); the dyads beyond k are then masked. The step
+has exactly k dyads and costs what the bucket's rank costs. Compile time and code size grow with the number of buckets.
+
+BibTeX:
+
+@article{dolatabadi2026numuon,
+  title = {{NuMuon}: Nuclear-Norm-Constrained {Muon} for Compressible {LLM} Training},
+  author = {Dolatabadi, H. M. and Ajanthan, T. and Ramasinghe, S. and Hewa Koneputugodage, C. and Siriwardhana, S. and
+    Shevchenko, V. and Pajak, K. and Snewin, J. and Avraham, G. and Long, A.},
+  journal = {arXiv preprint arXiv:2603.03597},
+  year = {2026},
+}
+
+@misc{jordan2024muon,
+  title = {Muon: An optimizer for hidden layers in neural networks},
+  author = {Jordan, Keller and Jin, Yuchen and Boza, Vlado and You, Jiacheng and Cesista, Franz and Newhouse, Laker and
+    Bernstein, Jeremy},
+  url = {https://kellerjordan.github.io/posts/muon/},
+  year = {2024},
+}
+
+@article{liu2025muon,
+  title = {Muon is Scalable for {LLM} Training},
+  author = {Liu, Jingyuan and Su, Jianlin and Yao, Xingcheng and others},
+  journal = {arXiv preprint arXiv:2502.16982},
+  year = {2025},
+}
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from optax.contrib import MuonDimensionNumbers
+
+from jaxlib_methods import trees
+from jaxlib_methods.optimizers._block_krylov import (
+    block_krylov_svd,
+    block_width,
+    check_krylov,
+    compute_dtype,
+    is_exact,
+    matmul,
+    svd_of_tall,
+    transpose,
+)
+from jaxlib_methods.optimizers._rank_schedules import ROUND_OFF, check_fraction, dyads
+
+PyTree = Any
+RankSchedule = Callable[[jax.Array], jax.Array]
+
+NS_COEFFS = (3.4445, -4.7750, 2.0315)
+RANK_BUCKETS = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+ADAM_PATHS = (r"embed", r"(^|/)(wte|wpe|lm_head|head|unembed)(/|$)")
+SHAPE_SCALINGS = ("width", "spectral", "rms")
+
+
+# ------------------------------------------------------------------------------------------ the step of one matrix
+
+
+def newton_schulz(M: jax.Array, coefficients: Sequence[float] = NS_COEFFS, steps: int = 5, eps: float = 1e-8):
+    """Muon's approximate polar factor of M (..., m, n) with m >= n: X <- a X + X (b A + c A^2), A = X^T X."""
+    a, b, c = coefficients
+    X = M / (jnp.sqrt(jnp.sum(M * M, axis=(-2, -1), keepdims=True)) + eps)
+    for _ in range(steps):
+        A = matmul(transpose(X), X)
+        X = a * X + matmul(X, b * A + c * matmul(A, A))
+    return X
+
+
+def _spend(budget: jax.typing.ArrayLike, U: jax.Array, V: jax.Array) -> jax.Array:
+    """sum_i w_i u_i v_i^T: the dyads count 1 while the budget lasts, and its fraction for the next one."""
+    index = jnp.arange(U.shape[-1]).astype(U.dtype)[(None,) * (U.ndim - 1)]
+    return matmul(U * jnp.clip(budget - index, 0, 1), transpose(V))
+
+
+def nuclear_norm_lmo(
+    M: jax.Array,
+    tau: float | int,
+    *,
+    key: jax.Array,
+    iterations: int = 2,
+    oversampling: int = 8,
+    method: str = "cholesky",
+) -> jax.Array:
+    """The step of NuMuon: D = argmax <M, D> subject to ||D||_2 <= 1 and ||D||_* <= tau.
+
+    D = sum_i clip(tau - i, 0, 1) u_{i+1} v_{i+1}^T over the singular dyads of M: the largest floor(tau) of them, and
+    the next one weighted by what is left. With tau = min(rows, columns) it is the polar factor, with tau = 1 the step
+    of the nuclear-norm ball. <M, D> is the Ky Fan norm, the sum of the tau largest singular values.
+
+    Args:
+      M: (..., rows, columns), real; leading axes are a batch.
+      tau: the budget, in (0, min(rows, columns)]. Static.
+      key: typed key, as are the remaining arguments, of `block_krylov_svd`.
+      iterations: blocks of the Krylov space. Static.
+      oversampling: columns beyond ceil(tau) in a block. Static.
+      method: "cholesky" or "householder".
+
+    Returns:
+      D, of M's shape and type. Dyads whose singular value is round-off of the largest are left out: they would add
+      noise and gain nothing. A zero matrix gives zero.
+
+    Raises:
+      ValueError: a budget out of range, and what `block_krylov_svd` refuses.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> D = nuclear_norm_lmo(jnp.diag(jnp.array([10.0, 5.0, 2.0, 1.0])), 2.5, key=jax.random.key(0))
+      >>> (jnp.diagonal(D).round(3) + 0.0).tolist()
+      [1.0, 1.0, 0.5, 0.0]
+
+    Source: Dolatabadi et al. (2026), arXiv:2603.03597 [dolatabadi2026numuon].
+    """
+    if M.ndim < 2:
+        raise ValueError(f"M must be a matrix (..., rows, columns), got shape {M.shape}")
+    d = min(M.shape[-2:])
+    if not 0 < tau <= d:
+        raise ValueError(
+            f"tau must be in (0, min(rows, columns)] = (0, {d}], got {tau} for a matrix of shape {M.shape}"
+        )
+    k = math.ceil(tau)
+    U, _, V = block_krylov_svd(M, k, key=key, iterations=iterations, oversampling=oversampling, method=method)
+    return _spend(float(tau), U, V).astype(M.dtype)
+
+
+# ----------------------------------------------------------------------------- parameters as stacks of tall matrices
+
+
+class _Stack(NamedTuple):
+    """How one parameter is a stack of matrices (batch, m, n) with m >= n."""
+
+    axes: tuple[int, ...]  # of the parameter, in the order batch, reduction, output
+    sizes: tuple[int, ...]  # of those axes
+    batch: int
+    fan_in: int
+    fan_out: int
+
+    @property
+    def tall(self) -> tuple[int, int]:
+        return max(self.fan_in, self.fan_out), min(self.fan_in, self.fan_out)
+
+    def pack(self, x: jax.Array) -> jax.Array:
+        X = x.transpose(self.axes).reshape(self.batch, self.fan_in, self.fan_out)
+        return transpose(X) if self.fan_in < self.fan_out else X
+
+    def unpack(self, X: jax.Array) -> jax.Array:
+        x = (transpose(X) if self.fan_in < self.fan_out else X).reshape(self.sizes)
+        return x.transpose(sorted(range(len(self.axes)), key=self.axes.__getitem__))
+
+
+def _is_dimension_numbers(node: Any) -> bool:
+    return isinstance(node, MuonDimensionNumbers)
+
+
+def _is_spec(node: Any) -> bool:
+    return node is None or _is_dimension_numbers(node) or isinstance(node, optax.MaskedNode)
+
+
+def _resolve(dimension_numbers: PyTree | Callable | None, params: PyTree) -> PyTree:
+    """Dimension numbers, or None, at every leaf of params; a spec may stand for a whole subtree."""
+    if callable(dimension_numbers) and not _is_dimension_numbers(dimension_numbers):
+        dimension_numbers = dimension_numbers(params)
+    return jax.tree.map(
+        lambda spec, subtree: jax.tree.map(lambda _: _Box(spec), subtree), dimension_numbers, params, is_leaf=_is_spec
+    )
+
+
+class _Box:
+    """Keeps a None from being an empty subtree."""
+
+    def __init__(self, spec: MuonDimensionNumbers | None):
+        self.spec = spec
+
+
+def _stacks(params: PyTree, dimension_numbers: PyTree | Callable | None) -> list[_Stack]:
+    """One for each leaf; raises where a leaf is not a matrix."""
+    specs = [box.spec for box in jax.tree.leaves(_resolve(dimension_numbers, params))]
+    names = jax.tree.leaves(trees.path_names(params))
+    leaves = jax.tree.leaves(params)
+    return [_stack(name, leaf.shape, spec) for name, leaf, spec in zip(names, leaves, specs, strict=True)]
+
+
+def _stack(name: str, shape: tuple[int, ...], spec: MuonDimensionNumbers | None) -> _Stack:
+    if spec is None and len(shape) != 2:
+        raise ValueError(
+            f"NuMuon is defined for matrices, got the shape {shape} at {name!r}; give vectors and scalars to another "
+            "optimizer (numuon gives them to AdamW), and more than two axes a MuonDimensionNumbers in "
+            "weight_dimension_numbers"
+        )
+    spec = spec or MuonDimensionNumbers()
+    as_tuple = lambda axes: (axes,) if isinstance(axes, int) else tuple(axes)
+    reduction, output = as_tuple(spec.reduction_axis), as_tuple(spec.output_axis)
+    rank = len(shape)
+    used = [axis % rank if -rank <= axis < rank else axis for axis in (*reduction, *output)]
+    if len(shape) < 2 or len(set(used)) < len(used) or not set(used) <= set(range(rank)) or not (reduction and output):
+        raise ValueError(
+            f"{spec} does not name different axes of the shape {shape} at {name!r} for reduction and for output"
+        )
+    reduction, output = tuple(used[: len(reduction)]), tuple(used[len(reduction) :])
+    batch = tuple(axis for axis in range(rank) if axis not in used)
+    size = lambda axes: math.prod(shape[axis] for axis in axes)
+    axes = batch + reduction + output
+    return _Stack(axes, tuple(shape[a] for a in axes), size(batch), size(reduction), size(output))
+
+
+def _groups(leaves: Sequence[Any], stacks: Sequence[_Stack]) -> dict[tuple, list[int]]:
+    """Indices of the leaves whose matrices have the same shape up to transposition, and the same type to compute in."""
+    groups: dict[tuple, list[int]] = {}
+    for index, (leaf, stack) in enumerate(zip(leaves, stacks, strict=True)):
+        groups.setdefault((*stack.tall, jnp.dtype(compute_dtype(leaf.dtype))), []).append(index)
+    return groups
+
+
+# -------------------------------------------------------------------------------------------------- the transformation
+
+
+class NuMuonState(NamedTuple):
+    """State of `scale_by_numuon`.
+
+    Source: this library.
+    """
+
+    count: jax.Array  # int32 (): steps taken; the rank schedule is evaluated at it
+    mu: PyTree  # momentum, like the parameters, in mu_dtype
+    bases: PyTree  # warm starts: one float32 or float64 (matrices, n, columns) for each shape (m, n); None without
+
+
+def scale_by_numuon(
+    rank_schedule: float | int | RankSchedule,
+    ns_coeffs: tuple[float, float, float] = NS_COEFFS,
+    ns_steps: int = 5,
+    beta: jax.typing.ArrayLike = 0.95,
+    eps: jax.typing.ArrayLike = 1e-8,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    key: jax.Array,
+    nesterov: bool = False,
+    fractional: bool = False,
+    weight_dimension_numbers: PyTree | Callable[[PyTree], PyTree] | None = None,
+    iterations: int = 2,
+    oversampling: int = 8,
+    warm_start: bool = True,
+    rank_buckets: Sequence[float] | None = None,
+    method: str = "cholesky",
+    mesh: jax.sharding.Mesh | None = None,
+    axis: str = "data",
+) -> optax.GradientTransformationExtraArgs:
+    """NuMuon's direction: the top singular dyads of the momentum, all with weight 1.
+
+    Matrices of equal shape, up to transposition, are decomposed together. The only randomness is the block that the
+    Krylov iteration starts from; it follows from `key` and the step, so that all replicas of data-parallel training
+    take the same step. Memory: the momentum, and for the warm start of each matrix d times the largest rank with an
+    inexact decomposition (below d / iterations).
+
+    Args:
+      rank_schedule: r, the share of the d = min(fan_in, fan_out) dyads in a step: a number in (0, 1], or a function of
+        the step such as `cosine_rank_schedule`. r = 1 is Muon: Newton-Schulz, without a decomposition.
+      ns_coeffs: coefficients of Newton-Schulz, for r = 1.
+      ns_steps: its steps. Static.
+      beta: decay of the momentum, an exponential moving average.
+      eps: added to the norm that Newton-Schulz divides by.
+      mu_dtype: type of the momentum; None: that of the parameters.
+      key: typed key of the start blocks.
+      nesterov: decompose (1 - beta) G + beta M instead of M. NuMuon does not, Muon does.
+      fractional: take the budget tau = max(1, r d) as it is, instead of rounding it up to k.
+      weight_dimension_numbers: as in `optax.contrib.muon`: which axes of a parameter are inputs and outputs, a
+        `MuonDimensionNumbers` for all, a tree of them or a function of the parameters; the other axes are a batch.
+        None: every parameter is a matrix (inputs, outputs).
+      iterations: blocks of the Krylov space. Static.
+      oversampling: columns beyond k in a block. Static.
+      warm_start: start from the last step's singular vectors.
+      rank_buckets: increasing fractions in (0, 1]; a step costs what the first bucket that is not below r(t) costs. A
+        schedule above the last bucket is cut at it. None: r itself if it is a number, else 1/16, 1/8, 1/4, 3/8, 1/2,
+        3/4 and 1. Every bucket is compiled: give those that the schedule visits.
+      method: "cholesky" or "householder", as in `block_krylov_svd`.
+      mesh: distribute the matrices over this mesh's `axis` and gather the steps; None: every device computes all.
+      axis: name of that axis.
+
+    Returns:
+      An optax transformation with `NuMuonState`. Its updates point along the momentum: scale them by a negative rate.
+
+    Raises:
+      ValueError: a fraction outside (0, 1], buckets that do not increase, arguments that `block_krylov_svd` refuses, an
+        axis that the mesh does not have; on init, a parameter that is not a matrix.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> rule = scale_by_numuon(0.5, key=jax.random.key(0))
+      >>> W = jnp.diag(jnp.array([10.0, 5.0, 2.0, 1.0]))
+      >>> updates, state = rule.update(W, rule.init(W), W)
+      >>> (jnp.diagonal(updates).round(3) + 0.0).tolist()
+      [1.0, 1.0, 0.0, 0.0]
+
+    Source: Dolatabadi et al. (2026), arXiv:2603.03597 [dolatabadi2026numuon]; Jordan et al. (2024) [jordan2024muon].
+    """
+    check_krylov(iterations, oversampling, method)
+    schedule, buckets = _ranks(rank_schedule, rank_buckets)
+    if mesh is not None and axis not in mesh.shape:
+        raise ValueError(f"axis must be one of the mesh's axes {tuple(mesh.shape)}, got {axis!r}")
+    shares = 1 if mesh is None else mesh.shape[axis]
+    krylov = dict(iterations=iterations, oversampling=oversampling)
+
+    def padded(batch: int) -> int:
+        return -(-batch // shares) * shares
+
+    def basis_width(n: int) -> int:
+        """Columns of the warm start: the largest rank that needs one."""
+        ranks = [dyads(bucket, n) for bucket in buckets]
+        return max((K for K in ranks if not is_exact(n, K, **krylov)), default=0) if warm_start else 0
+
+    def init(params: PyTree) -> NuMuonState:
+        mu = optax.tree.zeros_like(params, dtype=mu_dtype)
+        leaves = jax.tree.leaves(params)
+        if not leaves:  # optax.tree_utils.tree_map_params asks which parts of a state are like params
+            return NuMuonState(jnp.zeros([], jnp.int32), mu, jnp.zeros([]))
+        stacks = _stacks(params, weight_dimension_numbers)
+        bases: list[jax.Array | None] = []
+        for i, ((_, n, dtype), members) in enumerate(_groups(leaves, stacks).items()):
+            batch = padded(sum(stacks[j].batch for j in members))
+            noise = jax.random.normal(jax.random.fold_in(key, i), (batch, n, basis_width(n)), dtype)
+            bases.append(_place(noise, mesh, axis) if noise.size else None)
+        return NuMuonState(jnp.zeros([], jnp.int32), mu, tuple(bases))
+
+    def full_rank(X: jax.Array, basis: jax.Array | None, noise: None, r: jax.Array) -> tuple[jax.Array, Any]:
+        del noise, r
+        return newton_schulz(X, ns_coeffs, ns_steps, eps), basis
+
+    def low_rank(
+        K: int, X: jax.Array, basis: jax.Array | None, noise: jax.Array | None, r: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        B = noise
+        if noise is not None and basis is not None:
+            B = jnp.concatenate([basis[..., :K], noise], axis=-1)
+        U, _, V = svd_of_tall(X, K, B, iterations, method)
+        n = X.shape[-1]
+        budget = jnp.maximum(r * n, 1) if fractional else dyads(r, n)
+        D = _spend(budget.astype(X.dtype), U, V)
+        if basis is not None:
+            kept = min(K, basis.shape[-1])
+            basis = jnp.concatenate([V[..., :kept], basis[..., kept:]], axis=-1)
+        return D, basis
+
+    def step_of(bucket: float | None) -> Callable:
+        """The steps of all groups, with the ranks of one bucket (None: full rank)."""
+
+        def steps(Xs: list[jax.Array], bases: tuple, r: jax.Array, key: jax.Array) -> tuple[list[jax.Array], tuple]:
+            results = []
+            for i, (X, basis) in enumerate(zip(Xs, bases, strict=True)):
+                n = X.shape[-1]
+                noise, one_group = None, full_rank
+                if bucket is not None:
+                    K = dyads(bucket, n)
+                    one_group = functools.partial(low_rank, K)
+                    if not is_exact(n, K, **krylov):
+                        columns = block_width(n, K, oversampling) - (0 if basis is None else K)
+                        noise = jax.random.normal(jax.random.fold_in(key, i), (X.shape[0], n, columns), X.dtype)
+                results.append(_distributed(one_group, mesh, axis)(X, basis, noise, r))
+            return [D for D, _ in results], tuple(basis for _, basis in results)
+
+        return steps
+
+    branches = [step_of(bucket) for bucket in buckets]
+    if not buckets or buckets[-1] == 1:
+        branches.append(step_of(None))
+
+    def update(
+        updates: PyTree, state: NuMuonState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, NuMuonState]:
+        del params, extra_args
+        grads, structure = jax.tree.flatten(updates)
+        if not grads:
+            return updates, state._replace(count=optax.safe_increment(state.count))
+        stacks = _stacks(updates, weight_dimension_numbers)
+        moments = [_ema(g, m, beta) for g, m in zip(grads, jax.tree.leaves(state.mu), strict=True)]
+        looked_ahead = [_ema(g, m, beta) if nesterov else m for g, m in zip(grads, moments, strict=True)]
+        groups = _groups(grads, stacks)
+        Xs = []
+        for (_, _, dtype), members in groups.items():
+            X = jnp.concatenate([stacks[j].pack(_whole(looked_ahead[j])).astype(dtype) for j in members])
+            missing = padded(X.shape[0]) - X.shape[0]
+            Xs.append(jnp.concatenate([X, *[X[:1]] * missing]) if missing else X)
+
+        r = jnp.asarray(schedule(state.count), jnp.float32)
+        bucket = jnp.searchsorted(jnp.asarray(buckets, jnp.float32), r - ROUND_OFF)
+        bucket = jnp.where(r >= 1, len(branches) - 1, jnp.minimum(bucket, len(branches) - 1))
+        step_key = jax.random.fold_in(key, state.count)
+        Ds, bases = jax.lax.switch(bucket, branches, Xs, state.bases, r, step_key)
+
+        directions: list[Any] = [None] * len(grads)
+        for D, members in zip(Ds, groups.values(), strict=True):
+            offset = 0
+            for j in members:
+                mine = D[offset : offset + stacks[j].batch]
+                offset += stacks[j].batch
+                directions[j] = _sharded_like(stacks[j].unpack(mine).astype(grads[j].dtype), grads[j])
+        mu = structure.unflatten(
+            [m.astype(old.dtype) for m, old in zip(moments, jax.tree.leaves(state.mu), strict=True)]
+        )
+        return structure.unflatten(directions), NuMuonState(optax.safe_increment(state.count), mu, bases)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _ranks(
+    rank_schedule: float | int | RankSchedule, rank_buckets: Sequence[float] | None
+) -> tuple[RankSchedule, tuple[float, ...]]:
+    """The schedule, and the ranks below full rank to compile."""
+    if callable(rank_schedule):
+        buckets = RANK_BUCKETS if rank_buckets is None else tuple(rank_buckets)
+        buckets = tuple(check_fraction(f"rank_buckets[{i}]", bucket) for i, bucket in enumerate(buckets))
+        if not buckets or any(b <= a for a, b in itertools.pairwise(buckets)):
+            raise ValueError(f"rank_buckets must be increasing fractions, at least one, got {buckets}")
+        return rank_schedule, buckets
+    r = check_fraction("rank_schedule", rank_schedule)
+    if rank_buckets is not None:
+        raise ValueError(f"rank_buckets are for schedules; a constant rank, {r}, is its own bucket")
+    return lambda count: jnp.full_like(count, r, dtype=jnp.float32), () if r == 1 else (r,)
+
+
+def _ema(new: jax.Array, old: jax.Array, beta: jax.typing.ArrayLike) -> jax.Array:
+    dtype = compute_dtype(old.dtype)
+    beta = jnp.asarray(beta, dtype)
+    return beta * old.astype(dtype) + (1 - beta) * new.astype(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- on a mesh
+
+
+def _constrain(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    return (jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint)(x, sharding)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """A matrix is decomposed as a whole: one that is split over an explicit mesh is gathered."""
+    sharding = jax.typeof(x).sharding
+    if all(part is None for part in sharding.spec):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def _sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    sharding = jax.typeof(like).sharding
+    return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
+
+
+def _place(x: jax.Array, mesh: jax.sharding.Mesh | None, axis: str) -> jax.Array:
+    return x if mesh is None else jax.device_put(x, NamedSharding(mesh, PartitionSpec(axis)))
+
+
+def _distributed(one_group: Callable, mesh: jax.sharding.Mesh | None, axis: str) -> Callable:
+    """The same function, with the matrices of its leading axis shared out over the mesh, and the steps gathered."""
+    if mesh is None:
+        return one_group
+    split, everywhere = PartitionSpec(axis), PartitionSpec()
+
+    def run(X: jax.Array, basis: jax.Array | None, noise: jax.Array | None, r: jax.Array) -> tuple[jax.Array, Any]:
+        share_out = lambda tree: jax.tree.map(lambda x: _constrain(x, NamedSharding(mesh, split)), tree)
+        D, basis = jax.shard_map(
+            one_group, mesh=mesh, in_specs=(split, split, split, everywhere), out_specs=(split, split)
+        )(*share_out((X, basis, noise)), r)
+        return _constrain(D, NamedSharding(mesh, everywhere)), basis
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------ the optimizer
+
+
+def _scale_by_shape(
+    shape_scaling: str, consistent_rms: float | None, dimension_numbers: PyTree | Callable | None
+) -> optax.GradientTransformation:
+    def scale(stack: _Stack) -> float:
+        if consistent_rms is not None or shape_scaling == "rms":
+            return (0.2 if consistent_rms is None else consistent_rms) * math.sqrt(max(stack.fan_in, stack.fan_out))
+        ratio = stack.fan_out / stack.fan_in
+        return math.sqrt(ratio if shape_scaling == "spectral" else max(1.0, ratio))
+
+    def update(
+        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
+        del params
+        leaves, structure = jax.tree.flatten(updates)
+        scales = map(scale, _stacks(updates, dimension_numbers))
+        return structure.unflatten([s * leaf for s, leaf in zip(scales, leaves, strict=True)]), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def numuon(
+    learning_rate: optax.ScalarOrSchedule,
+    rank_schedule: float | int | RankSchedule,
+    ns_coeffs: tuple[float, float, float] = NS_COEFFS,
+    ns_steps: int = 5,
+    beta: jax.typing.ArrayLike = 0.95,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.1,
+    weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    key: jax.Array,
+    nesterov: bool = False,
+    fractional: bool = False,
+    adam_b1: jax.typing.ArrayLike = 0.9,
+    adam_b2: jax.typing.ArrayLike = 0.999,
+    adam_eps_root: jax.typing.ArrayLike = 0.0,
+    adam_weight_decay: jax.typing.ArrayLike = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_paths: Sequence[str] = ADAM_PATHS,
+    muon_weight_dimension_numbers: PyTree | Callable[[PyTree], PyTree] | None = None,
+    shape_scaling: str = "width",
+    consistent_rms: float | None = None,
+    iterations: int = 2,
+    oversampling: int = 8,
+    warm_start: bool = True,
+    rank_buckets: Sequence[float] | None = None,
+    method: str = "cholesky",
+    mesh: jax.sharding.Mesh | None = None,
+    axis: str = "data",
+) -> optax.GradientTransformationExtraArgs:
+    """NuMuon for the hidden matrices of a network, and AdamW for its embeddings, its head, its vectors and scalars.
+
+    W <- (1 - lr wd) W - lr s D for the matrices. The arguments that it shares with `optax.contrib.muon` have the same
+    names; the defaults are NuMuon's: weight decay 0.1, no Nesterov (neither in AdamW), embeddings and head left out.
+
+    Args:
+      learning_rate: a number or a schedule.
+      rank_schedule: share r of the dyads in a step, as the arguments not listed here, as in `scale_by_numuon`. r = 1 is
+        Muon.
+      ns_coeffs: of Newton-Schulz, for r = 1.
+      ns_steps: of Newton-Schulz. Static.
+      beta: decay of the momentum.
+      eps: of Newton-Schulz and of AdamW.
+      weight_decay: of the matrices, multiplied by the learning rate.
+      weight_decay_mask: as in `optax.add_decayed_weights`.
+      mu_dtype: type of both optimizers' momentum.
+      key: typed key of the start blocks.
+      nesterov: as in `scale_by_numuon`.
+      fractional: as in `scale_by_numuon`.
+      adam_b1: of AdamW, as the next three.
+      adam_b2: of AdamW.
+      adam_eps_root: of AdamW.
+      adam_weight_decay: of AdamW.
+      adam_learning_rate: None: `learning_rate`.
+      adam_paths: regular expressions (`re.search`) on the paths of parameters that AdamW takes whatever their shape.
+        Of the default, an expression may match nothing; of your own, each must match a parameter.
+      muon_weight_dimension_numbers: as `weight_dimension_numbers` in `scale_by_numuon`; parameters with None go to
+        AdamW. By default those go there that do not have two axes.
+      shape_scaling: s: "width" sqrt(max(1, fan_out / fan_in)), "spectral" sqrt(fan_out / fan_in), or "rms"
+        0.2 sqrt(max(fan_in, fan_out)), which gives a full-rank update AdamW's usual root mean square.
+      consistent_rms: the factor of "rms", and chooses it, as in optax.
+      iterations: as in `scale_by_numuon`. Static.
+      oversampling: as in `scale_by_numuon`. Static.
+      warm_start: as in `scale_by_numuon`.
+      rank_buckets: as in `scale_by_numuon`.
+      method: as in `scale_by_numuon`.
+      mesh: as in `scale_by_numuon`.
+      axis: as in `scale_by_numuon`.
+
+    Returns:
+      The optimizer; `update` needs the parameters, as AdamW does.
+
+    Raises:
+      ValueError: what `scale_by_numuon` refuses, an unknown scaling, consistent_rms with another scaling than "rms"; on
+        init, an expression of `adam_paths` that matches no parameter.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxlib_methods.optimizers import cosine_rank_schedule
+      >>> params = {"embed": jnp.ones((8, 4)), "mlp": jnp.eye(4), "bias": jnp.zeros(4)}
+      >>> tx = numuon(0.1, cosine_rank_schedule(100, 1.0, 0.25), key=jax.random.key(0), weight_decay=0.0)
+      >>> with jax.numpy_dtype_promotion("standard"):  # optax's AdamW needs it
+      ...     updates, state = tx.update(params, tx.init(params), params)
+      >>> [round(float(u), 3) for u in jnp.diagonal(updates["mlp"])]  # Newton-Schulz gives 0.765 of the identity
+      [-0.077, -0.077, -0.077, -0.077]
+      >>> [round(float(u), 3) for u in updates["embed"][0]]
+      [-0.1, -0.1, -0.1, -0.1]
+
+    Source: Dolatabadi et al. (2026), arXiv:2603.03597 [dolatabadi2026numuon]; scalings: Jordan et al. (2024)
+    [jordan2024muon], Liu et al. (2025), arXiv:2502.16982 [liu2025muon].
+    """
+    if shape_scaling not in SHAPE_SCALINGS:
+        raise ValueError(f"shape_scaling must be one of {SHAPE_SCALINGS}, got {shape_scaling!r}")
+    if consistent_rms is not None and shape_scaling == "spectral":
+        raise ValueError(
+            f"consistent_rms={consistent_rms} chooses the scaling 'rms'; leave out shape_scaling='spectral'"
+        )
+    dimension_numbers = muon_weight_dimension_numbers
+
+    def labels(params: PyTree) -> PyTree:
+        may_miss = adam_paths is ADAM_PATHS or not jax.tree.leaves(params)
+        by_path = trees.mask_tree(params, *adam_paths, allow_unmatched=may_miss)
+        if dimension_numbers is None:
+            is_matrix = jax.tree.map(lambda leaf: leaf.ndim == 2, params)
+        else:
+            is_matrix = jax.tree.map(lambda box: box.spec is not None, _resolve(dimension_numbers, params))
+        return jax.tree.map(lambda adam, matrix: "numuon" if matrix and not adam else "adam", by_path, is_matrix)
+
+    return optax.partition(
+        {
+            "numuon": optax.chain(
+                scale_by_numuon(
+                    rank_schedule,
+                    ns_coeffs,
+                    ns_steps,
+                    beta,
+                    eps,
+                    mu_dtype,
+                    key=key,
+                    nesterov=nesterov,
+                    fractional=fractional,
+                    weight_dimension_numbers=dimension_numbers,
+                    iterations=iterations,
+                    oversampling=oversampling,
+                    warm_start=warm_start,
+                    rank_buckets=rank_buckets,
+                    method=method,
+                    mesh=mesh,
+                    axis=axis,
+                ),
+                _scale_by_shape(shape_scaling, consistent_rms, dimension_numbers),
+                optax.add_decayed_weights(weight_decay, weight_decay_mask),
+                optax.scale_by_learning_rate(learning_rate),
+            ),
+            "adam": optax.adamw(
+                learning_rate if adam_learning_rate is None else adam_learning_rate,
+                b1=adam_b1,
+                b2=adam_b2,
+                eps=eps,
+                eps_root=adam_eps_root,
+                weight_decay=adam_weight_decay,
+                mu_dtype=mu_dtype,
+            ),
+        },
+        labels,
+    )
