@@ -1,0 +1,548 @@
+"""Reduction mappings and GeoPrecGD against dense Jacobians, closed forms and the example of the paper's Figure 1."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from jaxlib_methods import trees
+from jaxlib_methods.classifiers import etf_weights, nearest_etf
+from jaxlib_methods.optimizers import (
+    PullbackMetricState,
+    argmin_mapping,
+    geoprec_gd,
+    pullback_metric,
+    reduced_objective,
+    scale_by_pullback_metric,
+    small_slope,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def run(tx, F, x1, steps):
+    state, visited = tx.init(x1), [x1]
+
+    @jax.jit
+    def step(x1, state):
+        updates, state = tx.update(jax.grad(F)(x1), state, x1)
+        return optax.apply_updates(x1, updates), state
+
+    for _ in range(steps):
+        x1, state = step(x1, state)
+        visited.append(x1)
+    return visited
+
+
+def smooth_problem(n1=5, n2=3):
+    """A non-convex f and a nonlinear Psi, both of flat vectors."""
+    A, B = normal(n2, n1, seed=1), normal(n1 + n2, n1 + n2, seed=2)
+    f = lambda x1, x2: jnp.sum(jnp.cos(B @ jnp.concatenate([x1, x2]))) + 0.5 * jnp.sum(x1**2) * jnp.sum(x2)
+    psi = lambda x1: jnp.sin(A @ x1) + x1[0] ** 2
+    return f, psi, normal(n1, seed=3)
+
+
+def dense_metric(psi, x1):
+    flat, unravel = ravel_pytree(x1)
+    J = jax.jit(jax.jacobian(lambda v: ravel_pytree(psi(unravel(v)))[0]))(flat)
+    return np.eye(flat.size) + np.asarray(J).T @ np.asarray(J), np.asarray(J)
+
+
+# ------------------------------------------------------------------------------------- the example of Figure 1, exact
+
+
+figure1 = lambda x1, x2: x1**2 + 2 * (x2 - x1) ** 2
+
+
+def test_figure_1_gradient_descent_takes_128_steps_and_geoprec_gd_one():
+    f = lambda x: figure1(x[0], x[1])
+    eta = 1 / (5 + np.sqrt(17))
+    x, steps = jnp.array([1.0, 0.0]), 0
+    step = jax.jit(lambda x: x - eta * jax.grad(f)(x))
+    while f(x) > 1e-12:
+        x, steps = step(x), steps + 1
+    assert steps == 128
+    F = reduced_objective(figure1, lambda x1: x1)
+    start, after = run(geoprec_gd(1.0, lambda x1: x1), F, jnp.array(1.0), 1)
+    assert F(start) == 1 and F(after) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("psi", "F"),
+    [
+        (lambda x: x, lambda x: x**2),
+        (lambda x: 0 * x, lambda x: 3 * x**2),
+        (lambda x: x + 2 * jnp.sin(x), lambda x: x**2 + 8 * jnp.sin(x) ** 2),
+    ],
+)
+def test_figure_1_reduced_objectives(psi, F):
+    for x in (0.0, 0.3, np.pi / 2, -2.0):
+        x = jnp.array(x)
+        np.testing.assert_allclose(reduced_objective(figure1, psi)(x), F(x), rtol=1e-14)
+    # The third mapping adds curvature: F'' = 2 + 16 cos 2 x1.
+    bends = jax.grad(jax.grad(reduced_objective(figure1, lambda x: x + 2 * jnp.sin(x))))
+    np.testing.assert_allclose([bends(0.0), bends(np.pi / 2)], [18, -14], rtol=1e-13)
+
+
+# ------------------------------------------------------------------------------------------------ gradient and Hessian
+
+
+def test_gradient_and_hessian_are_those_of_the_chain_rule():
+    f, psi, x1 = smooth_problem()
+    F, x2 = reduced_objective(f, psi), psi(x1)
+    J = jax.jacobian(psi)(x1)
+    grad1, grad2 = jax.grad(f, argnums=(0, 1))(x1, x2)
+    np.testing.assert_allclose(jax.grad(F)(x1), grad1 + J.T @ grad2, atol=1e-10)
+    DPhi = jnp.concatenate([jnp.eye(5), J])
+    hess = jax.hessian(lambda x: f(x[:5], x[5:]))(jnp.concatenate([x1, x2]))
+    C = jnp.einsum("j,jab->ab", grad2, jax.hessian(psi)(x1))
+    assert jnp.abs(C).max() > 0.1
+    np.testing.assert_allclose(jax.hessian(F)(x1), DPhi.T @ hess @ DPhi + C, atol=1e-10)
+
+
+def test_constant_mapping_is_gradient_descent_and_small_slope_tends_to_it():
+    f, psi, x1 = smooth_problem()
+    fixed = psi(x1)
+    constant = lambda x1: fixed
+    F = reduced_objective(f, constant)
+    np.testing.assert_array_equal(pullback_metric(constant, x1)(x1), x1)
+    np.testing.assert_allclose(jax.hessian(F)(x1), jax.hessian(f)(x1, fixed), atol=1e-12)
+    ours, plain = (run(tx, F, x1, 5)[-1] for tx in (geoprec_gd(0.01, constant), optax.sgd(0.01)))
+    np.testing.assert_allclose(ours, plain, rtol=1e-12)
+    gap = lambda alpha: np.linalg.norm(dense_metric(small_slope(psi, alpha), x1)[0] - np.eye(5))
+    np.testing.assert_allclose([gap(0.1), gap(0.01)], [1e-2 * gap(1.0), 1e-4 * gap(1.0)], rtol=1e-9)
+
+
+def test_auxiliary_values_and_further_arguments_pass_through():
+    f = lambda x1, x2, batch, scale: (scale * jnp.sum(batch * (x1 - x2)), {"x2": x2})
+    for argmin in (False, True):
+        F = reduced_objective(f, lambda x1: 2 * x1, argmin=argmin)
+        batch, x1 = jnp.arange(3), jnp.ones(3)
+        with jax.numpy_dtype_promotion("standard"):  # an integer batch
+            (value, aux), grad = jax.value_and_grad(F, has_aux=True)(x1, batch, 3.0)
+        assert value == -9 and aux["x2"].tolist() == [2, 2, 2]
+        assert grad.tolist() == ([0, 3, 6] if argmin else [0, -3, -6])  # this Psi is no minimiser
+
+
+# ---------------------------------------------------------------------------------------------------- solves with R
+
+
+@pytest.mark.parametrize("n2", [3, 12])
+@pytest.mark.parametrize("solver", ["cg", "woodbury"])
+def test_solvers_agree_with_the_dense_inverse(solver, n2):
+    _, psi, x1 = smooth_problem(8, n2)
+    g = normal(8, seed=9)
+    rule = scale_by_pullback_metric(psi, solver=solver, tol=1e-12, max_iterations=50)
+    z, _ = rule.update(g, rule.init(x1), x1)
+    np.testing.assert_allclose(z, np.linalg.solve(dense_metric(psi, x1)[0], g), atol=1e-8)
+
+
+def nested_problem():
+    """x1 and x2 are different pytrees with leaves of rank 0 to 2."""
+    x1 = {"layer": {"w": normal(3, 4), "b": normal(4, seed=1)}, "scale": (jnp.array(0.7),)}
+
+    def psi(x1):
+        h = jnp.tanh(x1["layer"]["w"]) @ x1["layer"]["b"]
+        return {"mean": jnp.mean(h), "outer": x1["scale"][0] * h[:, None] * h[None, :2]}
+
+    return psi, x1
+
+
+@pytest.mark.parametrize("solver", ["cg", "woodbury", None])
+def test_any_pytree_into_any_other(solver):
+    psi, x1 = nested_problem()
+    g = jax.tree.map(lambda p: jnp.cos(p) + 1, x1)
+    rule = scale_by_pullback_metric(psi, solver=solver, tol=1e-12, max_iterations=50)
+    z, state = jax.jit(rule.update)(g, rule.init(x1), x1)
+    assert jax.tree.structure(z) == jax.tree.structure(x1) == jax.tree.structure(state.z)
+    expected = np.linalg.solve(dense_metric(psi, x1)[0], ravel_pytree(g)[0])
+    np.testing.assert_allclose(ravel_pytree(z)[0], expected, atol=1e-9)
+
+
+def test_projection_has_a_closed_form_and_eigenvalues_one_and_two():
+    Q, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((6, 2)))
+    Pi = jnp.asarray(Q @ Q.T)
+    psi, x1, v = lambda x: Pi @ x + 1.0, normal(6), normal(6, seed=1)  # affine
+    np.testing.assert_allclose(np.linalg.eigvalsh(dense_metric(psi, x1)[0]), [1] * 4 + [2] * 2, atol=1e-12)
+    rule = scale_by_pullback_metric(psi, solver="projection")
+    z, _ = rule.update(v, rule.init(x1), x1)
+    np.testing.assert_array_equal(z, v - Pi @ v / 2)
+    np.testing.assert_allclose(pullback_metric(psi, x1)(z), v, atol=1e-12)
+    # Two distinct eigenvalues: two iterations, also for a multiple of a projection.
+    for mapping in (psi, small_slope(psi, 0.3)):
+        cg = scale_by_pullback_metric(mapping, solver="cg", tol=1e-14, max_iterations=2)
+        z, _ = cg.update(v, cg.init(x1), x1)
+        np.testing.assert_allclose(pullback_metric(mapping, x1)(z), v, atol=1e-12)
+
+
+def passes_of(solver, n1, n2, max_iterations=10):
+    """How the chosen solve shows in the program: conjugate gradients loop, Woodbury factors an n2 x n2 matrix."""
+    psi = lambda x: jnp.sin(jnp.ones((n2, n1), x.dtype) @ x)
+    rule = scale_by_pullback_metric(psi, solver=solver, max_iterations=max_iterations)
+    text = str(jax.make_jaxpr(rule.update)(jnp.ones(n1), rule.init(jnp.ones(n1)), jnp.ones(n1)))
+    return "while" in text, "cholesky" in text
+
+
+def test_the_solver_is_chosen_by_the_number_of_passes_through_psi():
+    cg, woodbury = (True, False), (False, True)
+    assert passes_of(None, 30, 20) == woodbury
+    assert passes_of(None, 30, 21) == cg  # 21 rows against two passes in each of ten iterations
+    assert passes_of(None, 30, 21, max_iterations=11) == woodbury
+    assert passes_of(None, 20, 20) == cg
+    assert passes_of("cg", 30, 2) == cg and passes_of("woodbury", 3, 20) == woodbury
+
+
+def test_psi_is_linearised_once_a_step_and_warm_starts_save_iterations():
+    calls = []
+    A = normal(12, 8, seed=1) * 3
+
+    def psi(x1):
+        calls.append(None)
+        return jnp.sin(A @ x1)
+
+    rule = scale_by_pullback_metric(psi, solver="cg", tol=1e-12, max_iterations=50)
+    x1, g = normal(8), normal(8, seed=1)
+    state = rule.init(x1)
+    calls.clear()
+    z, state = rule.update(g, state, x1)
+    assert len(calls) == 1
+    # From the exact solution, times whatever factor, no iteration is needed; from zero, one is not enough.
+    one = scale_by_pullback_metric(psi, solver="cg", tol=1e-9, max_iterations=1)
+    warm, _ = one.update(-3.0 * g, PullbackMetricState(z), x1)
+    np.testing.assert_allclose(warm, -3.0 * z, atol=1e-9)
+    cold, _ = one.update(-3.0 * g, one.init(x1), x1)
+    assert jnp.abs(cold + 3.0 * z).max() > 0.1
+
+
+def test_every_truncated_solve_descends_whatever_it_starts_from():
+    A = normal(12, 8, seed=1) * 30  # R has condition 1e4: one iteration is far from the solution
+    psi, x1 = lambda x1: A @ x1, normal(8)
+    rule = scale_by_pullback_metric(psi, solver="cg", max_iterations=1)
+    update = jax.jit(rule.update)
+    R = dense_metric(psi, x1)[0]
+    for seed in range(20):
+        g, previous = normal(8, seed=2 * seed), 1e3 * normal(8, seed=2 * seed + 1)
+        z, cold = (np.asarray(update(g, PullbackMetricState(start), x1)[0]) for start in (previous, jnp.zeros(8)))
+        g, exact = np.asarray(g), np.linalg.solve(R, g)
+        error = lambda v: float((v - exact) @ R @ (v - exact))
+        assert g @ z > 0 and error(z) <= (1 + 1e-9) * error(0 * exact) and error(cold) <= error(0 * exact)
+
+
+def test_a_gradient_that_is_not_finite_spoils_one_step_only():
+    _, psi, x1 = smooth_problem()
+    rule = scale_by_pullback_metric(psi, solver="cg", tol=1e-12, max_iterations=50)
+    bad, state = rule.update(jnp.ones(5).at[1].set(jnp.nan), rule.init(x1), x1)
+    assert jnp.isnan(bad).any() and jnp.isfinite(state.z).all()
+    bad, state = rule.update(jnp.ones(5), state, jnp.full(5, jnp.nan))  # no Psi there
+    assert jnp.isnan(bad).any()
+    good, _ = rule.update(jnp.ones(5), state, x1)
+    np.testing.assert_allclose(good, np.linalg.solve(dense_metric(psi, x1)[0], np.ones(5)), atol=1e-9)
+
+
+def test_half_precision_is_solved_in_float32():
+    x1 = normal(4, 3).astype(jnp.bfloat16)
+    rule = scale_by_pullback_metric(lambda x: 2 * x)
+    z, state = rule.update(jnp.full((4, 3), 5, jnp.bfloat16), rule.init(x1), x1)
+    assert z.dtype == jnp.bfloat16 and state.z.dtype == jnp.float32
+    np.testing.assert_allclose(z.astype(jnp.float32), 1.0)
+
+
+# ------------------------------------------------------------------------------- relation to Newton and Gauss-Newton
+
+
+def test_geoprec_gd_is_newton_and_gauss_newton_for_an_isotropic_hessian_only():
+    n1, n2 = 5, 3
+    A, b, x1 = normal(n2, n1, seed=1), normal(n1 + n2, seed=2), normal(n1, seed=3)
+    distance = lambda x1, x2: 0.5 * jnp.sum((jnp.concatenate([x1, x2]) - b) ** 2)
+    S = normal(n1 + n2, n1 + n2, seed=4)
+    H = S @ S.T + jnp.eye(n1 + n2)
+
+    def quadratic(x1, x2):
+        r = jnp.concatenate([x1, x2]) - b
+        return 0.5 * r @ H @ r
+
+    affine, curved = lambda x: A @ x + 1.0, lambda x: jnp.sin(A @ x)
+
+    def step(f, psi):
+        start, after = run(geoprec_gd(1.0, psi, tol=1e-13, max_iterations=50), reduced_objective(f, psi), x1, 1)
+        return after - start
+
+    def newton(f, psi):
+        F = reduced_objective(f, psi)
+        return -jnp.linalg.solve(jax.hessian(F)(x1), jax.grad(F)(x1))
+
+    def gauss_newton(psi):
+        residual = lambda x: jnp.concatenate([x, psi(x)]) - b
+        J = jax.jacobian(residual)(x1)
+        return -jnp.linalg.lstsq(J, residual(x1))[0]
+
+    np.testing.assert_allclose(step(distance, affine), newton(distance, affine), atol=1e-10)
+    np.testing.assert_allclose(step(distance, curved), gauss_newton(curved), atol=1e-10)
+    assert jnp.linalg.norm(step(distance, curved) - newton(distance, curved)) > 1e-2
+    assert jnp.linalg.norm(step(quadratic, affine) - newton(quadratic, affine)) > 1e-2
+
+
+# ------------------------------------------------------------------------------------------------- variable projection
+
+
+def factorisation(m=6, n=5, r=2):
+    """f(A, B) = ||A B^T - M||_F^2 / 2, its exact Psi, and M of full rank."""
+    M = normal(m, n, seed=1)
+    f = lambda A, B: 0.5 * jnp.sum((A @ B.T - M) ** 2)
+    psi = lambda A: jnp.linalg.solve(A.T @ A, A.T @ M).T
+    return f, psi, M, normal(m, r, seed=2)
+
+
+def hessian_matrix(F, A):
+    flat, unravel = ravel_pytree(A)
+    return jax.jit(jax.hessian(lambda v: F(unravel(v))))(flat)
+
+
+def schur_complement(f, A, B):
+    (a, of_a), (b, of_b) = ravel_pytree(A), ravel_pytree(B)
+    hessian = jax.hessian(lambda x: f(of_a(x[: a.size]), of_b(x[a.size :])))
+    H = np.asarray(jax.jit(hessian)(np.concatenate([a, b])))
+    H11, H12, H22 = H[: a.size, : a.size], H[: a.size, a.size :], H[a.size :, a.size :]
+    return H11 - H12 @ np.linalg.solve(H22, H12.T)
+
+
+def test_varpro_identities():
+    f, psi, M, A = factorisation()
+    F, B = reduced_objective(f, psi), psi(A)
+    np.testing.assert_allclose(F(A), 0.5 * np.sum((M - A @ np.linalg.pinv(A) @ M) ** 2), rtol=1e-12)
+    grad = jax.grad(F)(A)
+    np.testing.assert_allclose(grad, (A @ B.T - M) @ B, atol=1e-12)
+    np.testing.assert_allclose(A.T @ grad, 0, atol=1e-12)
+    np.testing.assert_allclose(F(A @ normal(2, 2, seed=7)), F(A), rtol=1e-12)
+    np.testing.assert_allclose(hessian_matrix(F, A), schur_complement(f, A, B), atol=1e-10)
+
+
+def test_implicit_mapping_has_the_derivatives_of_the_explicit_one():
+    f, exact, M, A = factorisation()
+    del M
+    psi = argmin_mapping(f, exact, tol=1e-13)
+    V, W = normal(6, 2, seed=8), normal(5, 2, seed=9)
+    (_, forward), (_, expected) = (jax.jvp(g, (A,), (V,)) for g in (psi, exact))
+    np.testing.assert_allclose(forward, expected, atol=1e-9)
+    backward, expected = (jax.vjp(g, A)[1](W)[0] for g in (psi, exact))
+    np.testing.assert_allclose(backward, expected, atol=1e-9)
+    np.testing.assert_allclose(pullback_metric(psi, A)(V), pullback_metric(exact, A)(V), atol=1e-9)
+    np.testing.assert_allclose(
+        hessian_matrix(reduced_objective(f, psi), A), schur_complement(f, A, exact(A)), atol=1e-8
+    )
+
+
+def test_implicit_mapping_of_trees_by_an_iterative_solver():
+    """G(x1, u) = sum(cosh(u - x1)) + |u|^2 / 2, solved by Newton in a loop that cannot be differentiated in reverse."""
+    G = lambda x1, u: sum(jnp.sum(jnp.cosh(u[k] - x1[k])) + 0.5 * jnp.sum(u[k] ** 2) for k in u)
+
+    def solve(x1):
+        step = lambda u, x: u - (jnp.sinh(u - x) + u) / (jnp.cosh(u - x) + 1)
+        settle = lambda x: jax.lax.while_loop(
+            lambda c: jnp.max(jnp.abs(c[0] - c[1])) > 1e-14, lambda c: (step(c[0], x), c[0]), (x / 2, x + 1.0)
+        )[0]
+        return jax.tree.map(settle, x1)
+
+    x1 = {"a": normal(3), "b": normal(2, 2, seed=1)}
+    psi = argmin_mapping(G, solve, tol=1e-13)
+    gradient = jax.grad(lambda x1: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(psi(x1))))(x1)
+    u = solve(x1)
+    for k in x1:
+        cosh = jnp.cosh(u[k] - x1[k])
+        np.testing.assert_allclose(gradient[k], cosh / (cosh + 1), atol=1e-10)  # -G_ux / G_uu
+
+
+def test_implicit_mapping_may_depend_on_outer_variables():
+    """Ridge regression u(x1; t) = argmin |u - x1|^2 / 2 + t |u|^2 / 2 = x1 / (1 + t), differentiated in t."""
+
+    @jax.grad
+    def outer(t):
+        G = lambda x1, u: 0.5 * jnp.sum((u - x1) ** 2) + 0.5 * t * jnp.sum(u**2)
+        return jnp.sum(argmin_mapping(G, lambda x1: x1 / (1 + t))(jnp.array([1.0, 3.0])))
+
+    np.testing.assert_allclose(outer(1.0), -4 / 4, rtol=1e-6)
+
+
+def test_envelope_leaves_psi_out_of_the_gradient_and_in_the_hessian():
+    f, exact, _, A = factorisation()
+    passes = []
+
+    @jax.custom_vjp
+    def psi(A):
+        return exact(A)
+
+    def backward(A, g):
+        passes.append(None)
+        return jax.vjp(exact, A)[1](g)
+
+    psi.defvjp(lambda A: (exact(A), A), backward)
+    cheap = reduced_objective(f, psi, argmin=True)
+    plain = reduced_objective(f, psi)
+    np.testing.assert_allclose(jax.grad(cheap)(A), jax.grad(reduced_objective(f, exact))(A), atol=1e-12)
+    assert not passes
+    jax.grad(plain)(A)
+    assert passes
+    exactly = reduced_objective(f, exact, argmin=True)
+    np.testing.assert_allclose(hessian_matrix(exactly, A), schur_complement(f, A, exact(A)), atol=1e-10)
+    frozen = lambda A: f(A, jax.lax.stop_gradient(exact(A)))
+    assert jnp.abs(hessian_matrix(frozen, A) - schur_complement(f, A, exact(A))).max() > 0.1
+    # Away from the inner optimum the gradient is wrong by as much.
+    inexact = lambda error: reduced_objective(f, lambda A: exact(A) + error, argmin=True)
+    gap = lambda error: jnp.linalg.norm(jax.grad(inexact(error))(A) - jax.grad(inexact(0.0))(A))
+    np.testing.assert_allclose(gap(1e-3) / gap(1e-4), 10, rtol=2e-2)
+
+
+# ----------------------------------------------------------------------------------------------------- other instances
+
+
+def test_simplex_etf_as_a_reduction():
+    """x1: features H (d x N), x2: the classifier; Psi is the nearest ETF of the class means, frame by frame."""
+    d, K, per_class = 6, 4, 3
+    members = jnp.repeat(jnp.eye(K), per_class, axis=0) / per_class  # N x K
+    frame = lambda H: nearest_etf(H @ members, jnp.eye(d, K), method="svd")
+    H = normal(d, K * per_class)
+    U = frame(H)
+    W = etf_weights(U)
+    np.testing.assert_allclose(W @ W.T, np.where(np.eye(K, dtype=bool), 1, -1 / 3), atol=1e-12)
+    np.testing.assert_allclose(W.sum(axis=0), 0, atol=1e-12)
+    # The nearest ETF of an ETF is that ETF.
+    again = nearest_etf(W.T, U, method="svd")
+    np.testing.assert_allclose(etf_weights(again), W, atol=1e-10)
+    # As a reduction: the chain rule through the polar factor, and GeoPrecGD against the dense metric.
+    targets = jnp.repeat(jnp.eye(K) - 1 / K, per_class, axis=0)
+    f = lambda H, W: 0.5 * jnp.sum((H.T @ W.T - targets) ** 2)
+    psi = lambda H: etf_weights(frame(H))
+    F = reduced_objective(f, psi, like=jax.ShapeDtypeStruct((K, d), H.dtype))
+    R, J = dense_metric(psi, H)
+    grad1, grad2 = jax.grad(f, argnums=(0, 1))(H, psi(H))
+    grad = grad1.ravel() + J.T @ grad2.ravel()
+    np.testing.assert_allclose(jax.grad(F)(H).ravel(), grad, atol=1e-10)
+    rule = scale_by_pullback_metric(psi, solver="woodbury")
+    z, _ = rule.update(jax.grad(F)(H), rule.init(H), H)
+    np.testing.assert_allclose(z.ravel(), np.linalg.solve(R, grad), atol=1e-8)
+    assert F(run(geoprec_gd(0.5, psi), F, H, 200)[-1]) < 1e-3 * F(H)
+
+
+def test_weight_and_batch_normalisation_as_reductions():
+    x, y = normal(20, 4), normal(20, seed=1)
+    # w = g v / |v|: x1 = (g, v), x2 the direction. F ignores the length of v, and its gradient is orthogonal to v.
+    f = lambda x1, direction: jnp.mean((x @ (x1["g"] * direction) - y) ** 2)
+    F = reduced_objective(f, lambda x1: x1["v"] / jnp.linalg.norm(x1["v"]))
+    x1 = {"g": jnp.array(1.3), "v": normal(4, seed=2)}
+    np.testing.assert_allclose(F({**x1, "v": 7 * x1["v"]}), F(x1), rtol=1e-13)
+    np.testing.assert_allclose(jax.grad(F)(x1)["v"] @ x1["v"], 0, atol=1e-13)
+    # Batch norm: x2 the statistics of the batch, a function of the weights.
+    f = lambda w, s: jnp.mean(((x @ w - s["mean"]) / s["std"] - y) ** 2)
+    statistics = lambda w: {"mean": jnp.mean(x @ w), "std": jnp.std(x @ w)}
+    F = reduced_objective(f, statistics)
+    h = x @ x1["v"]
+    np.testing.assert_allclose(F(x1["v"]), np.mean(((h - h.mean()) / h.std() - y) ** 2), rtol=1e-13)
+    np.testing.assert_allclose(F(-5 * x1["v"]), F(-x1["v"]), rtol=1e-12)
+
+
+def test_gauge_of_relu_rows_fixed_by_unit_norm():
+    """a relu(V x) is the same for (V_i, a_i) -> (c V_i, a_i / c): x2 = V / |V| removes that freedom from F."""
+    x, y = normal(20, 3), normal(20, seed=1)
+    f = lambda x1, W: jnp.mean((jax.nn.relu(x @ W.T) @ x1["a"] - y) ** 2)
+    rows = lambda V: V / jnp.linalg.norm(V, axis=1, keepdims=True)
+    F = reduced_objective(f, lambda x1: rows(x1["V"]))
+    x1 = {"a": normal(5, seed=2), "V": normal(5, 3, seed=3)}
+    np.testing.assert_allclose(jnp.sum(jax.grad(F)(x1)["V"] * x1["V"], axis=1), 0, atol=1e-13)
+    after = run(geoprec_gd(0.1, lambda x1: rows(x1["V"])), F, x1, 50)[-1]
+    assert F(after) < 0.8 * F(x1)
+
+
+# -------------------------------------------------------------------------------------------------------- optimizer
+
+
+def test_schedules_weight_decay_and_state():
+    F, psi, x1 = (lambda x: jnp.sum(x**2)), (lambda x: 2 * x), jnp.ones(3)
+    schedule = optax.exponential_decay(0.5, 1, 0.5)
+    tx = geoprec_gd(schedule, psi, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda _: True, p))
+    steps = run(tx, F, x1, 2)
+    for t in range(2):  # R = 5, grad = 2 x
+        expected = steps[t] - schedule(t) * (2 * steps[t] / 5 + 0.1 * steps[t])
+        np.testing.assert_allclose(steps[t + 1], expected, rtol=1e-12)
+    (state,) = trees.find_states(tx.init(x1), PullbackMetricState)
+    assert state.z.shape == (3,)
+
+
+def test_one_jitted_step_computes_psi_once():
+    """F and the metric linearise the same Psi; the compiler finds it out, so that nothing needs to be handed over."""
+    A = normal(40, 40)
+    psi = lambda x: jnp.linalg.svd(A * x[:, None], compute_uv=False)
+    F = reduced_objective(lambda x1, x2: jnp.sum(x2**2) + jnp.sum(x1**2), psi)
+    tx, x1 = geoprec_gd(0.1, psi), jnp.ones(40)
+
+    def svds(function, *args):
+        text = jax.jit(function).lower(*args).compile().as_text()
+        return sum("custom-call(" in line and "gesdd" in line for line in text.splitlines())
+
+    alone = svds(jax.value_and_grad(F), x1)
+    both = svds(lambda x1, state: tx.update(jax.grad(F)(x1), state, x1), x1, tx.init(x1))
+    assert alone == 1 and both == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_bad_input_is_named():
+    double = lambda x: 2 * x
+    x1 = {"w": jnp.ones(3)}
+    for alpha in (0.0, -1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=rf"alpha must lie in \(0, 1\], got {alpha}"):
+            small_slope(double, alpha)
+    with pytest.raises(ValueError, match="got 'newton'"):
+        geoprec_gd(0.1, double, solver="newton")
+    with pytest.raises(ValueError, match=r"tol must be positive, got 0\.0"):
+        geoprec_gd(0.1, double, tol=0.0)
+    with pytest.raises(ValueError, match="max_iterations must be at least 1, got 0"):
+        scale_by_pullback_metric(double, max_iterations=0)
+    with pytest.raises(ValueError, match="tol must be positive"):
+        argmin_mapping(lambda a, b: jnp.sum(a * b), double, tol=-1.0)
+
+    rule = scale_by_pullback_metric(lambda x: x["w"] * 2)
+    state = rule.init(x1)
+    with pytest.raises(ValueError, match=r"call update\(gradients, state, params\)"):
+        rule.update(x1, state)
+    with pytest.raises(ValueError, match="the gradient has the structure"):
+        rule.update(jnp.ones(3), state, x1)
+    with pytest.raises(ValueError, match=r"the gradient has shape \(2,\) at 'w', params has \(3,\)"):
+        rule.update({"w": jnp.ones(2)}, state, x1)
+
+    with pytest.raises(ValueError, match="x1 must hold real floating arrays, got int32 at 'w'"):
+        rule.init({"w": jnp.ones(3, jnp.int32)})
+    with pytest.raises(ValueError, match=r"psi\(x1\) must hold real floating arrays, got int64"):
+        scale_by_pullback_metric(lambda x: jnp.argmax(x["w"])).init(x1)
+    with pytest.raises(ValueError, match="at least one array"):
+        scale_by_pullback_metric(lambda x: ()).init(x1)
+    with pytest.raises(ValueError, match="x1 is not finite at 'w'"):
+        rule.init({"w": jnp.array([1.0, jnp.nan, 0.0])})
+    with pytest.raises(ValueError, match=r"psi\(x1\) is not finite; start where psi is defined"):
+        scale_by_pullback_metric(lambda x: jnp.log(x["w"] - 1)).init(x1)
+    jax.eval_shape(rule.init, x1)  # traced values are not looked at
+
+    wrong = reduced_objective(lambda a, b: jnp.sum(a * b), lambda x: x[:, None], like=jnp.ones(3))
+    with pytest.raises(ValueError, match=r"psi\(x1\) has shape \(3, 1\), like has \(3,\)"):
+        wrong(jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("psi", "message"),
+    [
+        (lambda x: 2 * x, "it is not idempotent"),
+        (lambda x: jnp.stack([x[0] + x[1], 0 * x[1]]), "it is not symmetric"),
+        (lambda x: x[:1], r"psi\(x1\) has shape \(1,\), x1 has \(2,\)"),
+        (lambda x: (x, x), "psi.* has the structure"),
+    ],
+)
+def test_a_projection_must_be_one(psi, message):
+    rule = scale_by_pullback_metric(psi, solver="projection")
+    with pytest.raises(ValueError, match=message):
+        rule.init(jnp.ones(2))
