@@ -83,6 +83,11 @@ from jaxlib_methods.quantization._mirror_descent import mirror_step_tanh as mirr
 from jaxlib_methods.quantization._mirror_descent import scale_by_mirror_descent as scale_by_mirror_descent
 from jaxlib_methods.quantization._mirror_descent import scale_by_stable_mirror_descent as scale_by_stable_mirror_descent
 from jaxlib_methods.quantization._mirror_descent import stable_mirror_descent as stable_mirror_descent
+from jaxlib_methods.quantization._packing import PackedWeight as PackedWeight
+from jaxlib_methods.quantization._packing import pack as pack
+from jaxlib_methods.quantization._packing import packed_bytes as packed_bytes
+from jaxlib_methods.quantization._packing import packed_matmul as packed_matmul
+from jaxlib_methods.quantization._packing import unpack as unpack
 from jaxlib_methods.quantization._projections import argmax_projection as argmax_projection
 from jaxlib_methods.quantization._projections import round_projection as round_projection
 from jaxlib_methods.quantization._projections import softmax_projection as softmax_projection
@@ -107,6 +112,7 @@ __all__ = [
     "TERNARY",
     "AnnealingState",
     "Lattice",
+    "PackedWeight",
     "argmax_projection",
     "assert_quantized",
     "auxiliary_from",
@@ -122,6 +128,9 @@ __all__ = [
     "mirror_map",
     "mirror_step_softmax",
     "mirror_step_tanh",
+    "pack",
+    "packed_bytes",
+    "packed_matmul",
     "primal_of",
     "project",
     "projected_gradient",
@@ -141,5 +150,6 @@ __all__ = [
     "straight_through",
     "symmetric_labels",
     "tanh_projection",
+    "unpack",
     "weights_of",
 ]
