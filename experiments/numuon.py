@@ -49,18 +49,18 @@ RMS = 0.2  # of an update, relative to the learning rate: AdamW's usual one
 class Config(language_model.Options):
     """Every combination of optimizer and seed is one case, after one case for each optimizer and learning rate."""
 
-    steps: int = 500
-    evaluate_every: int = 125
+    steps: int = 800
+    evaluate_every: int = 200
     optimizers: tuple[Optimizer, ...] = ("adamw", "muon", "numuon")
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)  # the grid; with one value nothing is tuned
-    tune_steps: int = 150
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # the grid; with one value nothing is tuned
+    tune_steps: int = 300
     weight_decay: float = 0.1
     rank_start: float = 1.0  # NuMuon's share of the dyads in a step
     rank_end: float = 0.25
     methods: tuple[Method, ...] = ("svd", "asvd", "svd_llm")
-    removed: tuple[float, ...] = (0.2, 0.4, 0.6)  # shares of the parameters of every hidden matrix
+    removed: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)  # shares of the parameters of every hidden matrix
     calibration_windows: int = 256  # of the training text, for ASVD and SVD-LLM
-    watched: float = 0.4  # share removed with SVD-LLM during training
+    watched: float = 0.6  # share removed with SVD-LLM during training
 
     def __post_init__(self):
         super().__post_init__()
@@ -293,12 +293,11 @@ def _figures(
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for name, runs in results.items():
         for i, run in enumerate(runs):
+            labels = [None, None] if i else [f"{name}, training", f"{name}, validation"]
             steps, loss = np.array(run["curve"]).T
-            axis.plot(
-                steps, loss, color=colours[name], alpha=0.5, linewidth=1, label=None if i else f"{name}, training"
-            )
+            axis.plot(steps, loss, color=colours[name], alpha=0.5, linewidth=1, label=labels[0])
             steps, loss, _ = np.array(run["watched"]).T
-            axis.plot(steps, loss, "o", color=colours[name], label=label("validation"))
+            axis.plot(steps, loss, "o", color=colours[name], label=labels[1])
     lowest = min(min(point[1] for point in run["curve"]) for runs in results.values() for run in runs)
     axis.set(xlabel="step", ylabel="nats per token", ylim=(0.95 * lowest, 2.2 * lowest))
     axis.legend(fontsize="small")
