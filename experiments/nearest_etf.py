@@ -19,6 +19,7 @@ seeds.
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -53,8 +54,8 @@ class Config:
 
     dataset: str = "digits"  # digits, mnist, cifar10, another TFDS set, or a path to an .npz
     data_dir: str | None = None  # folder of prepared TFDS sets; None: TFDS's own default
-    model: str = "small"  # small, resnet18 (CIFAR stem) or resnet18_imagenet (the release's stem)
-    width: int = 32  # channels of the small network's first layer; the features have four times as many
+    model: str = "small"  # small, mlp, resnet18 (CIFAR stem) or resnet18_imagenet (the release's stem)
+    width: int = 32  # channels of the small network's first layer, its features have four times as many; see also _MLP
     methods: tuple[Method, ...] = ("standard", "fixed", "implicit", "implicit_no_gradient")
     seeds: int = 3
     epochs: int = 20
@@ -74,12 +75,16 @@ class Config:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not self.methods:
             raise ValueError("methods is empty; name at least one")
-        if self.model != "small" and not self.model.startswith("resnet"):
-            raise ValueError(f"model must be small or a resnet of jaxlib_methods.models, got {self.model!r}")
+        if self.model not in ("small", "mlp") and not self.model.startswith("resnet"):
+            raise ValueError(f"model must be small, mlp or a resnet of jaxlib_methods.models, got {self.model!r}")
 
 
 SMOKE = {"seeds": 1, "epochs": 3, "evaluations": 2, "width": 16, "methods": ("implicit",)}
 PAPER: dict[str, float] = {}  # no table entry of the paper is confirmed; the curves are what can be compared
+
+
+def _batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    return nnx.BatchNorm(features, use_bias=False, use_scale=False, momentum=0.9, rngs=rngs)
 
 
 class _SmallNet(nnx.Module):
@@ -89,14 +94,29 @@ class _SmallNet(nnx.Module):
         sizes = (channels, width, 2 * width, 4 * width)
         conv = functools.partial(models.Conv, kernel_size=(3, 3), strides=(2, 2), use_bias=False, rngs=rngs)
         self.conv = nnx.List([conv(a, b) for a, b in itertools.pairwise(sizes)])
-        norm = functools.partial(nnx.BatchNorm, use_bias=False, use_scale=False, momentum=0.9, rngs=rngs)
-        self.bn = nnx.List([norm(b) for b in sizes[1:]])
+        self.bn = nnx.List([_batch_norm(b, rngs) for b in sizes[1:]])
         self.num_features = sizes[-1]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for conv, bn in zip(self.conv, self.bn, strict=True):
             x = nnx.relu(bn(conv(x)))
         return x.mean((1, 2))
+
+
+class _MLP(nnx.Module):
+    """Two layers of 16 and 8 times `width` units, batch norm without scale and shift after each; no biases."""
+
+    def __init__(self, inputs: int, width: int, rngs: nnx.Rngs):
+        sizes = (inputs, 16 * width, 8 * width)
+        self.dense = nnx.List([nnx.Linear(a, b, use_bias=False, rngs=rngs) for a, b in itertools.pairwise(sizes)])
+        self.bn = nnx.List([_batch_norm(b, rngs) for b in sizes[1:]])
+        self.num_features = sizes[-1]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0], -1)
+        for dense, bn in zip(self.dense, self.bn, strict=True):
+            x = nnx.relu(bn(dense(x)))
+        return x
 
 
 class _Identity(nnx.Module):
@@ -108,6 +128,9 @@ class _Classifier(nnx.Module):
     def __init__(self, config: Config, method: str, num_classes: int, shape: tuple[int, ...], rngs: nnx.Rngs):
         if config.model == "small":
             self.backbone = _SmallNet(shape[-1], config.width, rngs)
+            d = self.backbone.num_features
+        elif config.model == "mlp":
+            self.backbone = _MLP(math.prod(shape), config.width, rngs)
             d = self.backbone.num_features
         else:
             self.backbone = models.create(config.model, num_classes=num_classes, input_shape=shape, rngs=rngs)
