@@ -1,0 +1,155 @@
+"""The experiment numuon: what its optimizers share and where they differ, its tuning, and a smoke run."""
+
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import numuon, runner
+from experiments import train as training
+from experiments.errors import NonFiniteLossError
+
+SMALL = numuon.Config(**numuon.SMOKE)
+HIDDEN = ("blocks", 0, "mlp", "up", "kernel")
+
+
+@pytest.fixture
+def params(key):
+    a, b = jax.random.split(key)
+    block = {"mlp": {"up": {"kernel": jax.random.normal(a, (6, 4))}}, "norm1": {"scale": jnp.ones(4)}}
+    return {"blocks": {0: block}, "embed": {"tokens": {"embedding": jax.random.normal(b, (8, 4))}}}
+
+
+def one_update(name, params, learning_rate=0.01, gradients=None, **changes):
+    optimizer = numuon.make_optimizer(name, numuon.Config(**numuon.SMOKE | {"weight_decay": 0.0} | changes), 1000)
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to its int32 counter
+        state = training.init_state(params, optimizer, key=jax.random.key(0))
+        state = numuon.with_learning_rate(state, learning_rate)
+        return optimizer.update(params if gradients is None else gradients, state.opt_state, params)[0]
+
+
+def at(tree, path=HIDDEN):
+    for name in path:
+        tree = tree[name]
+    return np.asarray(tree)
+
+
+@pytest.mark.parametrize("name", ["muon", "numuon", "muon_without_nesterov"])
+def test_all_optimizers_share_the_step_of_everything_but_the_hidden_matrices(name, params):
+    ours, adamw = one_update(name, params), one_update("adamw", params)
+    for path in (("embed", "tokens", "embedding"), ("blocks", 0, "norm1", "scale")):
+        np.testing.assert_allclose(at(ours, path), at(adamw, path), rtol=1e-6)
+    assert abs(at(ours) - at(adamw)).max() > 1e-5
+
+
+def test_steps_of_the_hidden_matrices(params):
+    first_rate = 0.01 / 60  # the warm-up takes 60 of 1,000 steps
+    size = first_rate * 0.2 * math.sqrt(6)
+    spectrum = lambda name, **changes: np.linalg.svd(at(one_update(name, params, **changes)), compute_uv=False) / size
+    for name in ("muon", "muon_without_nesterov", "numuon"):  # rank 1 at first: Newton-Schulz for all
+        values = spectrum(name)
+        assert values.min() > 0.6 and values.max() < 1.25
+    np.testing.assert_allclose(spectrum("numuon", rank_start=0.5, rank_end=0.5), [1, 1, 0, 0], atol=1e-3)
+    np.testing.assert_allclose(at(one_update("adamw", params)), -first_rate * np.sign(at(params)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "numuon"])
+def test_the_rate_in_the_state_scales_the_step_and_its_decay(name, params):
+    slow, fast = (one_update(name, params, rate, weight_decay=0.1) for rate in (0.01, 0.03))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(3 * a, b, rtol=1e-5, atol=1e-8), slow, fast)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "numuon"])
+def test_weight_decay_acts_on_the_hidden_matrices_alone(name, params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    decayed = one_update(name, params, gradients=zeros, weight_decay=0.1)
+    np.testing.assert_allclose(at(decayed), -0.01 / 60 * 0.1 * at(params), rtol=1e-4, atol=1e-9)
+    for path in (("embed", "tokens", "embedding"), ("blocks", 0, "norm1", "scale")):
+        assert not at(decayed, path).any()
+
+
+def test_tuning_takes_the_lowest_loss_and_survives_a_divergence(tmp_path, params):
+    losses, seen = {1e-3: 2.0, 1e-2: 1.5, 1e-1: math.nan}, []
+
+    def fit(optimizer, seed, workdir, *, label, steps, state):
+        rate = float(state.opt_state[-1].hyperparams["step_size"])
+        loss = next(value for known, value in losses.items() if math.isclose(known, rate, rel_tol=1e-6))
+        seen.append((seed, steps))
+        if math.isnan(loss):
+            raise NonFiniteLossError(label)
+        return state, [{"validation_loss": loss}]
+
+    start = lambda optimizer, seed: training.init_state(params, optimizer, key=jax.random.key(seed))
+    task = types.SimpleNamespace(fit=fit, start=start)
+    config = numuon.Config(learning_rates=tuple(losses), seeds=2, tune_steps=9)
+    study = numuon._Study(config, task)
+    with jax.numpy_dtype_promotion("standard"):
+        assert study.tune("adamw", tmp_path) == study.tune("adamw", tmp_path) == 1e-2
+    assert seen == [(2, 9)] * 3  # once each: a seed that is not reported, and finished cases are read back
+    assert numuon._Study(numuon.Config(learning_rates=(0.5,)), None).tune("adamw", tmp_path) == 0.5
+
+
+def test_equal_loss_is_where_the_better_curve_passes_the_end_of_the_other():
+    better = [[1, 3.0, 5.0], [2, 2.0, 4.0], [3, 1.0, 3.0]]
+    worse = [[1, 4.0, 4.0], [2, 1.5, 2.5]]
+    assert numuon.at_equal_loss(better, worse) == (1.5, 3.5, 2.5)
+    assert numuon.at_equal_loss(worse, better) == (1.5, 2.5, 3.5)
+
+
+@pytest.mark.slow
+def test_numuon_smoke_run_leaves_results_and_figures(tmp_path):
+    # 7 is prime and keeps to one of the eight fake devices: eight threads on two cores wait for one another.
+    changes = {"batch_size": 7, "optimizers": ("muon", "numuon"), "learning_rates": (1e-2,), "calibration_windows": 14}
+    changes |= {"steps": 10, "methods": ("svd", "svd_llm"), "removed": (0.2, 0.6)}
+    config = numuon.Config(**numuon.SMOKE | changes)
+    with jax.numpy_dtype_promotion("standard"):
+        result = runner.run(numuon, config, tmp_path, smoke=True)
+    metrics = result["metrics"]
+    for name in config.optimizers:
+        assert 2 < metrics[f"validation_loss {name}"] < 4.5
+        assert metrics[f"learning_rate {name}"] == 1e-2
+        for kind in ("query", "key", "value", "out", "up", "gate", "down"):
+            assert 1 <= metrics[f"stable_rank {kind} {name}"] <= 32
+        for method in config.methods:
+            losses = [metrics[f"loss {method} -{share}% {name}"] for share in (20, 60)]
+            assert np.isfinite(losses).all() and abs(np.array(losses) - metrics[f"validation_loss {name}"]).max() < 0.5
+    assert metrics["equal loss of muon and numuon"] == pytest.approx(
+        max(metrics["validation_loss muon"], metrics["validation_loss numuon"])
+    )
+    for figure in ("training", "loss_vs_removed", "rank_by_type", "compressed_vs_full"):
+        assert (tmp_path / f"{figure}.png").stat().st_size > 10_000
+
+
+def test_nothing_removed_changes_nothing(tmp_path):
+    config = numuon.Config(**numuon.SMOKE | {"batch_size": 7, "removed": (0.0,)})
+    task = numuon.language_model.Task.of(config)
+    study = numuon._Study(config, task)
+    state = task.start(optax.sgd(0.1), 0)
+    statistics = study.statistics(state.params)
+    kinds = {path.split("/")[-2] for path in statistics}
+    assert kinds == {"query", "key", "value", "out", "up", "gate", "down"}
+    assert all(entry.tokens == 14 * 32 for entry in statistics.values())  # 16 windows are two batches of 7
+    # Half the rank of a square kernel is kept even when no parameter is removed: two factors hold as many numbers.
+    full = task.evaluate(state)["validation_loss"]
+    for method in config.methods:
+        assert abs(study.compressed(state, method, 0.0, statistics) - full) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizers": ()}, "optimizers is empty"),
+        ({"removed": (0.2, 1.0)}, r"must lie in \[0, 1\), got 1.0"),
+        ({"learning_rates": (0.0,)}, "learning_rates must be positive"),
+        ({"rank_end": 0.0}, r"ranks must fall within \(0, 1\], got 1.0 to 0.0"),
+        ({"tune_steps": 0}, "tune_steps must be at least 1, got 0"),
+        ({"preset": "gpt5"}, "unknown preset 'gpt5'"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        numuon.Config(**options)
