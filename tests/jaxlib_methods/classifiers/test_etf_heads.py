@@ -25,6 +25,7 @@ from jaxlib_methods.classifiers import (
     simplex_etf,
     validate_batch,
 )
+from jaxlib_methods.classifiers._polar import GRAM_MIN_COLUMNS
 
 D, K, B = 8, 4, 16
 LABELS = jnp.arange(B, dtype=jnp.int32) % K
@@ -267,19 +268,22 @@ def test_training_steps_compile_once():
 # Eight devices
 
 
-def run_steps(one_step, state, W):
+def run_steps(one_step, state, W, batch):
     """Three steps of a linear backbone trained through the head."""
     losses = []
     for seed in range(3):
-        loss, W, state = one_step(state, W, features(seed, (B, 6), jnp.float64))
+        loss, W, state = one_step(state, W, features(seed, (batch, 6), jnp.float64))
         losses.append(loss)
     return jnp.stack(losses), W, nnx.to_pure_dict(state)
 
 
 @pytest.mark.parametrize("partitioner", ["jit", "shard_map"])
-def test_eight_devices_equal_one(partitioner, x64):
+@pytest.mark.parametrize(("classes", "width"), [(K, D), (GRAM_MIN_COLUMNS, 40)], ids=["svd", "gram"])
+def test_eight_devices_equal_one(partitioner, classes, width, x64):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    W = features(7, (6, D), jnp.float64)
+    W = features(7, (6, width), jnp.float64)
+    batch = 4 * classes
+    labels = jnp.arange(batch, dtype=jnp.int32) % classes
 
     def one_step(graphdef, state, W, x, labels, axis=None):
         def loss(W):
@@ -289,13 +293,13 @@ def test_eight_devices_equal_one(partitioner, x64):
         (value, state), g = jax.value_and_grad(loss, has_aux=True)(W)
         return value, W - 0.3 * g, state
 
-    graphdef, state = nnx.split(NearestETFHead(D, K, param_dtype=jnp.float64))
-    single = run_steps(jax.jit(lambda s, W, x: one_step(graphdef, s, W, x, LABELS)), state, W)
+    graphdef, state = nnx.split(NearestETFHead(width, classes, param_dtype=jnp.float64))
+    single = run_steps(jax.jit(lambda s, W, x: one_step(graphdef, s, W, x, labels)), state, W, batch)
     split = NamedSharding(mesh, P("data"))
     if partitioner == "jit":
         sharded = jax.jit(lambda s, W, x, y: one_step(graphdef, s, W, x, y))
     else:
-        graphdef, state = nnx.split(NearestETFHead(D, K, axis_name="data", param_dtype=jnp.float64))
+        graphdef, state = nnx.split(NearestETFHead(width, classes, axis_name="data", param_dtype=jnp.float64))
         sharded = jax.jit(
             jax.shard_map(
                 lambda s, W, x, y: one_step(graphdef, s, W, x, y, "data"),
@@ -306,9 +310,9 @@ def test_eight_devices_equal_one(partitioner, x64):
         )
     put = lambda x: jax.device_put(x, split)
     state, W = jax.device_put((state, W), NamedSharding(mesh, P()))
-    many = run_steps(lambda s, W, x: sharded(s, W, put(x), put(LABELS)), state, W)
+    many = run_steps(lambda s, W, x: sharded(s, W, put(x), put(labels)), state, W, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), single, many)
-    assert jnp.abs(single[1] - W).max() > 1e-2
+    assert jnp.abs(single[1] - W).max() > 1e-3
 
 
 def test_fixed_head_averages_its_bias_over_the_mesh():

@@ -277,6 +277,20 @@ def test_first_proximal_point_is_the_limit_of_a_vanishing_delta(K, d, x64):
     np.testing.assert_allclose(U.T @ U, np.eye(K), atol=1e-10)
 
 
+@pytest.mark.parametrize(("K", "d"), [(8, 32), (40, 160), (160, 160), (20, 2000)])
+def test_memory_of_both_passes_is_of_the_order_of_the_means_and_a_square_of_classes(K, d):
+    Z = jax.ShapeDtypeStruct((d, K), jnp.float32)
+
+    @jax.jit
+    def both(Z, prox, G):
+        U, vjp = jax.vjp(lambda Z: nearest_etf(Z, prox), Z)
+        return U, vjp(G)[0]
+
+    m = both.lower(Z, Z, Z).compile().memory_analysis()
+    peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+    assert peak < 14 * 4 * (d * K + K * K)  # the dense backward has a Jacobian of 4 d K^2 (K + 1) / 2 bytes
+
+
 def test_gradient_does_not_reach_the_proximal_point():
     Y, U_prox, _ = problem(0, 5, 3)
     Y, U_prox = jnp.asarray(Y, jnp.float32), jnp.asarray(U_prox, jnp.float32)
