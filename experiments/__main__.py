@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", nargs="?", default="runs")
     report.add_argument("--all", action="store_true", help="also metrics without a number in the paper, and smoke runs")
     report.add_argument("--write", metavar="FILE.md", help="write the table and the commands that made it there")
+    report.add_argument("--keep", action="store_true", help="leave rows of FILE.md whose runs are elsewhere in it")
     return parser
 
 

@@ -133,19 +133,36 @@ def print_table(table: list[Row]) -> None:
     console.print(shown)
 
 
-def markdown(table: list[Row]) -> str:
+def markdown(table: list[Row], earlier: Iterable[str] = ()) -> str:
+    """The table; the rows of an `earlier` one (lines of Markdown) are put in by the name of their experiment."""
     lines = ["| " + " | ".join(HEADER) + " |", "| --- | --- | ---: | ---: | ---: | ---: |"]
-    return "\n".join(lines + ["| " + " | ".join(row.cells()) + " |" for row in table]) + "\n"
+    body = ["| " + " | ".join(row.cells()) + " |" for row in table]
+    return "\n".join(lines + sorted([*body, *earlier], key=_label)) + "\n"
 
 
-def provenance(results: list[dict[str, Any]]) -> str:
+def _label(line: str) -> str:
+    return line.split(" | ")[0].removeprefix("| ")
+
+
+def provenance(results: list[dict[str, Any]], earlier: Iterable[str] = ()) -> str:
     """Per run: the command, the device, the time, the versions that made its numbers."""
     lines = []
     for result in results:
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         minutes = result["wall_s"] / 60
         lines.append(f"- `{result['command']}`\n  {result['device']}, {minutes:.1f} min; {versions}")
-    return "\n".join(lines) + "\n"
+    name = lambda line: line.partition(" run ")[2].partition(" ")[0]
+    return "\n".join(sorted([*lines, *earlier], key=name)) + "\n"
+
+
+def earlier_rows(path: pathlib.Path, table: list[Row], results: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """Rows and commands of the table in `path` that the new one does not replace, as lines of Markdown."""
+    text = path.read_text() if path.exists() else ""
+    body, _, commands = text.removesuffix(notes(path)).partition("## Commands\n")
+    labels, made = {row.experiment for row in table}, {result["command"] for result in results}
+    rows = [line for line in body.splitlines() if line.startswith("| ")][2:]
+    entries = ["- " + entry.rstrip() for entry in commands.strip().removeprefix("- ").split("\n- ") if entry]
+    return [r for r in rows if _label(r) not in labels], [e for e in entries if e.split("`")[1] not in made]
 
 
 def notes(path: pathlib.Path) -> str:
@@ -190,15 +207,16 @@ def main(options: Any) -> int:
     figure(table, folder / "report.png")
     print(f"also as {folder / 'report.md'} and {folder / 'report.png'}")
     if options.write:
-        made = "python -m experiments report " + shlex.join(
-            [str(folder), *(["--all"] if options.all else []), "--write", options.write]
-        )
+        flags = [f"--{name}" for name in ("all", "keep") if getattr(options, name)]
+        made = "python -m experiments report " + shlex.join([str(folder), *flags, "--write", options.write])
         head = (
             "# Results\n\nWritten by a command, but for the notes at the end. `difference` is ours minus the paper's; "
             "± is the standard deviation over seeds.\n"
         )
         path = pathlib.Path(options.write)
-        body = f"{head}\n    {made}\n\n{text}\n## Commands\n\n{provenance(kept)}"
+        old_rows, old_commands = earlier_rows(path, table, kept) if options.keep else ([], [])
+        text = markdown(table, old_rows)
+        body = f"{head}\n    {made}\n\n{text}\n## Commands\n\n{provenance(kept, old_commands)}"
         write_text(path, body + notes(path))
         print(f"wrote {options.write}")
     return 0

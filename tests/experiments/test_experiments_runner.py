@@ -193,6 +193,31 @@ def test_report_pools_seeds_and_tells_configurations_apart(tmp_path, monkeypatch
     assert "snip (smoke)" in (runs / "report.md").read_text() and "time" in (runs / "report.md").read_text()
 
 
+def test_report_keeps_rows_of_runs_that_are_elsewhere(tmp_path, capsys):
+    for name, value in (("snip", 1.5), ("bsn", 2.5)):
+        made(tmp_path / "runs" / name, name, {"error": value})
+    assert main(["report", "runs", "--write", "RESULTS.md"]) == 0
+    with pathlib.Path("RESULTS.md").open("a") as file:
+        file.write("\n## Notes\n\n| a | table |\n")
+    both = pathlib.Path("RESULTS.md").read_text()
+    shutil.rmtree(tmp_path / "runs" / "bsn")
+    shutil.rmtree(tmp_path / "runs" / "snip")
+    made(tmp_path / "runs" / "snip", "snip", {"error": 0.5})
+    made(tmp_path / "runs" / "icm", "icm", {"energy": 9.0})
+    assert main(["report", "runs", "--keep", "--write", "RESULTS.md"]) == 0
+    kept = pathlib.Path("RESULTS.md").read_text()
+    rows = [line for line in kept.splitlines() if line.startswith("| ")]
+    assert rows[2:5] == [
+        "| bsn | error | 2.5 |  |  | 1 |", "| icm | energy | 9 |  |  | 1 |", "| snip | error | 0.5 |  |  | 1 |",
+    ]  # fmt: skip
+    assert kept.endswith("\n## Notes\n\n| a | table |\n") and "--keep" in kept
+    commands = lambda text: [line for line in text.splitlines() if line.startswith("- `")]
+    assert [line.split()[5] for line in commands(kept)] == ["bsn", "icm", "snip"]
+    assert set(commands(both)) < set(commands(kept))
+    assert main(["report", "runs", "--write", "RESULTS.md"]) == 0
+    assert "bsn" not in pathlib.Path("RESULTS.md").read_text()
+
+
 def test_report_of_a_folder_without_results_says_so(tmp_path):
     with pytest.raises(ExperimentError, match="no finished run"):
         report.main(types.SimpleNamespace(folder=tmp_path, all=False, write=None))
