@@ -1,8 +1,10 @@
-"""Unconstrained feature model: free feature vectors trained under a learned, a fixed and the nearest-ETF classifier.
+r"""Unconstrained feature model: free feature vectors trained under a learned, a fixed and the nearest-ETF classifier.
 
 Paper: Markou, Ajanthan, Gould, "Guiding Neural Collapse: Optimising Towards the Nearest Simplex ETF", NeurIPS 2024
 
     python -m experiments run unconstrained_features                                  # K = 10, 100: minutes, 2 cores
+    python -m experiments run unconstrained_features --classes 1000 --num-features 1000 --per-class 4 --steps 150 \
+        --evaluations 8                                                               # minutes on one core
     python -m experiments run unconstrained_features --classes 10 100 200 1000 --steps 200
 
 The features themselves are the parameters: N vectors of R^d, N(0, 1) at the start, all in every batch, gradient
