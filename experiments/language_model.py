@@ -159,7 +159,6 @@ class Task:
         *,
         label: str,
         steps: int | None = None,
-        loss_fn: training.LossFn | None = None,
         state: training.TrainState | None = None,
         evaluate: Callable[[training.TrainState], dict[str, float]] | None = None,
         log: Iterable[Callable[[Record], None]] = (),
@@ -171,12 +170,11 @@ class Task:
           seed: of the parameters and the batches.
           workdir, label, log: as for `fit`.
           steps: None takes the options'.
-          loss_fn: None takes the task's; another one may keep what it needs in the state's `model_state`.
           state: None takes `start(optimizer, seed)`.
           evaluate: None takes the task's.
         """
         return training.fit(
-            loss_fn or self.loss_fn,
+            self.loss_fn,
             optimizer,
             state or self.start(optimizer, seed),
             self.rows,

@@ -1,8 +1,8 @@
 """Text as arrays of token ids: a training part and a validation part that share no token.
 
     python_docs        the help topics that every CPython bundles (pydoc_data): nothing to download
-    tiny_shakespeare   and any other TFDS set of texts prepared as array_record under `data_dir`; WikiText prepared by
-                       TFDS is huggingface:wikitext/wikitext-103-raw-v1
+    tiny_shakespeare   and any other TFDS set of texts prepared as array_record under `data_dir`; WikiText, which TFDS
+                       prepares from Hugging Face, is huggingface:salesforce__wikitext/wikitext-103-raw-v1
     path/to/file.txt   UTF-8 text
     path/to/file.npy   token ids of any tokenizer, one axis of integers
 
@@ -14,6 +14,7 @@ minor version, which a run's `result.json` names.
 
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -141,7 +142,7 @@ def _parts(name: str, data_dir: str | os.PathLike | None, download: bool) -> tup
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{name} cannot be read as UTF-8 text ({error})") from error
     try:
-        dataset = data.load(name.replace("huggingface:", "huggingface__"), data_dir, download=download)
+        dataset = data.load(_folder_name(name), data_dir, download=download)
     except DataError as error:
         raise DataError(f"{error}; {NAMES}") from error
     if not isinstance(dataset.train, np.ndarray):
@@ -149,6 +150,12 @@ def _parts(name: str, data_dir: str | os.PathLike | None, download: bool) -> tup
     held_out = dataset.validation if dataset.validation is not None else dataset.test
     text = lambda array: None if array is None else array.tobytes().decode(errors="replace")
     return text(dataset.train), text(held_out)
+
+
+def _folder_name(name: str) -> str:
+    """The name under which TFDS prepares a set: one from Hugging Face loses the characters that TFDS does not allow."""
+    base = name.removeprefix("huggingface:")
+    return name if base == name else re.sub(r"[^\w/]", "_", base.lower())
 
 
 def _python_docs() -> str:

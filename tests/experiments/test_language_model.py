@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import jax
@@ -58,6 +59,13 @@ class TestTexts:
         train, held_out = (str(shared_data / "text" / f"wikitext2_{part}.txt") for part in ("valid", "test"))
         loaded = text.load(train, validation=held_out)
         assert len(loaded.train) == 1_121_681 and len(loaded.validation) == 1_256_449
+
+    def test_sets_from_hugging_face_have_the_name_that_tfds_gives_them(self, shared_data, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        prepared = tmp_path / "salesforce__wikitext" / "wikitext_103_raw_v1" / "1.0.0"
+        shutil.copytree(shared_data / "tfds" / "tiny_shakespeare" / "1.0.0", prepared)
+        loaded = text.load("huggingface:salesforce__wikitext/wikitext-103-raw-v1", data_dir=tmp_path)
+        assert loaded.decode(loaded.train[:13]) == "First Citizen"
 
     @pytest.mark.parametrize(
         ("name", "options", "message"),
