@@ -73,7 +73,7 @@ WEIGHTS_ONLY = dict.fromkeys(("parabola", "rosenbrock", "mixed_ranks"), "AGD ref
 
 MATRICES_ONLY = dict.fromkeys(("parabola", "rosenbrock", "mixed_ranks"), "scale_by_numuon refuses vectors and scalars")
 
-NUMUON_STATIC = ("rank_schedule", "ns_coeffs", "ns_steps", "key", "iterations", "oversampling", "adam_paths")
+NUMUON_STATIC = ("rank_schedule", "rank_buckets", "ns_coeffs", "ns_steps", "key", "iterations", "oversampling")
 
 SLOW_VALLEY = {"rosenbrock": "plain momentum at a step that is stable everywhere creeps along the valley"}
 
@@ -161,7 +161,7 @@ ENTRIES: list[Entry] = [
     Entry(
         "scale_by_numuon",
         optimizers.scale_by_numuon,
-        {"rank_schedule": optimizers.cosine_rank_schedule(2), "key": jax.random.key(0)},
+        {"rank_schedule": optimizers.cosine_rank_schedule(2), "rank_buckets": (0.5, 1.0), "key": jax.random.key(0)},
         as_optimizer=lambda rule: optax.chain(rule, optax.scale(-1e-2)),
         example=two_kernels,
         static_args=NUMUON_STATIC,
@@ -171,7 +171,7 @@ ENTRIES: list[Entry] = [
         "numuon",
         optimizers.numuon,
         {"learning_rate": 1e-2, "rank_schedule": 0.5, "weight_decay": 0.0, "key": jax.random.key(0)},
-        static_args=NUMUON_STATIC,
+        static_args=(*NUMUON_STATIC, "adam_paths"),
         promotion="standard",
     ),
     Entry("scale_by_nadam", optimizers.scale_by_nadam, as_optimizer=lambda rule: optax.chain(rule, optax.scale(-1e-2))),

@@ -7,6 +7,7 @@ The kernels of the result are the products of their factors, of the old shapes, 
 `factorize_kernels` gives the factors, which are what is smaller.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -113,21 +114,19 @@ def collect_inputs(
     """
 
     @jax.jit
-    def products(batch: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def products(batch: Any) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
         found = {}
         for path, x in inputs(batch).items():
             X = x.reshape(-1, x.shape[-1]).astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-            found[path] = jnp.matmul(X.T, X, precision=jax.lax.Precision.HIGHEST), jnp.sum(jnp.abs(X), axis=0)
+            gram = jnp.matmul(X.T, X, precision=jax.lax.Precision.HIGHEST)
+            found[path] = gram, jnp.sum(jnp.abs(X), axis=0), jnp.int32(X.shape[0])
         return found
 
-    tokens_in = lambda batch: {path: x.size // x.shape[-1] for path, x in jax.eval_shape(inputs, batch).items()}
     total: dict[str, InputStatistics] = {}
     for batch in batches:
-        counts = tokens_in(batch)
-        for path, (gram, sum_abs) in products(batch).items():
-            gram, sum_abs = np.asarray(gram, np.float64), np.asarray(sum_abs, np.float64)
-            old = total.get(path, InputStatistics(np.zeros_like(gram), np.zeros_like(sum_abs), 0))
-            total[path] = InputStatistics(old.gram + gram, old.sum_abs + sum_abs, old.tokens + counts[path])
+        for path, (gram, sum_abs, tokens) in products(batch).items():
+            now = InputStatistics(np.asarray(gram, np.float64), np.asarray(sum_abs, np.float64), int(tokens))
+            total[path] = InputStatistics(*map(operator.add, total[path], now)) if path in total else now
     if not total:
         raise ValueError("batches must hold at least one calibration batch, with at least one layer's inputs")
     return total

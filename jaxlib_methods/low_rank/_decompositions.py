@@ -75,8 +75,8 @@ def truncated_svd(W: jax.typing.ArrayLike, rank: int) -> LowRank:
       ValueError: W is not a matrix, or a rank out of range.
 
     Example:
-      >>> truncated_svd(np.diag([3.0, 2.0, 1.0]), 2).kernel.round(3).tolist()
-      [[3.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
+      >>> [round(float(entry), 3) for entry in np.diagonal(truncated_svd(np.diag([3.0, 2.0, 1.0]), 2).kernel)]
+      [3.0, 2.0, 0.0]
 
     Source: Eckart, Young (Psychometrika 1936) [eckart1936approximation].
     """

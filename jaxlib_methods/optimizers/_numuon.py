@@ -75,10 +75,12 @@ SHAPE_SCALINGS = ("width", "spectral", "rms")
 # ------------------------------------------------------------------------------------------ the step of one matrix
 
 
-def newton_schulz(M: jax.Array, coefficients: Sequence[float] = NS_COEFFS, steps: int = 5, eps: float = 1e-8):
+def newton_schulz(
+    M: jax.Array, coefficients: Sequence[float] = NS_COEFFS, steps: int = 5, eps: jax.typing.ArrayLike = 1e-8
+) -> jax.Array:
     """Muon's approximate polar factor of M (..., m, n) with m >= n: X <- a X + X (b A + c A^2), A = X^T X."""
     a, b, c = coefficients
-    X = M / (jnp.sqrt(jnp.sum(M * M, axis=(-2, -1), keepdims=True)) + eps)
+    X = M / (jnp.sqrt(jnp.sum(M * M, axis=(-2, -1), keepdims=True)) + jnp.asarray(eps, M.dtype))
     for _ in range(steps):
         A = matmul(transpose(X), X)
         X = a * X + matmul(X, b * A + c * matmul(A, A))
@@ -410,7 +412,7 @@ def scale_by_numuon(
             for j in members:
                 mine = D[offset : offset + stacks[j].batch]
                 offset += stacks[j].batch
-                directions[j] = _sharded_like(stacks[j].unpack(mine).astype(grads[j].dtype), grads[j])
+                directions[j] = _sharded_like(stacks[j].unpack(mine), looked_ahead[j]).astype(grads[j].dtype)
         mu = structure.unflatten(
             [m.astype(old.dtype) for m, old in zip(moments, jax.tree.leaves(state.mu), strict=True)]
         )
@@ -457,9 +459,11 @@ def _whole(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
-def _sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    sharding = jax.typeof(like).sharding
-    return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
+def _sharded_like(D: jax.Array, M: jax.Array) -> jax.Array:
+    """D with the sharding of M. An elementwise operation between the two makes XLA choose it where axes are Auto."""
+    sharding = jax.typeof(M).sharding
+    D = D if jax.typeof(D).sharding == sharding else jax.sharding.reshard(D, sharding)
+    return jnp.where(jnp.isfinite(M), D, M)
 
 
 def _place(x: jax.Array, mesh: jax.sharding.Mesh | None, axis: str) -> jax.Array:
