@@ -73,17 +73,7 @@ class Config:
     seed: int = 0  # of noise, missing pixels and scratches
 
     def __post_init__(self):
-        for solver in self.solvers:
-            grid_mrf.parse_solver(solver)
-        for name in self.instances or ():
-            if name not in PROBLEMS:
-                raise ValueError(f"unknown instance {name!r}; known are {', '.join(PROBLEMS)}")
-            if name != "photograph" and self.data_dir is None:
-                raise ValueError(f"instance {name!r} needs --data-dir, the folder that holds denoise/{name}-input.png")
-        for name in ("iterations", "evaluate_every", "shrink"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        grid_mrf.check_config(self, PROBLEMS, embedded="photograph", needs="denoise/{}-input.png")
         if not 0 <= self.missing < 1:
             raise ValueError(f"missing must lie in [0, 1), got {self.missing}")
 
@@ -93,14 +83,7 @@ SMOKE = {"iterations": 3, "shrink": 16, "solvers": ("sgm-4", "trwp-4")}
 
 def PAPER(config: Config) -> dict[str, float]:
     """The specification's own energies; none is published. Of the solvers that are run."""
-    numbers = {}
-    for name, (sgm, isgmr, trwp, bound, sequential, (trws, trws_bound), mean_field) in REFERENCE.items():
-        numbers |= {f"{name}/sgm-4/energy@1": sgm, f"{name}/mean_field-4/energy@50": mean_field}
-        numbers |= {f"{name}/isgmr-4/energy@{k}": e for k, e in zip(grid_mrf.REPORTED, isgmr, strict=True)}
-        numbers |= {f"{name}/trwp-4/energy@{k}": e for k, e in zip(grid_mrf.REPORTED, trwp, strict=True)}
-        numbers |= {f"{name}/trwp-4/bound@50": bound, f"{name}/trwp-4/sequential@50": sequential}
-        numbers |= {f"{name}/trws/energy@50": trws, f"{name}/trws/bound@50": trws_bound}
-    return {name: number for name, number in numbers.items() if name.split("/")[1] in config.solvers}
+    return grid_mrf.of_solvers(grid_mrf.reference_numbers(REFERENCE), config.solvers)
 
 
 class Picture(NamedTuple):
@@ -160,10 +143,9 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
         else:
             picture = load_picture(pathlib.Path(config.data_dir) / "denoise", name)
         iterations = config.iterations or (20 if name == "photograph" else 50)
-        unaries = np.asarray(mp.denoising_unaries(picture.observed, picture.mask, NUM_LABELS))
+        unaries = mp.denoising_unaries(picture.observed, picture.mask, NUM_LABELS)
         problem = PROBLEMS[name]
-        cost = grid_mrf.pairwise_cost(problem.kind, problem.weight, problem.truncation, NUM_LABELS)
-        instance = grid_mrf.Instance(name, unaries, *cost)
+        instance = grid_mrf.make_instance(name, unaries, problem.kind, problem.weight, problem.truncation)
 
         panels: list[tuple[str, Any]] = [("observed", picture.observed)]
         if picture.clean is not None:
@@ -188,7 +170,5 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
                 title, line = f"{title}, {value:.1f} dB", f"{line}  PSNR {value:.2f} dB"
             panels.append((title, restored))
             print(line, flush=True)
-        grid_mrf.save_panels(workdir / f"{name}.png", panels, cmap="gray", vmin=0, vmax=255)
-        size = " x ".join(map(str, unaries.shape))
-        grid_mrf.save_curves(workdir / f"{name}-energy.png", f"{name}, {size} labels", traces)
+        grid_mrf.save_overview(workdir, instance, panels, traces, top=255)
     return metrics

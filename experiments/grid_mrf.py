@@ -23,11 +23,10 @@ class Instance(NamedTuple):
     unaries: np.ndarray  # (H, W, L) float32
     pairwise: Any  # a jaxlib_methods.message_passing.Pairwise
     profile: np.ndarray  # (R + 1,) float64, weight included, the same costs for energies in float64
-    quadratic: bool  # for the peer's choice of distance transform
 
 
-def pairwise_cost(kind: str, weight: float, truncation: float | None, num_labels: int) -> tuple[Any, np.ndarray, bool]:
-    """V by name, with its profile in float64: the last three fields of an `Instance`.
+def pairwise_cost(kind: str, weight: float, truncation: float | None, num_labels: int) -> tuple[Any, np.ndarray]:
+    """V by name, with its profile in float64: the last two fields of an `Instance`.
 
     Args:
       kind: "linear" or "quadratic".
@@ -48,7 +47,60 @@ def pairwise_cost(kind: str, weight: float, truncation: float | None, num_labels
         pairwise = mp.truncated_quadratic(weight, truncation=truncation, truncate="cost")
     else:
         pairwise = getattr(mp, kind)(weight, num_labels=num_labels)
-    return pairwise, weight * costs, kind == "quadratic"
+    return pairwise, weight * costs
+
+
+def make_instance(name: str, unaries: Any, kind: str, weight: float, truncation: float | None) -> Instance:
+    """An instance from its unaries and V by name; see `pairwise_cost`."""
+    unaries = np.asarray(unaries)
+    return Instance(name, unaries, *pairwise_cost(kind, weight, truncation, unaries.shape[-1]))
+
+
+def check_config(config: Any, problems: Mapping[str, Any], *, embedded: str, needs: str) -> None:
+    """What both experiments demand of their config: known solvers and instances, data where needed, positive sizes.
+
+    Args:
+      config: with `data_dir`, `instances`, `solvers`, `iterations`, `evaluate_every` and `shrink`.
+      problems: the known instances.
+      embedded: the one that needs no data.
+      needs: what `data_dir` must hold, `{}` standing for the instance.
+    """
+    for solver in config.solvers:
+        parse_solver(solver)
+    for name in config.instances or ():
+        if name not in problems:
+            raise ValueError(f"unknown instance {name!r}; known are {', '.join(problems)}")
+        if name != embedded and config.data_dir is None:
+            raise ValueError(f"instance {name!r} needs --data-dir, the folder that holds {needs.format(name)}")
+    for name in ("iterations", "evaluate_every", "shrink"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+Target = tuple[int, Sequence[int], Sequence[int], float, int, tuple[int, float], int]
+
+
+def reference_numbers(targets: Mapping[str, Target]) -> dict[str, float]:
+    """The specification's table of targets under the names of the metrics.
+
+    Args:
+      targets: instance -> SGM at 1 iteration, ISGMR and TRWP at `REPORTED`, TRWP's bound and sequential rounding at
+        50, TRW-S at 50 with its bound, mean field at 50.
+    """
+    numbers: dict[str, float] = {}
+    for name, (sgm, isgmr, trwp, bound, sequential, (trws, trws_bound), mean_field) in targets.items():
+        numbers |= {f"{name}/sgm-4/energy@1": sgm, f"{name}/mean_field-4/energy@50": mean_field}
+        numbers |= {f"{name}/isgmr-4/energy@{k}": e for k, e in zip(REPORTED, isgmr, strict=True)}
+        numbers |= {f"{name}/trwp-4/energy@{k}": e for k, e in zip(REPORTED, trwp, strict=True)}
+        numbers |= {f"{name}/trwp-4/bound@50": bound, f"{name}/trwp-4/sequential@50": sequential}
+        numbers |= {f"{name}/trws/energy@50": trws, f"{name}/trws/bound@50": trws_bound}
+    return numbers
+
+
+def of_solvers(numbers: Mapping[str, float], solvers: Sequence[str]) -> dict[str, float]:
+    """The numbers of the solvers that are run."""
+    return {name: number for name, number in numbers.items() if name.split("/")[1] in solvers}
 
 
 def energy(instance: Instance, labels: np.ndarray) -> float:
@@ -170,9 +222,7 @@ def _trws(instance: Instance, iterations: int) -> tuple[Any, ...]:
 def _trws_passes(instance: Instance, iterations: int) -> Any:
     from benchmarks.peers.trws import trws
 
-    # Shifts are vectorised: 15 of them take half the time of the lower envelope.
-    method = "quadratic" if instance.quadratic and len(instance.profile) > 32 else "window"
-    return trws(instance.unaries, instance.profile, iterations=iterations, method=method)
+    return trws(instance.unaries, instance.profile, iterations=iterations)
 
 
 def _milliseconds(instance: Instance, base: str, directions: int, iterations: int = 5) -> float:
@@ -265,6 +315,15 @@ def save_panels(path: pathlib.Path, panels: Sequence[tuple[str, np.ndarray]], co
         axes.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def save_overview(
+    workdir: pathlib.Path, instance: Instance, panels: Sequence[tuple[str, np.ndarray]], traces: Any, top: int
+) -> None:
+    """`NAME.png`, the images side by side with grey values from 0 to `top`, and `NAME-energy.png`, the curves."""
+    save_panels(workdir / f"{instance.name}.png", panels, cmap="gray", vmin=0, vmax=top)
+    size = " x ".join(map(str, instance.unaries.shape))
+    save_curves(workdir / f"{instance.name}-energy.png", f"{instance.name}, {size} labels", traces)
 
 
 def save_curves(path: pathlib.Path, title: str, traces: Mapping[str, Mapping[str, Any]]) -> None:

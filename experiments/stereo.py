@@ -109,16 +109,7 @@ class Config:
     seed: int = 0  # of that noise
 
     def __post_init__(self):
-        for solver in self.solvers:
-            grid_mrf.parse_solver(solver)
-        for name in self.instances or ():
-            if name not in PROBLEMS:
-                raise ValueError(f"unknown instance {name!r}; known are {', '.join(PROBLEMS)}")
-            if name != "synthetic" and self.data_dir is None:
-                raise ValueError(f"instance {name!r} needs --data-dir, the folder that holds stereo/{name}")
-        for name in ("iterations", "evaluate_every", "shrink"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        grid_mrf.check_config(self, PROBLEMS, embedded="synthetic", needs="stereo/{}")
 
 
 SMOKE = {"iterations": 5, "shrink": 8, "solvers": ("sgm-4", "trwp-4")}
@@ -126,15 +117,7 @@ SMOKE = {"iterations": 5, "shrink": 8, "solvers": ("sgm-4", "trwp-4")}
 
 def PAPER(config: Config) -> dict[str, float]:
     """Published energies, and the specification's own where none is published; of the solvers that are run."""
-    numbers = {}
-    for name, (sgm, isgmr, trwp, bound, sequential, (trws, trws_bound), mean_field) in REFERENCE.items():
-        numbers |= {f"{name}/sgm-4/energy@1": sgm, f"{name}/mean_field-4/energy@50": mean_field}
-        numbers |= {f"{name}/isgmr-4/energy@{k}": e for k, e in zip(grid_mrf.REPORTED, isgmr, strict=True)}
-        numbers |= {f"{name}/trwp-4/energy@{k}": e for k, e in zip(grid_mrf.REPORTED, trwp, strict=True)}
-        numbers |= {f"{name}/trwp-4/bound@50": bound, f"{name}/trwp-4/sequential@50": sequential}
-        numbers |= {f"{name}/trws/energy@50": trws, f"{name}/trws/bound@50": trws_bound}
-    numbers |= PUBLISHED
-    return {name: number for name, number in numbers.items() if name.split("/")[1] in config.solvers}
+    return grid_mrf.of_solvers(grid_mrf.reference_numbers(REFERENCE) | PUBLISHED, config.solvers)
 
 
 class Pair(NamedTuple):
@@ -208,15 +191,14 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
             pair = synthetic_pair(config.shrink, config.noise, problem.num_labels, config.seed)
         else:
             pair = load_pair(pathlib.Path(config.data_dir) / "stereo" / name, problem.scale)
-        unaries = np.asarray(mp.birchfield_tomasi(pair.left, pair.right, problem.num_labels))
-        cost = grid_mrf.pairwise_cost(problem.kind, problem.weight, problem.truncation, problem.num_labels)
-        instance = grid_mrf.Instance(name, unaries, *cost)
+        unaries = mp.birchfield_tomasi(pair.left, pair.right, problem.num_labels)
+        instance = grid_mrf.make_instance(name, unaries, problem.kind, problem.weight, problem.truncation)
 
         scaled = lambda disparity: np.clip(np.rint(disparity * problem.scale), 0, 255).astype(np.uint8)
         truth = np.where(pair.counted, scaled(pair.disparity), 0).astype(np.uint8)
         panels: list[tuple[str, Any]] = [("left image", pair.left), ("ground truth, counted pixels", truth)]
         traces = {}
-        unary_only = unaries.argmin(-1)
+        unary_only = instance.unaries.argmin(-1)
         metrics[f"{name}/no_smoothness/bad_pixels"] = bad_pixels(unary_only, pair)
         panels.append((f"no smoothness: {metrics[f'{name}/no_smoothness/bad_pixels']:.1%} bad", scaled(unary_only)))
         for solver in config.solvers:
@@ -231,9 +213,5 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
             panels.append((f"{solver}: {share:.1%} bad, E = {trace['energy'][-1]:,.0f}", scaled(labels)))
             print(f"{name:10} {solver:18} energy {trace['energy'][-1]:>12,.0f}  bad pixels {share:6.2%}", flush=True)
         grid_mrf.save_image(workdir / "disparity" / f"{name}-truth.png", scaled(pair.disparity))
-        grid_mrf.save_panels(
-            workdir / f"{name}.png", panels, cmap="gray", vmin=0, vmax=problem.scale * problem.num_labels
-        )
-        size = " x ".join(map(str, unaries.shape))
-        grid_mrf.save_curves(workdir / f"{name}-energy.png", f"{name}, {size} labels", traces)
+        grid_mrf.save_overview(workdir, instance, panels, traces, top=problem.scale * problem.num_labels)
     return metrics

@@ -16,8 +16,7 @@ from jaxlib_methods import message_passing as mp
 
 def _instance(kind="linear", truncation=2, weight=3.0, shape=(6, 7, 5)):
     unaries = np.random.default_rng(0).integers(0, 30, shape).astype(np.float32)
-    cost = grid_mrf.pairwise_cost(kind, weight, truncation, shape[-1])
-    return grid_mrf.Instance("toy", unaries, *cost)
+    return grid_mrf.make_instance("toy", unaries, kind, weight, truncation)
 
 
 @pytest.mark.parametrize(
