@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from benchmarks.timing import Case, Implementation, Options, Record, Skip, measure
 from jaxlib_methods.kernels import scanline
 from jaxlib_methods.kernels.scanline import arg_specs, pallas_gpu, pallas_tpu
+from jaxlib_methods.kernels.scanline import pallas_gpu_config as layouts
 from jaxlib_methods.kernels.scanline.cost import ITERATION_BYTES, backward_cost_estimate
+from jaxlib_methods.kernels.scanline.request import Sweep
 
 RHO = 0.5  # of TRWP on a four-connected grid
 BATCHES = (1, 8)
@@ -51,8 +53,7 @@ def _pair(spec: arg_specs.ArgSpec, batch: int, name: str, platform: str) -> Case
     implementations = _implementations(shape, spec, platform, scanline.sweep, rows)
     if isinstance(implementations.get("pallas_gpu"), Implementation):
         for config in _other_layouts(spec, shape[2]):
-            sweep = functools.partial(pallas_gpu.sweep, config=config)
-            implementations[f"pallas_gpu, {config.lanes} lanes"] = rows(sweep)
+            implementations[f"pallas_gpu, {config.lanes} lanes"] = rows(_with_layout(config))
     return Case("scanline", name, implementations, reference="xla", bytes=24 * spec.entries * batch)
 
 
@@ -127,13 +128,22 @@ def _implementations(
     return found | {"xla": rows(functools.partial(function, implementation="xla"))}
 
 
-def _other_layouts(spec: arg_specs.ArgSpec, lines: int) -> list[pallas_gpu.Config]:
+def _with_layout(config: layouts.Config) -> Callable[..., Any]:
+    """The GPU kernel's sweep in another layout than it would choose."""
+
+    def sweep(u: jax.Array, opposite: jax.Array, pairwise: Any, **options: Any) -> jax.Array:
+        return pallas_gpu.sweep(Sweep(u=u, opposite=opposite, pairwise=pairwise, **options), config=config)
+
+    return sweep
+
+
+def _other_layouts(spec: arg_specs.ArgSpec, lines: int) -> list[layouts.Config]:
     """Every number of lanes per line that fits, but the one that the kernel chooses itself."""
-    chosen = pallas_gpu.choose(spec.num_labels, spec.pairwise, lines)
+    chosen = layouts.choose(spec.num_labels, spec.pairwise, lines)
     fitting = []
-    for lanes in pallas_gpu.LANES_PER_LINE:
-        config = pallas_gpu.Config(lanes, pallas_gpu.MIN_SLOTS)
-        fits = pallas_gpu.smem_bytes(spec.num_labels, config, spec.pairwise) <= pallas_gpu.SMEM_BUDGET
+    for lanes in layouts.LANES_PER_LINE:
+        config = layouts.Config(lanes, layouts.MIN_SLOTS)
+        fits = layouts.smem_bytes(spec.num_labels, config, spec.pairwise) <= layouts.SMEM_BUDGET
         if fits and spec.num_labels % lanes == 0 and lanes != chosen.lanes:
             fitting.append(config)
     return fitting

@@ -3,6 +3,7 @@
     mrf = GridMRF(birchfield_tomasi(left, right, 16), truncated_linear(20.0, truncation=2))
     solution = trwp(mrf, iterations=40, rounding="sequential")          # labels, beliefs, messages
     certified = trwp(mrf, evaluate_every=5, tolerance=1e-3)             # stops at a proven gap
+    fast = trwp(mrf, iterations=10, rho=0.55, rounding="sequential", messages=coarse_to_fine(mrf))  # a low energy soon
     gradient = jax.grad(lambda m: loss(trwp(m).beliefs))(mrf)           # to unaries, edge weights and V
 
 Which solver: `trwp` reaches the lowest energies and comes with a lower bound; `isgmr` is loopy min-sum; `sgm` is one
@@ -22,6 +23,7 @@ BibTeX:
 from jaxlib_methods.kernels.scanline import Pairwise as Pairwise
 from jaxlib_methods.message_passing._bounds import chain_lower_bound as chain_lower_bound
 from jaxlib_methods.message_passing._bounds import sequential_rounding as sequential_rounding
+from jaxlib_methods.message_passing._coarse import coarse_to_fine as coarse_to_fine
 from jaxlib_methods.message_passing._cost_volumes import birchfield_tomasi as birchfield_tomasi
 from jaxlib_methods.message_passing._cost_volumes import denoising_unaries as denoising_unaries
 from jaxlib_methods.message_passing._cost_volumes import gradient_cues as gradient_cues
@@ -79,6 +81,7 @@ __all__ = [
     "cauchy",
     "chain_lower_bound",
     "chain_min_marginals",
+    "coarse_to_fine",
     "denoising_unaries",
     "energy",
     "enumerate_energies",

@@ -13,9 +13,19 @@ import jax.numpy as jnp
 
 from jaxlib_methods.kernels.scanline import Pairwise
 from jaxlib_methods.kernels.scanline.pairwise import base_cost
-from jaxlib_methods.kernels.scanline.reference import dense_base, minplus
+from jaxlib_methods.kernels.scanline.reference import dense_base, first_label, minplus
 from jaxlib_methods.message_passing._grid import GridMRF, check
-from jaxlib_methods.message_passing._schedule import Messages, Problem, Schedule, batch_size, from_lines, problem, turn
+from jaxlib_methods.message_passing._schedule import (
+    Messages,
+    Problem,
+    Schedule,
+    batch_size,
+    from_lines,
+    plus_turned,
+    problem,
+    to_lines,
+    turn,
+)
 
 _FOUR = Schedule(4, 1.0, True)
 
@@ -107,7 +117,7 @@ def bound_of(p: Problem, messages: Messages) -> jax.Array:
     total = jnp.zeros((batch,), p.thetas[0].dtype)
     for k in range(2):
         forward, backward = messages[2 * k], messages[2 * k + 1]
-        b = p.thetas[k] + turn(messages[2 - 2 * k] + messages[3 - 2 * k], batch) + (forward + backward)
+        b = plus_turned(p.thetas[k], messages[2 - 2 * k], messages[3 - 2 * k], batch) + (forward + backward)
         weight = None if p.weights is None else p.weights[2 * k]
         total = total + _chain_minima(b, forward, backward, p.pairwise, weight).reshape(batch, -1).sum(-1)
     return total
@@ -142,49 +152,63 @@ def _sequential_rounding(
 def round_sequentially(
     unaries: jax.Array, pairwise: Pairwise, weights: jax.Array | None, messages: Messages
 ) -> jax.Array:
-    """`sequential_rounding` of a batch, (B, H, W)."""
+    """`sequential_rounding` of a batch, (B, H, W).
+
+    Wave k holds the pixels with row + column = k, one of every row: labels first, rows (of all images) last.
+    """
     batch, height, width, num_labels = unaries.shape
-    costs = unaries + from_lines(messages[1], True, batch) + from_lines(messages[3], False, batch)
+    theta, rows = to_lines(unaries, False), batch * height
     waves = width + height - 1
-    costs = _skew(costs)  # (waves, B, H, L)
-    right = None if weights is None else _skew(weights[0][..., None])[..., 0]
-    down = None if weights is None else _skew(weights[2][..., None])[..., 0]
-    label = jnp.arange(num_labels, dtype=jnp.int32).reshape(1, 1, num_labels)
-    row = jnp.arange(height, dtype=jnp.int32).reshape(1, height, 1)
+
+    def one_label(label: jax.Array, costs: jax.Array) -> jax.Array:
+        at = lambda x: jax.lax.dynamic_slice_in_dim(x, label, 1, 1)
+        cost = at(theta) + at(messages[3]) + turn(jax.lax.optimization_barrier(at(messages[1])), batch)
+        cost = from_lines(jax.lax.optimization_barrier(cost), False, batch)[..., 0]
+        return jax.lax.dynamic_update_slice_in_dim(costs, _skew(cost)[:, None], label, 1)
+
+    costs = jnp.zeros((waves, num_labels, rows), unaries.dtype)
+    costs = jax.lax.fori_loop(0, num_labels, one_label, costs)
+    right = None if weights is None else _skew(weights[0])
+    down = None if weights is None else _skew(weights[2])
+    label = jax.lax.broadcasted_iota(jnp.int32, (num_labels, rows), 0)
+    row = jnp.arange(rows, dtype=jnp.int32)[None] % height
     scale = jnp.asarray(pairwise.weight).astype(unaries.dtype)
 
     elementwise = pairwise.kind in ("potts", "truncated_linear")
     table = None if elementwise else dense_base(pairwise, num_labels, unaries.dtype)
 
     def cost_of(neighbour: jax.Array, weight: jax.Array | None, exists: jax.Array) -> jax.Array:
-        shape = (batch, height, num_labels)
-        mu, lam = jnp.broadcast_to(neighbour[..., None], shape), jnp.broadcast_to(label, shape)
-        v = scale * (base_cost(pairwise, mu, lam, unaries.dtype) if elementwise else table[neighbour])
-        v = v if weight is None else v * weight[..., None]
+        if elementwise:
+            v = base_cost(pairwise, jnp.broadcast_to(neighbour[None], label.shape), label, unaries.dtype)
+        else:
+            v = table[neighbour].T
+        v = scale * v if weight is None else scale * v * weight[None]
         return jnp.where(exists, v, jnp.zeros_like(v))
 
-    def wave(previous: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def wave(k: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        previous, labels = carry
         at = lambda x: None if x is None else jax.lax.dynamic_index_in_dim(x, k, keepdims=False)
-        above = jnp.concatenate([previous[:, :1], previous[:, :-1]], axis=1)
+        above = jnp.roll(previous, 1)  # of first rows nobody asks
         total = at(costs) + cost_of(previous, at(right), k - row > 0) + cost_of(above, at(down), row > 0)
-        x = jnp.argmin(total, -1).astype(jnp.int32)
-        return x, x
+        x = first_label(total == total.min(0, keepdims=True))
+        return x, jax.lax.dynamic_update_index_in_dim(labels, x, k, 0)
 
-    start = jnp.zeros((batch, height), jnp.int32)
-    _, labels = jax.lax.scan(wave, start, jnp.arange(waves, dtype=jnp.int32))
-    return _unskew(labels, width)
+    start = (jnp.zeros(rows, jnp.int32), jnp.zeros((waves, rows), jnp.int32))
+    _, labels = jax.lax.fori_loop(0, waves, wave, start)
+    return _unskew(labels, batch, width)
 
 
 def _skew(x: jax.Array) -> jax.Array:
-    """(B, H, W, C) to (W + H - 1, B, H, C) with y[r + c, :, r] = x[:, r, c]: row r waits r steps."""
-    batch, height, width, channels = x.shape
-    padded = jnp.pad(x, ((0, 0), (0, 0), (0, height), (0, 0)))
-    flat = padded.reshape(batch, height * (width + height), channels)[:, : height * (width + height - 1)]
-    return flat.reshape(batch, height, width + height - 1, channels).transpose(2, 0, 1, 3)
+    """(B, H, W) to (W + H - 1, B H) with y[r + c, b H + r] = x[b, r, c]: row r waits r steps."""
+    batch, height, width = x.shape
+    padded = jnp.pad(x, ((0, 0), (0, 0), (0, height)))
+    flat = padded.reshape(batch, height * (width + height))[:, : height * (width + height - 1)]
+    return flat.reshape(batch * height, width + height - 1).T
 
 
-def _unskew(x: jax.Array, width: int) -> jax.Array:
-    """(W + H - 1, B, H) to (B, H, W)."""
-    waves, batch, height = x.shape
-    flat = jnp.pad(x.transpose(1, 2, 0).reshape(batch, height * waves), ((0, 0), (0, height)))
+def _unskew(x: jax.Array, batch: int, width: int) -> jax.Array:
+    """(W + H - 1, B H) to (B, H, W)."""
+    waves, rows = x.shape
+    height = rows // batch
+    flat = jnp.pad(x.T.reshape(batch, height * waves), ((0, 0), (0, height)))
     return flat.reshape(batch, height, waves + 1)[:, :, :width]

@@ -4,6 +4,7 @@ Shared by the TPU and the GPU kernel, which differ in how a label vector is redu
 A "row" holds one value per line; each backend has its own shape for it.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxlib_methods.kernels.scanline.cost import MAX_WINDOW, window_radius
 from jaxlib_methods.kernels.scanline.pairwise import Pairwise, base_cost
 from jaxlib_methods.kernels.scanline.reference import _pairwise_gradient as pairwise_gradient
+from jaxlib_methods.kernels.scanline.request import Backward
 
 # Truncated linear by a window up to this T: 2 (T - 1) shifts of values only, where doubling also shifts the indices.
 MAX_WINDOW_TRUNCATION = 4
@@ -30,6 +32,18 @@ class Lanes(NamedTuple):
     least: Callable[[Any], Any]
     total: Callable[[Any], Any]
     shifts: Callable[[Any], Callable[[int, Any], Any]]
+
+
+def structure(pairwise: Pairwise) -> Pairwise:
+    """Static facts only: a kernel must not close over arrays."""
+    shape = lambda x: None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return dataclasses.replace(pairwise, weight=None, profile=shape(pairwise.profile), table=shape(pairwise.table))
+
+
+def require(reason: str | None) -> None:
+    """Raises if there is a reason why a kernel cannot be used."""
+    if reason is not None:
+        raise NotImplementedError(reason)
 
 
 def form(pairwise: Pairwise, num_labels: int) -> str:
@@ -175,33 +189,23 @@ def route(
     return routed + jnp.where(label == lanes.spread(sender), lanes.spread(floor), zero)
 
 
-def pairwise_gradients(
-    dm: jax.Array,
-    opposite_ds: jax.Array | None,
-    ds: jax.Array,
-    p: jax.Array,
-    q: jax.Array,
-    pairwise: Pairwise,
-    edge_weight: jax.Array | None,
-    *,
-    rho: float,
-    reverse: bool,
-) -> tuple[jax.Array | None, Pairwise]:
+def pairwise_gradients(request: Backward, ds: jax.Array) -> tuple[jax.Array | None, Pairwise]:
     """(dw, dpairwise) of a whole sweep along the lines, from its dS: no recursion is left, so XLA does it.
 
     dS of a pixel is what the pixel after it sent back, so v = dm + rho dS + (rho - 1) opposite_ds, less its sum at Q,
     is known everywhere at once. A caller who does not use these gradients does not pay for them under `jax.jit`.
     """
+    dm, pairwise, edge_weight = request.dm, request.pairwise, request.edge_weight
     positions, num_labels, _ = dm.shape
     label = jax.lax.broadcasted_iota(jnp.int32, dm.shape, 1)
-    p, q = p.astype(jnp.int32), q.astype(jnp.int32)
+    p, q = request.p.astype(jnp.int32), request.q.astype(jnp.int32)
     zero = jnp.zeros_like(dm)
-    v = dm + jnp.asarray(rho, dm.dtype) * ds
-    if opposite_ds is not None:
-        v += jnp.asarray(rho - 1.0, dm.dtype) * opposite_ds
+    v = dm + jnp.asarray(request.rho, dm.dtype) * ds
+    if request.opposite is not None:
+        v += jnp.asarray(request.rho - 1.0, dm.dtype) * request.opposite
     v = v - jnp.where(label == q[:, None], v.sum(1, keepdims=True), zero)
     # The first pixel of a line receives nothing; its indices are unspecified.
-    first = jnp.arange(positions, dtype=jnp.int32)[:, None, None] == (positions - 1 if reverse else 0)
+    first = jnp.arange(positions, dtype=jnp.int32)[:, None, None] == (positions - 1 if request.reverse else 0)
     v, p = jnp.where(first, zero, v), jnp.where(first, label, p)
     weighted = v if edge_weight is None else v * edge_weight[:, None]
     dw = None

@@ -12,8 +12,8 @@ Index ties go to the lowest label. Where V is a `semimetric`, Q is the argmin of
 message too, except at w_i = 0, where every label is one. P and Q at the first position are unspecified; no gradient
 passes there.
 
-An implementation is a module with `sweep` and `sweep_backward` of the signatures below (without `implementation`),
-called with validated arguments; it raises `NotImplementedError` with the reason where it does not support them.
+An implementation is a module with `sweep(request)` and `sweep_backward(request)`, called with a validated
+`request.Sweep` or `request.Backward`; it raises `NotImplementedError` with the reason where it does not support it.
 """
 
 import importlib
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.kernels.scanline.pairwise import Pairwise
+from jaxlib_methods.kernels.scanline.request import Backward, Sweep
 
 IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
 _MODULE = {"xla": "reference", "pallas_gpu": "pallas_gpu", "pallas_tpu": "pallas_tpu"}
@@ -93,13 +94,20 @@ def sweep(
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    _check(u, opposite, pairwise, edge_weight, rho, step, images)
-    return _dispatch(
-        "sweep",
-        implementation,
-        (u, opposite, pairwise, edge_weight),
-        {"rho": rho, "reverse": reverse, "with_indices": with_indices, "step": step, "images": images, "out": out},
+    request = Sweep(
+        u=u,
+        opposite=opposite,
+        pairwise=pairwise,
+        edge_weight=edge_weight,
+        rho=rho,
+        reverse=reverse,
+        with_indices=with_indices,
+        step=step,
+        images=images,
+        out=out,
     )
+    _check("u", request, opposite)
+    return _dispatch("sweep", implementation, request)
 
 
 def sweep_backward(
@@ -161,41 +169,48 @@ def sweep_backward(
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    _check(dm, opposite_ds, pairwise, edge_weight, rho, step, images)
+    request = Backward(
+        dm=dm,
+        opposite_ds=opposite_ds,
+        p=p,
+        q=q,
+        pairwise=pairwise,
+        edge_weight=edge_weight,
+        rho=rho,
+        reverse=reverse,
+        step=step,
+        images=images,
+        out=out,
+    )
+    _check("dm", request, opposite_ds)
     expected = index_dtype(dm.shape[1])
     if p.shape != dm.shape or q.shape != (dm.shape[0], dm.shape[2]) or p.dtype != expected or q.dtype != expected:
         raise ValueError(
             f"p and q must be {dm.shape} and {(dm.shape[0], dm.shape[2])} of {jnp.dtype(expected)}, "
             f"got {p.shape} of {p.dtype} and {q.shape} of {q.dtype}"
         )
-    return _dispatch(
-        "sweep_backward",
-        implementation,
-        (dm, opposite_ds, p, q, pairwise, edge_weight),
-        {"rho": rho, "reverse": reverse, "step": step, "images": images, "out": out},
-    )
+    return _dispatch("sweep_backward", implementation, request)
 
 
-def _check(
-    u: jax.Array,
-    opposite: jax.Array | None,
-    pairwise: Pairwise,
-    edge_weight: jax.Array | None,
-    rho: float,
-    step: tuple[int, int],
-    images: int,
-) -> None:
-    """Static facts only: shapes, dtypes and Python values."""
-    if u.ndim != 3 or u.dtype not in (jnp.float32, jnp.float64):
-        raise ValueError(f"u must be [positions, L, lines] of float32 or float64, got {u.shape} of {u.dtype}")
-    positions, num_labels, lines = u.shape
+def _check(name: str, request: Sweep | Backward, opposite: jax.Array | None) -> None:
+    """Static facts only: shapes, dtypes and Python values. `name` is that of the array that the others follow."""
+    costs, pairwise, edge_weight = request.costs, request.pairwise, request.edge_weight
+    step, images = request.step, request.images
+    if costs.ndim != 3 or costs.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"{name} must be [positions, L, lines] of float32 or float64, got {costs.shape} of {costs.dtype}"
+        )
+    positions, num_labels, lines = costs.shape
     if num_labels > MAX_LABELS:
         raise ValueError(f"at most {MAX_LABELS} labels fit the uint16 indices, got {num_labels}")
-    if opposite is not None and (opposite.shape != u.shape or opposite.dtype != u.dtype):
-        raise ValueError(f"opposite must be like u, {u.shape} of {u.dtype}, got {opposite.shape} of {opposite.dtype}")
-    if edge_weight is not None and (edge_weight.shape != (positions, lines) or edge_weight.dtype != u.dtype):
+    if opposite is not None and (opposite.shape != costs.shape or opposite.dtype != costs.dtype):
         raise ValueError(
-            f"edge_weight must be [positions, lines] = {(positions, lines)} of {u.dtype}, "
+            f"the opposite's array must be like {name}, {costs.shape} of {costs.dtype}, "
+            f"got {opposite.shape} of {opposite.dtype}"
+        )
+    if edge_weight is not None and (edge_weight.shape != (positions, lines) or edge_weight.dtype != costs.dtype):
+        raise ValueError(
+            f"edge_weight must be [positions, lines] = {(positions, lines)} of {costs.dtype}, "
             f"got {edge_weight.shape} of {edge_weight.dtype}"
         )
     if (pairwise.kind == "toeplitz") == (pairwise.profile is None) or (pairwise.kind == "table") == (
@@ -206,23 +221,23 @@ def _check(
         raise ValueError(
             f"table must be {(num_labels, num_labels)} for {num_labels} labels, got {pairwise.table.shape}"
         )
-    if not 0.0 < rho <= 1.0:
-        raise ValueError(f"rho must lie in (0, 1], got {rho}")
+    if not 0.0 < request.rho <= 1.0:
+        raise ValueError(f"rho must lie in (0, 1], got {request.rho}")
     if step[0] < 1 or images < 1 or lines % images:
         raise ValueError(
             f"step[0] must be positive and images divide the {lines} lines, got step={step}, images={images}"
         )
 
 
-def _dispatch(function: str, implementation: str | None, arguments: tuple, options: dict[str, Any]) -> Any:
+def _dispatch(function: str, implementation: str | None, request: Sweep | Backward) -> Any:
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation is not None:
-        return getattr(_load(implementation), function)(*arguments, **options)
+        return getattr(_load(implementation), function)(request)
     reasons: list[Exception] = []
     for name in _PREFERENCE.get(jax.default_backend(), ("xla",)):
         try:
-            return getattr(_load(name), function)(*arguments, **options)
+            return getattr(_load(name), function)(request)
         except NotImplementedError as reason:
             reasons.append(NotImplementedError(f"{name}: {reason}"))
     raise ExceptionGroup(f"no implementation of {function} supports these arguments", reasons)

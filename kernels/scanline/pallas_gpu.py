@@ -6,12 +6,11 @@ several positions ahead, what it writes leaves through two staging slots, again 
 inside a thread's registers and reductions need no other thread; with k > 1 a shift goes through shared memory.
 
 Lines are padded to whole blocks (a copy: callers who care pass a multiple). What this kernel does not do `can_use` says
-in words. It has not run on a GPU yet: the constants are estimates until they are measured.
+in words. It has not run on a GPU yet.
 """
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -22,96 +21,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib_methods._compat import MOSAIC_GPU_MISSING, mosaic_gpu_store
 from jaxlib_methods.kernels.scanline import _pallas_minplus as mp
 from jaxlib_methods.kernels.scanline.api import index_dtype
-from jaxlib_methods.kernels.scanline.cost import window_radius
 from jaxlib_methods.kernels.scanline.pairwise import Pairwise
+from jaxlib_methods.kernels.scanline.pallas_gpu_config import STAGES, Config, choose, shift_rows
 from jaxlib_methods.kernels.scanline.reference import dense_base
-
-THREADS = 128  # one warpgroup
-# Shared memory of a Hopper block, less what the compiler takes for barriers and reductions across warps.
-SMEM_BUDGET = 232448 - 8192
-# Threads that may share the labels of one line; with 16 a row of uint8 indices is narrower than the TMA's 16 bytes.
-LANES_PER_LINE = (1, 2, 4, 8)
-# Registers hold several label vectors at once; beyond this many labels a thread they spill. An estimate.
-LABELS_PER_LANE = 32
-MAX_LABELS_PER_LANE = 64
-# Positions in flight: enough to hide a fetch from memory behind as many steps. An estimate.
-MAX_SLOTS = 4
-MIN_SLOTS = 2
-STAGES = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How a label vector is laid out and how far the loads run ahead.
-
-    Attributes:
-      lanes: threads that share the label vector of one line, k.
-      slots: positions in the ring of loads.
-
-    Source: this library.
-    """
-
-    lanes: int
-    slots: int
-
-    @property
-    def lines(self) -> int:
-        """Lines of a block.
-
-        Source: this library.
-        """
-        return THREADS // self.lanes
-
-    @property
-    def layout(self) -> Any:
-        """Registers of a label vector block [L, lines].
-
-        Source: this library.
-        """
-        if self.lanes == 1:
-            tiling = plgpu.Tiling(((1, 128), (32,), (1,)))
-            return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
-        k = self.lanes
-        tiling = plgpu.Tiling(((k, 128 // k), (k, 32 // k), (1,)))
-        return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
-
-
-def smem_bytes(num_labels: int, config: Config, pairwise: Pairwise, *, backward: bool = False) -> int:
-    """Shared memory of one block, for the widest case: both inputs, edge weights and indices.
-
-    Source: this library.
-    """
-    rows, index = num_labels * config.lines, num_labels * config.lines + config.lines
-    if backward:
-        slot, stage = 2 * 4 * rows + index, 4 * rows
-    else:
-        slot, stage = 2 * 4 * rows + 4 * config.lines, 4 * rows + index
-    shifted = 4 * config.lines * sum(_shift_rows(num_labels, config, pairwise, backward=backward))
-    return config.slots * slot + STAGES * stage + shifted
-
-
-def choose(num_labels: int, pairwise: Pairwise, lines: int | None = None) -> Config | str:
-    """The layout for a label count, or the reason why there is none.
-
-    The fewest lanes a line with which a thread holds at most `LABELS_PER_LANE` labels, since a reduction over more
-    lanes takes more shuffles. More lanes make smaller blocks: the fewest whose blocks divide `lines` come first, since
-    padding copies every array. Then the longest ring that fits.
-
-    Source: this library.
-    """
-    fitting = [k for k in LANES_PER_LINE if num_labels % k == 0 and num_labels // k <= MAX_LABELS_PER_LANE]
-    comfortable = [k for k in fitting if num_labels // k <= LABELS_PER_LANE] or fitting[-1:]
-    dividing = [k for k in comfortable if lines is not None and lines % Config(k, 1).lines == 0]
-    for k in (*dividing, *comfortable):
-        for slots in range(MAX_SLOTS, MIN_SLOTS - 1, -1):
-            config = Config(k, slots)
-            if all(smem_bytes(num_labels, config, pairwise, backward=b) <= SMEM_BUDGET for b in (False, True)):
-                return config
-    return (
-        f"{num_labels} labels fit no register layout: of {LANES_PER_LINE} lanes per line "
-        f"one must divide the labels, leave at most {MAX_LABELS_PER_LANE} a "
-        f"lane, and {MIN_SLOTS} positions within {SMEM_BUDGET} bytes of shared memory"
-    )
+from jaxlib_methods.kernels.scanline.request import Backward, Sweep
 
 
 def can_use(shape: tuple[int, ...], dtype: Any, pairwise: Pairwise, *, step: tuple[int, int] = (1, 0)) -> str | None:
@@ -159,28 +72,22 @@ def device_reason() -> str | None:
 
 
 def sweep(
-    u: jax.Array,
-    opposite: jax.Array | None,
-    pairwise: Pairwise,
-    edge_weight: jax.Array | None = None,
-    *,
-    rho: float,
-    reverse: bool = False,
-    with_indices: bool = False,
-    step: tuple[int, int] = (1, 0),
-    images: int = 1,
-    out: jax.Array | None = None,
-    config: Config | None = None,
-    interpret: Any = None,
+    request: Sweep, *, config: Config | None = None, interpret: Any = None
 ) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
     """See `jaxlib_methods.kernels.scanline.sweep`.
 
-    Args beyond those: `config` overrides the chosen layout, `interpret` runs the kernel body on the CPU, for tests.
+    Lines never meet at step (1, 0), and XLA places the result: `images` and `out` do not matter here.
+
+    Args:
+      request: the sweep.
+      config: overrides the chosen layout.
+      interpret: runs the kernel body on the CPU, for tests.
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    del images, out  # lines never meet at step (1, 0); XLA places the result
-    _require(can_use(u.shape, u.dtype, pairwise, step=step) or device_reason())
+    u, opposite, pairwise, edge_weight = request.u, request.opposite, request.pairwise, request.edge_weight
+    with_indices, rho = request.with_indices, request.rho
+    mp.require(can_use(u.shape, u.dtype, pairwise, step=request.step) or device_reason())
     _, num_labels, lines = u.shape
     config = choose(num_labels, pairwise, lines) if config is None else config
     padded = _pad_lines(lines, config)
@@ -199,7 +106,7 @@ def sweep(
     outputs = {"m": u.dtype}
     if with_indices:
         outputs |= {"p": index_dtype(num_labels), "q": index_dtype(num_labels)}
-    product = functools.partial(_product, pairwise=_structure(pairwise), with_indices=with_indices)
+    product = functools.partial(_product, pairwise=mp.structure(pairwise), with_indices=with_indices)
 
     def visit(n: jax.Array, a: jax.Array, read: Any, kept: dict[str, Any], tools: Any) -> tuple[jax.Array, dict]:
         m, p, q = product(a, kept, read("scale") if "scale" in streams else kept["scale"], tools)
@@ -218,8 +125,8 @@ def sweep(
         outputs,
         shape=u.shape,
         config=config,
-        reverse=reverse,
-        shift_rows=_shift_rows(num_labels, config, pairwise, backward=False),
+        reverse=request.reverse,
+        shift_rows=shift_rows(num_labels, config, pairwise, backward=False),
         name="scanline_sweep",
         interpret=interpret,
     )
@@ -243,33 +150,22 @@ def _product(
 
 
 def sweep_backward(
-    dm: jax.Array,
-    opposite_ds: jax.Array | None,
-    p: jax.Array,
-    q: jax.Array,
-    pairwise: Pairwise,
-    edge_weight: jax.Array | None = None,
-    *,
-    rho: float,
-    reverse: bool = False,
-    step: tuple[int, int] = (1, 0),
-    images: int = 1,
-    out: jax.Array | None = None,
-    config: Config | None = None,
-    interpret: Any = None,
+    request: Backward, *, config: Config | None = None, interpret: Any = None
 ) -> tuple[jax.Array, jax.Array | None, Pairwise]:
     """See `jaxlib_methods.kernels.scanline.sweep_backward`.
 
-    Args beyond those: `config` overrides the chosen layout, `interpret` runs the kernel body on the CPU, for tests.
+    Args:
+      request: the way back of a sweep.
+      config: overrides the chosen layout.
+      interpret: runs the kernel body on the CPU, for tests.
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    del images, out
-    _require(can_use(dm.shape, dm.dtype, pairwise, step=step) or device_reason())
+    dm, opposite_ds, p, q, pairwise = request.dm, request.opposite, request.p, request.q, request.pairwise
+    rho = request.rho
+    mp.require(can_use(dm.shape, dm.dtype, pairwise, step=request.step) or device_reason())
     _, num_labels, lines = dm.shape
     config = choose(num_labels, pairwise, lines) if config is None else config
-    if rho == 1.0:
-        opposite_ds = None
     padded = _pad_lines(lines, config)
     streams = {"dm": dm, "p": p, "q": q} | ({} if opposite_ds is None else {"opposite": opposite_ds})
     streams = {name: padded(x) for name, x in streams.items()}
@@ -293,13 +189,13 @@ def sweep_backward(
         {"ds": dm.dtype},
         shape=dm.shape,
         config=config,
-        reverse=not reverse,
-        shift_rows=_shift_rows(num_labels, config, pairwise, backward=True),
+        reverse=not request.reverse,
+        shift_rows=shift_rows(num_labels, config, pairwise, backward=True),
         name="scanline_sweep_backward",
         interpret=interpret,
     )
     ds = ds[..., :lines]
-    return ds, *mp.pairwise_gradients(dm, opposite_ds, ds, p, q, pairwise, edge_weight, rho=rho, reverse=reverse)
+    return ds, *mp.pairwise_gradients(request, ds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -483,36 +379,6 @@ def _lanes(label: jax.Array, config: Config, scratch: list[Any]) -> mp.Lanes:
     )
 
 
-def _shift_rows(num_labels: int, config: Config, pairwise: Pairwise, *, backward: bool) -> tuple[int, ...]:
-    """Rows of the shared-memory blocks that shifts (float32, then int32) and loops over the senders go through."""
-    radius = mp.route_radius(pairwise, num_labels) if backward else None
-    how = mp.form(pairwise, num_labels)
-    if radius is None if backward else how == "table":
-        return (num_labels,)
-    if config.lanes == 1:
-        return ()
-    if backward:
-        return (num_labels + 2 * radius,) * 2 if radius else ()
-    if how == "potts":
-        return ()
-    if how == "doubling":
-        farthest = 2 ** (math.ceil(math.log2(min(pairwise.truncation, num_labels))) - 1)
-        return (num_labels + 2 * farthest,) * 2
-    radius = pairwise.truncation - 1 if pairwise.kind == "truncated_linear" else window_radius(pairwise, num_labels)
-    return (num_labels + 2 * radius,)
-
-
 def _pad_lines(lines: int, config: Config) -> Any:
     missing = -lines % config.lines
     return lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
-
-
-def _structure(pairwise: Pairwise) -> Pairwise:
-    """Static facts only: a kernel must not close over arrays."""
-    shape = lambda x: None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return dataclasses.replace(pairwise, weight=None, profile=shape(pairwise.profile), table=shape(pairwise.table))
-
-
-def _require(reason: str | None) -> None:
-    if reason is not None:
-        raise NotImplementedError(reason)

@@ -21,6 +21,7 @@ from jaxlib_methods.kernels.scanline.api import index_dtype
 from jaxlib_methods.kernels.scanline.cost import backward_cost_estimate, cost_estimate
 from jaxlib_methods.kernels.scanline.pairwise import Pairwise
 from jaxlib_methods.kernels.scanline.reference import dense_base
+from jaxlib_methods.kernels.scanline.request import Backward, Sweep
 
 LANES = 128
 # Blocks are double-buffered; half of the smallest VMEM of the supported chips (16 MiB) leaves the rest to the compiler.
@@ -87,30 +88,20 @@ def can_use(shape: tuple[int, ...], dtype: Any, pairwise: Pairwise, *, step: tup
     return None
 
 
-def sweep(
-    u: jax.Array,
-    opposite: jax.Array | None,
-    pairwise: Pairwise,
-    edge_weight: jax.Array | None = None,
-    *,
-    rho: float,
-    reverse: bool = False,
-    with_indices: bool = False,
-    step: tuple[int, int] = (1, 0),
-    images: int = 1,
-    out: jax.Array | None = None,
-    interpret: Any = False,
-) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
+def sweep(request: Sweep, *, interpret: Any = False) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
     """See `jaxlib_methods.kernels.scanline.sweep`. `interpret` runs the kernel body on the CPU, for tests.
+
+    Lines never meet at step (1, 0), and XLA places the result: `images` and `out` do not matter here.
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    del images, out  # lines never meet at step (1, 0); XLA places the result
-    _require(can_use(u.shape, u.dtype, pairwise, step=step))
+    u, opposite, pairwise, edge_weight = request.u, request.opposite, request.pairwise, request.edge_weight
+    with_indices = request.with_indices
+    mp.require(can_use(u.shape, u.dtype, pairwise, step=request.step))
     positions, num_labels, lines = u.shape
     arrays = 2 + (opposite is not None)
     block = block_positions(u.shape, pairwise, arrays=arrays, indices=with_indices)
-    spec = functools.partial(_spec, positions, lines, block, reverse)
+    spec = functools.partial(_spec, positions, lines, block, request.reverse)
 
     operands, in_specs = [u], [spec(num_labels)]
     if opposite is not None:
@@ -143,10 +134,10 @@ def sweep(
     results = pl.pallas_call(
         functools.partial(
             _sweep_kernel,
-            pairwise=_structure(pairwise),
+            pairwise=mp.structure(pairwise),
             positions=positions,
-            rho=rho,
-            reverse=reverse,
+            rho=request.rho,
+            reverse=request.reverse,
             has_opposite=opposite is not None,
             weighted=edge_weight is not None,
             with_indices=with_indices,
@@ -216,33 +207,17 @@ def _sweep_kernel(
     jax.lax.fori_loop(0, block, visit, None)
 
 
-def sweep_backward(
-    dm: jax.Array,
-    opposite_ds: jax.Array | None,
-    p: jax.Array,
-    q: jax.Array,
-    pairwise: Pairwise,
-    edge_weight: jax.Array | None = None,
-    *,
-    rho: float,
-    reverse: bool = False,
-    step: tuple[int, int] = (1, 0),
-    images: int = 1,
-    out: jax.Array | None = None,
-    interpret: Any = False,
-) -> tuple[jax.Array, jax.Array | None, Pairwise]:
+def sweep_backward(request: Backward, *, interpret: Any = False) -> tuple[jax.Array, jax.Array | None, Pairwise]:
     """See `jaxlib_methods.kernels.scanline.sweep_backward`. `interpret` runs the kernel body on the CPU, for tests.
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    del images, out
-    _require(can_use(dm.shape, dm.dtype, pairwise, step=step))
+    dm, opposite_ds, p, q, pairwise = request.dm, request.opposite, request.p, request.q, request.pairwise
+    mp.require(can_use(dm.shape, dm.dtype, pairwise, step=request.step))
     positions, num_labels, lines = dm.shape
-    if rho == 1.0:
-        opposite_ds = None
     arrays = 2 + (opposite_ds is not None)
     block = block_positions(dm.shape, pairwise, arrays=arrays, indices=True)
-    spec = functools.partial(_spec, positions, lines, block, not reverse)
+    spec = functools.partial(_spec, positions, lines, block, not request.reverse)
     operands, in_specs = [dm], [spec(num_labels)]
     if opposite_ds is not None:
         operands.append(opposite_ds)
@@ -253,10 +228,10 @@ def sweep_backward(
     ds = pl.pallas_call(
         functools.partial(
             _backward_kernel,
-            pairwise=_structure(pairwise),
+            pairwise=mp.structure(pairwise),
             positions=positions,
-            rho=rho,
-            reverse=reverse,
+            rho=request.rho,
+            reverse=request.reverse,
             has_opposite=opposite_ds is not None,
         ),
         grid=(pl.cdiv(lines, LANES), pl.cdiv(positions, block)),
@@ -269,7 +244,7 @@ def sweep_backward(
         interpret=interpret,
         name="scanline_sweep_backward",
     )(*operands)
-    return ds, *mp.pairwise_gradients(dm, opposite_ds, ds, p, q, pairwise, edge_weight, rho=rho, reverse=reverse)
+    return ds, *mp.pairwise_gradients(request, ds)
 
 
 def _backward_kernel(
@@ -375,24 +350,6 @@ def _spec(positions: int, lines: int, block: int, down: bool, rows: int) -> pl.B
 
 def _compiler_params() -> Any:
     return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
-
-
-def _structure(pairwise: Pairwise) -> Pairwise:
-    """Static facts only: a kernel must not close over arrays."""
-    shape = lambda x: None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return Pairwise(
-        pairwise.kind,
-        None,
-        shape(pairwise.profile),
-        shape(pairwise.table),
-        truncation=pairwise.truncation,
-        semimetric=pairwise.semimetric,
-    )
-
-
-def _require(reason: str | None) -> None:
-    if reason is not None:
-        raise NotImplementedError(reason)
 
 
 def _round_up(x: int, multiple: int) -> int:

@@ -19,68 +19,45 @@ import jax.numpy as jnp
 from jaxlib_methods.kernels.scanline.api import index_dtype
 from jaxlib_methods.kernels.scanline.cost import MAX_WINDOW, window_radius
 from jaxlib_methods.kernels.scanline.pairwise import Pairwise, base_cost
+from jaxlib_methods.kernels.scanline.request import Backward, Sweep
 
 # Sending labels per trip of the table loop: the accumulator is then read and written once for all of them.
 _UNROLL = 8
 
 
-def sweep(
-    u: jax.Array,
-    opposite: jax.Array | None,
-    pairwise: Pairwise,
-    edge_weight: jax.Array | None = None,
-    *,
-    rho: float,
-    reverse: bool = False,
-    with_indices: bool = False,
-    step: tuple[int, int] = (1, 0),
-    images: int = 1,
-    out: jax.Array | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
+def sweep(request: Sweep) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
     """See `jaxlib_methods.kernels.scanline.sweep`.
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    product = lambda a, w: minplus(a, pairwise, w, with_indices)
-    buffers = (jnp.zeros_like(u) if out is None else out,)
-    if with_indices:
+    u, pairwise = request.u, request.pairwise
+    buffers = (jnp.zeros_like(u) if request.out is None else request.out,)
+    if request.with_indices:
         index = index_dtype(u.shape[1])
         buffers = (*buffers, jnp.zeros(u.shape, index), jnp.zeros((u.shape[0], u.shape[2]), index))
+    product = lambda a, w: minplus(a, pairwise, w, request.with_indices)
     # A semimetric V turns the zero carry into a zero message by itself; others need the mask.
-    found = walk(
-        u,
-        opposite,
-        edge_weight,
-        product,
-        buffers,
-        rho=rho,
-        reverse=reverse,
-        step=step,
-        images=images,
-        mask=not pairwise.semimetric,
-    )
-    return found if with_indices else found[0]
+    found = walk(request, product, buffers, mask=not pairwise.semimetric)
+    return found if request.with_indices else found[0]
 
 
 def walk(
-    u: jax.Array,
-    opposite: jax.Array | None,
-    edge_weight: jax.Array | None,
+    request: Sweep,
     product: Callable[[jax.Array, jax.Array | None], tuple[jax.Array, ...]],
     buffers: tuple[jax.Array, ...],
     *,
-    rho: float,
-    reverse: bool,
-    step: tuple[int, int],
-    images: int,
     mask: bool,
 ) -> tuple[jax.Array, ...]:
     """The recursion of a sweep around any `product(a, w_i)`, which returns the message and whatever else is to be kept.
 
+    `mask` sets the messages of first positions to zero where the product does not.
+
     Source: this library.
     """
+    u, opposite, edge_weight = request.u, request.opposite, request.edge_weight
     positions, num_labels, lines = u.shape
-    rows, shift = step
+    rho, reverse, images = jnp.asarray(request.rho, u.dtype), request.reverse, request.images
+    rows, shift = request.step
     shift = -shift if reverse else shift
     inside = _inside(lines, shift, images)
 
@@ -94,10 +71,10 @@ def walk(
         if inside is not None:
             m_i = jnp.where(inside, m_i, jnp.zeros_like(m_i))
         if opposite is None:
-            a = jnp.asarray(rho, u.dtype) * (_at(u, i) + m_i)
+            a = rho * (_at(u, i) + m_i)
         else:
             q_i = _at(opposite, i)
-            a = jnp.asarray(rho, u.dtype) * (_at(u, i) + q_i + m_i) - q_i
+            a = rho * (_at(u, i) + q_i + m_i) - q_i
         buffers = tuple(_put(b, value, i) for b, value in zip(buffers, (m_i, *found[1:]), strict=True))
         return (*senders[1:], a), buffers
 
@@ -118,7 +95,7 @@ def minplus(
     scale = scale[None] if edge_weight is None else scale * edge_weight  # [1 or lines]
     label = jax.lax.broadcasted_iota(jnp.int32, a.shape, 0)
     low = a.min(0, keepdims=True)
-    first = _first_label(a == low) if with_indices else None
+    first = first_label(a == low) if with_indices else None
     p = None
     radius = window_radius(pairwise, num_labels)
 
@@ -149,12 +126,15 @@ def minplus(
     m = t if pairwise.semimetric else t - t.min(0, keepdims=True)
     if not with_indices:
         return (m,)
-    q = first if pairwise.semimetric else _first_label(m == 0)
+    q = first if pairwise.semimetric else first_label(m == 0)
     return m, p.astype(index), q.astype(index)
 
 
-def _first_label(true: jax.Array) -> jax.Array:
-    """Lowest label where `true`; an `argmin` that XLA vectorises on the CPU."""
+def first_label(true: jax.Array) -> jax.Array:
+    """Lowest label where `true`, [lines] of [L, lines]; an `argmin` that XLA vectorises on the CPU.
+
+    Source: this library.
+    """
     num_labels = true.shape[0]
     label = jax.lax.broadcasted_iota(jnp.int32, true.shape, 0)
     return jnp.where(true, label, num_labels - 1).min(0)
@@ -226,31 +206,21 @@ def _table(a: jax.Array, base: jax.Array, scale: jax.Array, with_indices: bool) 
     return found if with_indices else (found[0], None)
 
 
-def sweep_backward(
-    dm: jax.Array,
-    opposite_ds: jax.Array | None,
-    p: jax.Array,
-    q: jax.Array,
-    pairwise: Pairwise,
-    edge_weight: jax.Array | None = None,
-    *,
-    rho: float,
-    reverse: bool = False,
-    step: tuple[int, int] = (1, 0),
-    images: int = 1,
-    out: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None, Pairwise]:
+def sweep_backward(request: Backward) -> tuple[jax.Array, jax.Array | None, Pairwise]:
     """See `jaxlib_methods.kernels.scanline.sweep_backward`.
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
+    dm, opposite_ds, p, q = request.dm, request.opposite, request.p, request.q
+    pairwise, edge_weight = request.pairwise, request.edge_weight
     positions, num_labels, lines = dm.shape
     dtype = dm.dtype
-    rows, shift = step
+    rho, reverse, images = request.rho, request.reverse, request.images
+    rows, shift = request.step
     shift = -shift if reverse else shift
     inside = _inside(lines, shift, images)
     label = jax.lax.broadcasted_iota(jnp.int32, (num_labels, lines), 0)
-    ds = jnp.zeros_like(dm) if out is None else out
+    ds = jnp.zeros_like(dm) if request.out is None else request.out
     dw = None if edge_weight is None else jnp.zeros((positions, lines), dtype)
     histogram = _empty_histogram(pairwise, num_labels, lines, dtype)
     at = lambda k: positions - 1 - k if reverse else k
@@ -262,7 +232,7 @@ def sweep_backward(
         p_i, q_i = _at(p, i).astype(jnp.int32), _at(q, i).astype(jnp.int32)
         ds = _put(ds, sent[0], i)
         v = _at(dm, i) + jnp.asarray(rho, dtype) * sent[0]
-        if opposite_ds is not None and rho != 1.0:
+        if opposite_ds is not None:
             v += jnp.asarray(rho - 1.0, dtype) * _at(opposite_ds, i)
         if inside is not None:
             v = jnp.where(inside, v, jnp.zeros_like(v))

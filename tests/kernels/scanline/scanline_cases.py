@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlib_methods.kernels.scanline import Pairwise, reference
+from jaxlib_methods.kernels.scanline.request import Backward, Sweep
 
 POSITIONS, NUM_LABELS, LINES = 5, 12, 136
 RHO = 0.5  # exact in binary, so integer costs stay exact
@@ -34,6 +35,28 @@ def integers(seed, low, high, *shape):
     return jnp.asarray(np.random.default_rng(seed).integers(low, high, shape), jnp.float32)
 
 
+def forward(module, static, **options):
+    """`module.sweep` as a jitted function of (u, opposite, pairwise, edge_weight), all results wanted."""
+    return jax.jit(
+        lambda u, opposite, pairwise, edge_weight=None: module.sweep(
+            Sweep(
+                u=u, opposite=opposite, pairwise=pairwise, edge_weight=edge_weight, **({"with_indices": True} | static)
+            ),
+            **options,
+        )
+    )
+
+
+def backward(module, static, **options):
+    """`module.sweep_backward` as a jitted function of (dm, opposite_ds, p, q, pairwise, edge_weight)."""
+    return jax.jit(
+        lambda dm, opposite_ds, p, q, pairwise, edge_weight=None: module.sweep_backward(
+            Backward(dm=dm, opposite_ds=opposite_ds, p=p, q=q, pairwise=pairwise, edge_weight=edge_weight, **static),
+            **options,
+        )
+    )
+
+
 @functools.cache
 def problem(name, *, reverse, opposite, weighted, num_labels=NUM_LABELS, lines=LINES):
     """(arguments, options, results) of the reference's sweep."""
@@ -45,8 +68,7 @@ def problem(name, *, reverse, opposite, weighted, num_labels=NUM_LABELS, lines=L
         integers(2, 0, 3, POSITIONS, lines) if weighted else None,
     )
     options = {"rho": RHO, "reverse": reverse}
-    run = jax.jit(functools.partial(reference.sweep, with_indices=True, **options))
-    return arguments, options, run(*arguments)
+    return arguments, options, forward(reference, options)(*arguments)
 
 
 @functools.cache
@@ -63,7 +85,7 @@ def backward_problem(name, *, reverse, opposite, weighted, lines=LINES):
         pairwise,
         edge_weight,
     )
-    return arguments, options, jax.jit(functools.partial(reference.sweep_backward, **options))(*arguments)
+    return arguments, options, backward(reference, options)(*arguments)
 
 
 def assert_same_sweep(found, expected, reverse):

@@ -19,11 +19,14 @@ from tests.kernels.scanline.scanline_cases import (
     PAIRWISE,
     assert_same_backward,
     assert_same_sweep,
+    backward,
     backward_problem,
+    forward,
     problem,
 )
 
 pallas_gpu = pytest.importorskip("jaxlib_methods.kernels.scanline.pallas_gpu")
+layouts = pytest.importorskip("jaxlib_methods.kernels.scanline.pallas_gpu_config")
 needs_mosaic = pytest.mark.skipif(_compat.MOSAIC_GPU_MISSING is not None, reason=str(_compat.MOSAIC_GPU_MISSING))
 
 # (reverse, opposite, weighted, lanes per line): every path in registers, shifts and table loops across lanes as well
@@ -58,8 +61,8 @@ def interpreted(**options):
 @pytest.mark.parametrize(("name", "reverse", "opposite", "weighted", "lanes"), CASES, ids=IDS)
 def test_interpreted_sweep_equals_the_reference_bit_for_bit(name, reverse, opposite, weighted, lanes):
     arguments, static, expected = problem(name, reverse=reverse, opposite=opposite, weighted=weighted, lines=LINES)
-    options = {"config": pallas_gpu.Config(lanes, slots=3), "interpret": interpreted(), "with_indices": True}
-    found = jax.jit(functools.partial(pallas_gpu.sweep, **options, **static))(*arguments)
+    options = {"config": layouts.Config(lanes, slots=3), "interpret": interpreted()}
+    found = forward(pallas_gpu, static, **options)(*arguments)
     assert_same_sweep(found, expected, reverse)
 
 
@@ -69,8 +72,8 @@ def test_interpreted_backward_equals_the_reference_bit_for_bit(name, reverse, op
     arguments, static, expected = backward_problem(
         name, reverse=reverse, opposite=opposite, weighted=weighted, lines=LINES
     )
-    options = {"config": pallas_gpu.Config(lanes, slots=2), "interpret": interpreted()}
-    found = jax.jit(functools.partial(pallas_gpu.sweep_backward, **options, **static))(*arguments)
+    options = {"config": layouts.Config(lanes, slots=2), "interpret": interpreted()}
+    found = backward(pallas_gpu, static, **options)(*arguments)
     assert_same_backward(found, expected)
 
 
@@ -79,8 +82,8 @@ def test_eight_lanes_as_for_256_labels():
     arguments, static, expected = problem(
         "linear_doubling", reverse=True, opposite=True, weighted=True, num_labels=16, lines=16
     )
-    options = {"config": pallas_gpu.Config(8, slots=4), "interpret": interpreted(), "with_indices": True}
-    found = jax.jit(functools.partial(pallas_gpu.sweep, **options, **static))(*arguments)
+    options = {"config": layouts.Config(8, slots=4), "interpret": interpreted()}
+    found = forward(pallas_gpu, static, **options)(*arguments)
     assert_same_sweep(found, expected, True)
 
 
@@ -89,12 +92,12 @@ def test_eight_lanes_as_for_256_labels():
 @pytest.mark.parametrize(("name", "reverse", "opposite", "weighted", "lanes"), CASES, ids=IDS)
 def test_on_the_device_as_in_the_interpreter(name, reverse, opposite, weighted, lanes):
     flags = {"reverse": reverse, "opposite": opposite, "weighted": weighted}
-    options = {"config": pallas_gpu.Config(lanes, slots=3)}
+    options = {"config": layouts.Config(lanes, slots=3)}
     arguments, static, expected = problem(name, **flags)
-    found = jax.jit(functools.partial(pallas_gpu.sweep, with_indices=True, **options, **static))(*arguments)
+    found = forward(pallas_gpu, static, **options)(*arguments)
     assert_same_sweep(found, expected, reverse)
     arguments, static, expected = backward_problem(name, **flags)
-    found = jax.jit(functools.partial(pallas_gpu.sweep_backward, **options, **static))(*arguments)
+    found = backward(pallas_gpu, static, **options)(*arguments)
     assert_same_backward(found, expected)
 
 
@@ -103,7 +106,7 @@ def test_messages_do_not_depend_on_whether_indices_are_wanted():
     arguments, static, expected = problem(
         "linear_doubling", reverse=False, opposite=False, weighted=False
     )  # two blocks
-    found = jax.jit(functools.partial(pallas_gpu.sweep, interpret=interpreted(), **static))(*arguments)
+    found = forward(pallas_gpu, static | {"with_indices": False}, interpret=interpreted())(*arguments)
     assert_same_sweep((found,), expected[:1], False)
 
 
@@ -112,8 +115,8 @@ def test_messages_do_not_depend_on_whether_indices_are_wanted():
 def test_no_copy_overtakes_a_read_whatever_the_length_of_the_ring(slots):
     # 16 slots are more than the line has positions. The interpreter raises on a race and fills fresh memory with NaN.
     arguments, static, expected = problem("potts", reverse=True, opposite=True, weighted=True, lines=LINES)
-    options = {"config": pallas_gpu.Config(1, slots), "interpret": interpreted(detect_races=True)}
-    found = jax.jit(functools.partial(pallas_gpu.sweep, with_indices=True, **options, **static))(*arguments)
+    options = {"config": layouts.Config(1, slots), "interpret": interpreted(detect_races=True)}
+    found = forward(pallas_gpu, static, **options)(*arguments)
     assert_same_sweep(found, expected, True)
 
 
@@ -131,8 +134,8 @@ def test_sweeps_of_named_workloads_lower_for_an_h200(spec):
     positions, _, lines = shape = spec.shape(batch=2)
     costs = jax.ShapeDtypeStruct(shape, jnp.float32)
     weights = jax.ShapeDtypeStruct((positions, lines), jnp.float32)
-    forward = functools.partial(scanline.sweep, rho=0.5, with_indices=True, implementation="pallas_gpu")
-    text = export_for_h200(forward, costs, costs, spec.pairwise, weights)
+    sweep = functools.partial(scanline.sweep, rho=0.5, with_indices=True, implementation="pallas_gpu")
+    text = export_for_h200(sweep, costs, costs, spec.pairwise, weights)
     assert "custom_call @mosaic_gpu_v2" in text
 
 
@@ -142,8 +145,8 @@ def test_backwards_of_named_workloads_lower_for_an_h200(spec):
     positions, _, lines = shape = spec.shape(vertical=True)
     costs, p = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.uint8)
     q = jax.ShapeDtypeStruct((positions, lines), jnp.uint8)
-    backward = functools.partial(scanline.sweep_backward, rho=0.5, reverse=True, implementation="pallas_gpu")
-    text = export_for_h200(backward, costs, costs, p, q, spec.pairwise)
+    sweep_back = functools.partial(scanline.sweep_backward, rho=0.5, reverse=True, implementation="pallas_gpu")
+    text = export_for_h200(sweep_back, costs, costs, p, q, spec.pairwise)
     assert "custom_call @mosaic_gpu_v2" in text
 
 
@@ -152,14 +155,14 @@ def test_the_budget_is_the_compilers():
     # One slot more than `choose` grants is refused by the compiler too, or leaves less than its reserve.
     spec = arg_specs.BY_NAME["house"]
     costs = jax.ShapeDtypeStruct((9, 256, 256), jnp.float32)
-    config = pallas_gpu.Config(4, 3)
-    assert pallas_gpu.smem_bytes(256, config, spec.pairwise) > pallas_gpu.SMEM_BUDGET
+    config = layouts.Config(4, 3)
+    assert layouts.smem_bytes(256, config, spec.pairwise) > layouts.SMEM_BUDGET
     with pytest.raises(ValueError, match="shared memory"):
-        export_for_h200(functools.partial(pallas_gpu.sweep, rho=0.5, config=config), costs, costs, spec.pairwise)
+        export_for_h200(forward(pallas_gpu, {"rho": 0.5}, config=config), costs, costs, spec.pairwise)
 
 
 def test_lanes_grow_with_the_labels_and_the_ring_fits_the_shared_memory():
-    chosen = {spec.name: pallas_gpu.choose(spec.num_labels, spec.pairwise) for spec in arg_specs.SPECS}
+    chosen = {spec.name: layouts.choose(spec.num_labels, spec.pairwise) for spec in arg_specs.SPECS}
     assert {name: config.lanes for name, config in chosen.items()} == {
         "tsukuba": 1,
         "map": 1,
@@ -171,28 +174,28 @@ def test_lanes_grow_with_the_labels_and_the_ring_fits_the_shared_memory():
     }
     for spec in arg_specs.SPECS:
         config = chosen[spec.name]
-        assert spec.num_labels // config.lanes <= pallas_gpu.LABELS_PER_LANE
-        assert pallas_gpu.MIN_SLOTS <= config.slots <= pallas_gpu.MAX_SLOTS
-        for backward in (False, True):
-            assert pallas_gpu.smem_bytes(spec.num_labels, config, spec.pairwise, backward=backward) <= (
-                pallas_gpu.SMEM_BUDGET
+        assert spec.num_labels // config.lanes <= layouts.LABELS_PER_LANE
+        assert layouts.MIN_SLOTS <= config.slots <= layouts.MAX_SLOTS
+        for way_back in (False, True):
+            assert layouts.smem_bytes(spec.num_labels, config, spec.pairwise, backward=way_back) <= (
+                layouts.SMEM_BUDGET
             )
 
 
 @pytest.mark.parametrize(("lines", "lanes"), [(384, 1), (320, 2), (288, 4), (304, 8), (300, 1), (8 * 288, 1)])
 def test_blocks_that_divide_the_lines_come_first(lines, lanes):
     tsukuba = arg_specs.BY_NAME["tsukuba"]
-    assert pallas_gpu.choose(tsukuba.num_labels, tsukuba.pairwise, lines).lanes == lanes
+    assert layouts.choose(tsukuba.num_labels, tsukuba.pairwise, lines).lanes == lanes
 
 
 def test_shared_memory_by_hand():
     # 2 slots of u, q (16 labels, 128 lines) and a row of weights; 2 stages of m, P and Q; no shifts for Potts.
     block = 16 * 128
     expected = 2 * (2 * 4 * block + 4 * 128) + 2 * (4 * block + block + 128)
-    assert pallas_gpu.smem_bytes(16, pallas_gpu.Config(1, 2), PAIRWISE["potts"]) == expected
+    assert layouts.smem_bytes(16, layouts.Config(1, 2), PAIRWISE["potts"]) == expected
     # Across lanes a window of radius 2 is read from 16 + 2 * 2 rows of 32 lines.
-    narrow = pallas_gpu.Config(4, 2)
-    extra = pallas_gpu.smem_bytes(16, narrow, PAIRWISE["linear_window"]) - pallas_gpu.smem_bytes(
+    narrow = layouts.Config(4, 2)
+    extra = layouts.smem_bytes(16, narrow, PAIRWISE["linear_window"]) - layouts.smem_bytes(
         16, narrow, PAIRWISE["potts"]
     )
     assert extra == 4 * 32 * 20
@@ -237,5 +240,5 @@ def test_an_old_jax_is_told_so(monkeypatch):
 def test_kernels_carry_their_names():
     u = jax.ShapeDtypeStruct((4, 8, 128), jnp.float32)
     pairwise = Pairwise("potts", np.float32(1), semimetric=True)
-    text = str(jax.make_jaxpr(functools.partial(pallas_gpu.sweep, rho=1.0))(u, None, pairwise))
+    text = str(jax.make_jaxpr(forward(pallas_gpu, {"rho": 1.0}))(u, None, pairwise))
     assert "scanline_sweep" in text

@@ -16,7 +16,9 @@ from tests.kernels.scanline.scanline_cases import (
     PAIRWISE,
     assert_same_backward,
     assert_same_sweep,
+    backward,
     backward_problem,
+    forward,
     problem,
 )
 
@@ -37,7 +39,7 @@ def options(name):
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_interpreted_sweep_equals_the_reference_bit_for_bit(name):
     arguments, static, expected = problem(name, **options(name))
-    found = jax.jit(functools.partial(pallas_tpu.sweep, interpret=True, with_indices=True, **static))(*arguments)
+    found = forward(pallas_tpu, static, interpret=True)(*arguments)
     assert_same_sweep(found, expected, static["reverse"])
 
 
@@ -45,37 +47,37 @@ def test_interpreted_sweep_equals_the_reference_bit_for_bit(name):
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_on_the_device_as_in_the_interpreter(name):
     arguments, static, expected = problem(name, **options(name))
-    found = jax.jit(functools.partial(pallas_tpu.sweep, with_indices=True, **static))(*arguments)
+    found = forward(pallas_tpu, static)(*arguments)
     assert_same_sweep(found, expected, static["reverse"])
     arguments, static, expected = backward_problem(name, **options(name))
-    found = jax.jit(functools.partial(pallas_tpu.sweep_backward, **static))(*arguments)
+    found = backward(pallas_tpu, static)(*arguments)
     assert_same_backward(found, expected)
 
 
 @pytest.mark.parametrize("name", ["potts", "linear_doubling", "table"])
 def test_messages_do_not_depend_on_whether_indices_are_wanted(name):
     arguments, static, expected = problem(name, **options(name))
-    found = jax.jit(functools.partial(pallas_tpu.sweep, interpret=True, **static))(*arguments)
+    found = forward(pallas_tpu, static | {"with_indices": False}, interpret=True)(*arguments)
     assert_same_sweep((found,), expected[:1], static["reverse"])
 
 
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_interpreted_backward_equals_the_reference_bit_for_bit(name):
     arguments, static, expected = backward_problem(name, **options(name))
-    found = jax.jit(functools.partial(pallas_tpu.sweep_backward, interpret=True, **static))(*arguments)
+    found = backward(pallas_tpu, static, interpret=True)(*arguments)
     assert_same_backward(found, expected)
 
 
 def test_a_wide_profile_loops_over_the_senders():
     arguments, static, expected = problem("wide", reverse=True, opposite=True, weighted=True, num_labels=20)
-    found = jax.jit(functools.partial(pallas_tpu.sweep, interpret=True, with_indices=True, **static))(*arguments)
+    found = forward(pallas_tpu, static, interpret=True)(*arguments)
     assert_same_sweep(found, expected, True)
 
 
 def test_many_labels_and_few_lines():
     # uint16 indices, and fewer lines than a register has lanes
     arguments, static, expected = problem("potts", reverse=False, opposite=True, weighted=True, num_labels=260, lines=6)
-    found = jax.jit(functools.partial(pallas_tpu.sweep, interpret=True, with_indices=True, **static))(*arguments)
+    found = forward(pallas_tpu, static, interpret=True)(*arguments)
     assert found[1].dtype == jnp.uint16
     assert_same_sweep(found, expected, False)
 
@@ -84,7 +86,7 @@ def test_many_labels_and_few_lines():
 def test_a_ragged_block_of_rubbish_does_not_reach_the_carry(reverse):
     # 5 positions in blocks of 2: walking down starts in the ragged block, which the interpreter fills with NaN.
     arguments, static, expected = problem("linear_window", reverse=reverse, opposite=True, weighted=True)
-    found = jax.jit(functools.partial(pallas_tpu.sweep, interpret=True, with_indices=True, **static))(*arguments)
+    found = forward(pallas_tpu, static, interpret=True)(*arguments)
     assert jnp.isfinite(found[0]).all()
     assert_same_sweep(found, expected, reverse)
 
@@ -101,13 +103,11 @@ def test_named_workloads_lower_for_a_tpu(spec, vertical, monkeypatch):
     floats, weights = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((shape[0], shape[2]), jnp.float32)
     index = index_dtype(spec.num_labels)
     p, q = jax.ShapeDtypeStruct(shape, index), jax.ShapeDtypeStruct((shape[0], shape[2]), index)
-    forward = functools.partial(
-        scanline.sweep, rho=0.5, reverse=vertical, with_indices=True, implementation="pallas_tpu"
-    )
-    text = export_for_tpu(forward, floats, floats, spec.pairwise, weights if vertical else None)
+    sweep = functools.partial(scanline.sweep, rho=0.5, reverse=vertical, with_indices=True, implementation="pallas_tpu")
+    text = export_for_tpu(sweep, floats, floats, spec.pairwise, weights if vertical else None)
     assert "scanline_sweep" in text and "tpu_custom_call" in text
-    backward = functools.partial(scanline.sweep_backward, rho=0.5, reverse=vertical, implementation="pallas_tpu")
-    text = export_for_tpu(backward, floats, floats, p, q, spec.pairwise, weights if vertical else None)
+    sweep_back = functools.partial(scanline.sweep_backward, rho=0.5, reverse=vertical, implementation="pallas_tpu")
+    text = export_for_tpu(sweep_back, floats, floats, p, q, spec.pairwise, weights if vertical else None)
     assert "scanline_sweep_backward" in text and "tpu_custom_call" in text
 
 
@@ -118,8 +118,7 @@ def test_every_kind_lowers_for_label_counts_off_the_tile(name, num_labels):
     if name == "table":
         pairwise = Pairwise("table", jnp.float32(1), table=jnp.zeros((num_labels, num_labels), jnp.float32))
     u = jax.ShapeDtypeStruct((9, num_labels, 200), jnp.float32)
-    forward = functools.partial(pallas_tpu.sweep, rho=1.0, with_indices=True)
-    assert "tpu_custom_call" in export_for_tpu(forward, u, None, pairwise)
+    assert "tpu_custom_call" in export_for_tpu(forward(pallas_tpu, {"rho": 1.0}), u, None, pairwise)
 
 
 def test_can_use_names_what_is_in_the_way():
