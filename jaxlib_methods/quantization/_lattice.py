@@ -122,7 +122,7 @@ def map_leaves(
                 f"auxiliary variables of {path!r} must be [{len(labels)} labels, ...], got shape {leaf.shape}; "
                 "build them with init_auxiliary, and exclude what is no weight by a rule (regex, None)"
             )
-        out.append(function(labels, leaf, *others))
+        out.append(function(labels, *map(jnp.asarray, (leaf, *others))))  # restored checkpoints may hold NumPy arrays
     return structure.unflatten(out)
 
 

@@ -58,7 +58,7 @@ def pack(network: PyTree, lattice: Lattice) -> PyTree:
     assert_quantized(network, lattice)
     leaves, structure = jax.tree.flatten(network)
     pairs = zip(label_sets(lattice, network), leaves, strict=True)
-    return structure.unflatten([w if labels is None else _pack(labels, w) for labels, w in pairs])
+    return structure.unflatten([w if labels is None else _pack(labels, jnp.asarray(w)) for labels, w in pairs])
 
 
 def _pack(labels: tuple[float, ...], w: jax.Array) -> PackedWeight:

@@ -116,6 +116,15 @@ def test_the_state_holds_the_inverse_temperature_of_the_next_step():
     assert float(qn.label_share(qn.project(aux, lattice, qn.inverse_temperature(state)), lattice)) == 1.0
 
 
+def test_numpy_arrays_as_a_checkpoint_gives_them():
+    lattice = qn.Lattice(projection="tanh")
+    x = np.float32([[0.3, -0.1]])
+    network = qn.quantize({"w": x}, lattice)
+    np.testing.assert_array_equal(network["w"], [[1, -1]])
+    np.testing.assert_array_equal(qn.unpack(qn.pack(jax.device_get(network), lattice))["w"], [[1, -1]])
+    assert qn.project({"w": x}, lattice, 1e6)["w"].tolist() == [[1, -1]]
+
+
 def test_label_sets_by_path_the_first_rule_wins():
     rules = (("bn/", None), ("^head/", (-1, 0, 1)), ("wide", (-2, -1, 1, 2)))
     lattice = qn.Lattice((0.25, -0.5), rules, "softmax")
