@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlib_methods import optimizers, pruning
+from jaxlib_methods import optimizers, pruning, quantization
 from jaxlib_methods.normalization import orthogonal_retraction
 from jaxlib_methods.optimizers import agd, geoprec_gd, scale_by_agd, scale_by_pullback_metric
 
@@ -80,6 +80,29 @@ SLOW_VALLEY = {"rosenbrock": "plain momentum at a step that is stable everywhere
 RING = {"tree_map_params": "a history has one axis more than the parameters, and is mapped all the same"}
 
 HALF_PRUNED = {"rosenbrock": "its minimum needs the entry that is pruned"}
+
+SOFTMAX, SPARSEMAX, ARGMAX, TANH, ROUND = (
+    quantization.Lattice(projection=name) for name in ("softmax", "sparsemax", "argmax", "tanh", "round")
+)
+# Gradients of these rules are with respect to u or w, not to the parameters, the auxiliary variables.
+AUXILIARY = dict.fromkeys(
+    ("parabola", "rosenbrock", "matrix", "mixed_ranks"), "its parameters project to the labels; it descends in those"
+)
+
+
+def two_labels(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    """Auxiliary variables [2, ...] of a kernel and a bias."""
+    return jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), default_example(dtype))
+
+
+def within(limit: float) -> Callable[[Any], Any]:
+    """Clips every entry to [-limit, limit]."""
+    return lambda params: jax.tree.map(lambda p: jnp.clip(p, -limit, limit), params)
+
+
+def by_sgd(rule: Any) -> Any:
+    return optax.chain(rule, optax.sgd(1e-3, momentum=0.9))
+
 
 ENTRIES: list[Entry] = [
     # optax's own, as controls of the battery itself
@@ -192,6 +215,56 @@ ENTRIES: list[Entry] = [
         static_args=("discount",),
     ),
     Entry(
+        "scale_by_delay",
+        optimizers.scale_by_delay,
+        {"tau": 2, "anneal_steps": 100},
+        as_optimizer=lambda link: optax.chain(optax.sgd(1e-3, momentum=0.9), link),
+        static_args=("tau", "anneal_steps"),
+    ),
+    Entry(
+        "delay_compensation",
+        optimizers.delay_compensation,
+        {"tau": 2, "strength": 1e-4},
+        as_optimizer=lambda link: optax.chain(link, optax.sgd(1e-3, momentum=0.9)),
+        static_args=("tau", "decay", "eps"),
+        opt_outs=RING,
+    ),
+    Entry(
+        "delay_compensation, adaptive",
+        optimizers.delay_compensation,
+        {"tau": 2, "strength": 1e-4, "decay": 0.95},
+        as_optimizer=lambda link: optax.chain(link, optax.sgd(1e-3, momentum=0.9)),
+        static_args=("tau", "decay", "eps"),
+        opt_outs=RING,
+    ),
+    Entry(
+        "forecast_gradients",
+        optimizers.forecast_gradients,
+        {"tau": 1},
+        as_optimizer=lambda link: optax.chain(link, optax.sgd(1e-3)),
+        static_args=("tau", "length", "order"),
+        opt_outs=RING | {"rosenbrock": "plain descent at a step that survives the forecast creeps along the valley"},
+    ),
+    Entry(
+        "discrepancy_correction",
+        optimizers.discrepancy_correction,
+        {"tau": 2},
+        as_optimizer=lambda link: optax.chain(optax.sgd(1e-3, momentum=0.9), link),
+        static_args=("tau", "decay"),
+    ),
+    Entry(
+        "pipemare",
+        optimizers.pipemare,
+        {"inner": optax.sgd(1e-3, momentum=0.9), "tau": 2, "anneal_steps": 100},
+        static_args=("inner", "tau", "anneal_steps", "decay"),
+    ),
+    Entry(
+        "no_stash_nesterov",
+        optimizers.no_stash_nesterov,
+        {"learning_rate": 1e-2, "tau": 2, "num_stages": 4, "anneal_steps": 100, "weight_decay": 0.0},
+        static_args=("tau", "num_stages", "anneal_steps"),
+    ),
+    Entry(
         "keep_param_history",
         optimizers.keep_param_history,
         {"tau": 2},
@@ -213,5 +286,102 @@ ENTRIES: list[Entry] = [
         {"max_norm": 100.0, "groups": (("", "all"),)},
         as_optimizer=lambda link: optax.chain(link, optax.sgd(1e-3, momentum=0.9)),
         static_args=("max_norm", "groups"),
+    ),
+    Entry(
+        "scale_by_proximal_mean_field",
+        quantization.scale_by_proximal_mean_field,
+        {"lattice": SOFTMAX, "beta": 2.0},
+        example=two_labels,
+        opt_outs=AUXILIARY,
+    ),
+    Entry(
+        "proximal_mean_field",
+        quantization.proximal_mean_field,
+        {"learning_rate": 1e-2, "lattice": SOFTMAX, "beta": 2.0, "weight_decay": 1e-4},
+        example=two_labels,
+        opt_outs=AUXILIARY,
+    ),
+    Entry(
+        "scale_by_projected_gradient",
+        quantization.scale_by_projected_gradient,
+        {"lattice": SPARSEMAX, "beta": 2.0},
+        example=two_labels,
+        opt_outs=AUXILIARY,
+    ),
+    Entry(
+        "projected_gradient",
+        quantization.projected_gradient,
+        {"learning_rate": 1e-2, "lattice": SPARSEMAX, "beta": 2.0},
+        example=two_labels,
+        opt_outs=AUXILIARY,
+    ),
+    Entry("scale_by_icm", quantization.scale_by_icm, {"lattice": ARGMAX}, example=two_labels, opt_outs=AUXILIARY),
+    Entry(
+        "icm",
+        quantization.icm,
+        {"learning_rate": 1e-2, "lattice": ARGMAX},
+        example=two_labels,
+        opt_outs=AUXILIARY,
+    ),
+    Entry("lift_gradients", quantization.lift_gradients, {"lattice": SOFTMAX}, example=two_labels, opt_outs=AUXILIARY),
+    Entry(
+        "scale_by_stable_mirror_descent",
+        quantization.scale_by_stable_mirror_descent,
+        {"lattice": TANH, "beta": 2.0},
+        as_optimizer=by_sgd,
+    ),
+    Entry(
+        "stable_mirror_descent",
+        quantization.stable_mirror_descent,
+        {"learning_rate": 1e-2, "lattice": TANH, "beta": 2.0},
+    ),
+    Entry(
+        "scale_by_mirror_descent",
+        quantization.scale_by_mirror_descent,
+        {"lattice": TANH, "beta": 2.0},
+        as_optimizer=lambda link: optax.chain(optax.sgd(1e-3, momentum=0.9), link),
+        constrain=within(0.98),
+    ),
+    Entry(
+        "mirror_descent",
+        quantization.mirror_descent,
+        {"learning_rate": 1e-2, "lattice": TANH, "beta": 2.0},
+        constrain=within(0.98),
+    ),
+    Entry(
+        "mirror_descent, softmax",
+        quantization.mirror_descent,
+        {"learning_rate": 1e-2, "lattice": SOFTMAX, "beta": 2.0},
+        example=lambda dtype=jnp.float32: jax.tree.map(lambda leaf: jax.nn.softmax(leaf, axis=0), two_labels(dtype)),
+        opt_outs=AUXILIARY
+        | dict.fromkeys(
+            ("injected_hyperparams", "scheduled_learning_rate"), "u' - u has the rounding of u, beyond the tolerance"
+        ),
+    ),
+    Entry(
+        "scale_by_straight_through",
+        quantization.scale_by_straight_through,
+        {"lattice": ROUND, "clip": False},
+        as_optimizer=by_sgd,
+        static_args=("clip",),
+    ),
+    Entry(
+        "straight_through",
+        quantization.straight_through,
+        {"learning_rate": 1e-2, "lattice": ROUND, "clip": False},
+        static_args=("clip",),
+    ),
+    Entry(
+        "clip_to_labels",
+        quantization.clip_to_labels,
+        {"lattice": ROUND},
+        as_optimizer=lambda link: optax.chain(optax.sgd(1e-3, momentum=0.9), link),
+        constrain=within(1.0),
+    ),
+    Entry(
+        "binary_connect",
+        quantization.binary_connect,
+        {"learning_rate": 1e-2, "lattice": ROUND},
+        constrain=within(1.0),
     ),
 ]
