@@ -14,6 +14,18 @@ from jaxlib_methods.optimizers._agd import agd as agd
 from jaxlib_methods.optimizers._agd import agd_initializer as agd_initializer
 from jaxlib_methods.optimizers._agd import scale_by_agd as scale_by_agd
 from jaxlib_methods.optimizers._block_krylov import block_krylov_svd as block_krylov_svd
+from jaxlib_methods.optimizers._delay_corrections import DelayCompensationState as DelayCompensationState
+from jaxlib_methods.optimizers._delay_corrections import DiscrepancyCorrectionState as DiscrepancyCorrectionState
+from jaxlib_methods.optimizers._delay_corrections import ForecastGradientsState as ForecastGradientsState
+from jaxlib_methods.optimizers._delay_corrections import ScaleByDelayState as ScaleByDelayState
+from jaxlib_methods.optimizers._delay_corrections import delay_compensation as delay_compensation
+from jaxlib_methods.optimizers._delay_corrections import discrepancy_corrected as discrepancy_corrected
+from jaxlib_methods.optimizers._delay_corrections import discrepancy_correction as discrepancy_correction
+from jaxlib_methods.optimizers._delay_corrections import forecast_gradients as forecast_gradients
+from jaxlib_methods.optimizers._delay_corrections import forecast_weights as forecast_weights
+from jaxlib_methods.optimizers._delay_corrections import no_stash_nesterov as no_stash_nesterov
+from jaxlib_methods.optimizers._delay_corrections import pipemare as pipemare
+from jaxlib_methods.optimizers._delay_corrections import scale_by_delay as scale_by_delay
 from jaxlib_methods.optimizers._delays import DelayGradientsState as DelayGradientsState
 from jaxlib_methods.optimizers._delays import ParamHistoryState as ParamHistoryState
 from jaxlib_methods.optimizers._delays import clip_by_group_norm as clip_by_group_norm
@@ -49,11 +61,15 @@ from jaxlib_methods.optimizers._reduction_mappings import reduced_objective as r
 from jaxlib_methods.optimizers._reduction_mappings import small_slope as small_slope
 
 __all__ = [
+    "DelayCompensationState",
     "DelayGradientsState",
+    "DiscrepancyCorrectionState",
+    "ForecastGradientsState",
     "NuMuonState",
     "ParamHistoryState",
     "PullbackMetricState",
     "ReducedCurvature",
+    "ScaleByDelayState",
     "ScaleByDiscountedNesterovState",
     "ScaleByNadamState",
     "agd",
@@ -62,23 +78,31 @@ __all__ = [
     "block_krylov_svd",
     "clip_by_group_norm",
     "cosine_rank_schedule",
+    "delay_compensation",
     "delay_gradients",
     "delay_memory",
     "delayed_nesterov",
     "discounted_nesterov",
+    "discrepancy_corrected",
+    "discrepancy_correction",
+    "forecast_gradients",
+    "forecast_weights",
     "geoprec_gd",
     "keep_param_history",
     "mixed_versions",
     "momentum_schedule",
     "nadam",
+    "no_stash_nesterov",
     "nuclear_norm_lmo",
     "numuon",
     "piecewise_rank_schedule",
     "pipeline_delays",
+    "pipemare",
     "pullback_metric",
     "reduced_curvature",
     "reduced_objective",
     "scale_by_agd",
+    "scale_by_delay",
     "scale_by_discounted_nesterov",
     "scale_by_nadam",
     "scale_by_numuon",

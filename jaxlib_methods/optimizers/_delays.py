@@ -165,7 +165,7 @@ def keep_param_history(tau: Tau) -> optax.GradientTransformationExtraArgs:
     tau = checked_delays(tau)
 
     def init(params: PyTree) -> ParamHistoryState:
-        return ParamHistoryState(jnp.zeros((), jnp.int32), _rings(params, delay_of_each_leaf(params, tau), jnp.asarray))
+        return ParamHistoryState(jnp.zeros((), jnp.int32), rings(params, delay_of_each_leaf(params, tau), jnp.asarray))
 
     def update(
         updates: PyTree, state: ParamHistoryState, params: PyTree | None = None, **extra_args: Any
@@ -242,7 +242,7 @@ def delay_gradients(tau: Tau) -> optax.GradientTransformationExtraArgs:
 
     def init(params: PyTree) -> DelayGradientsState:
         return DelayGradientsState(
-            jnp.zeros((), jnp.int32), _rings(params, _gradient_depths(params, tau), jnp.zeros_like)
+            jnp.zeros((), jnp.int32), rings(params, _gradient_depths(params, tau), jnp.zeros_like)
         )
 
     def update(
@@ -397,7 +397,7 @@ def push_params(state: ParamHistoryState, params: PyTree | None, updates: PyTree
     return ParamHistoryState(optax.safe_increment(state.count), map_with_history(write, params, updates, state.history))
 
 
-def _rings(params: PyTree, depths: list[int], start: Callable[[jax.Array], jax.Array]) -> PyTree:
+def rings(params: PyTree, depths: list[int], start: Callable[[jax.Array], jax.Array]) -> PyTree:
     leaves, structure = jax.tree.flatten(params)
     repeat = lambda leaf, depth: jnp.broadcast_to(start(leaf), (depth, *leaf.shape)) if depth else None
     return structure.unflatten(map(repeat, leaves, depths))
