@@ -61,6 +61,7 @@ def fit(
     steps: int,
     steps_per_call: int = 100,
     augment: Callable[[PyTree, jax.Array], PyTree] | None = None,
+    gradient_at: Callable[[PyTree, PyTree], PyTree] | None = None,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     evaluate_every: int = 0,
     workdir: str | os.PathLike | None = None,
@@ -72,8 +73,8 @@ def fit(
 ) -> tuple[TrainState, list[Record]]:
     """Trains until `steps` and returns the final state and the history.
 
-    The compiled chunk is kept per (loss_fn, optimizer, augment, batch_size, mesh): pass the same objects again, for
-    another seed or another mask in the state, and nothing is compiled twice.
+    The compiled chunk is kept per (loss_fn, optimizer, augment, batch_size, mesh, gradient_at): pass the same objects
+    again, for another seed or another mask in the state, and nothing is compiled twice.
 
     Args:
       loss_fn: `(params, model_state, batch, key) -> (loss, (model_state, metrics))`, the mean over the batch.
@@ -84,6 +85,8 @@ def fit(
       steps: the step to train to.
       steps_per_call: steps of one dispatch; progress, log and the check of the loss happen once per call.
       augment: `(batch, key) -> batch` inside jit, e.g. `pipeline.random_crop`.
+      gradient_at: `(opt_state, params) -> params` at which the gradient is taken, e.g. `optimizers.stale_params`;
+        None: at the parameters themselves.
       evaluate: `state -> {name: number}`, run after the last step and every `evaluate_every` steps (0: only then).
       workdir: where checkpoints and `log.jsonl` go, and where an earlier call is resumed from; None keeps nothing.
       checkpoint_every: steps between checkpoints, beside the one after the last step; 0 for that one alone.
@@ -108,7 +111,7 @@ def fit(
         raise DataError(f"batch_size {batch_size} is not a multiple of the {mesh.size} devices of the mesh")
     data = pipeline.put(split, mesh)
     state = pipeline.replicate(state, mesh)
-    run_chunk = _compiled_chunk(loss_fn, optimizer, augment, batch_size, mesh)
+    run_chunk = _compiled_chunk(loss_fn, optimizer, augment, batch_size, mesh, gradient_at)
 
     history: list[Record] = []
     listeners, checkpoints = list(log), None
@@ -182,6 +185,7 @@ def _compiled_chunk(
     augment: Callable[..., PyTree] | None,
     batch_size: int,
     mesh: Mesh,
+    gradient_at: Callable[[PyTree, PyTree], PyTree] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     update = optax.with_extra_args_support(optimizer).update
 
@@ -198,7 +202,8 @@ def _compiled_chunk(
         batch = pipeline.gather(data, indices)
         if augment is not None:
             batch = augment(batch, augment_key)
-        (loss, (model_state, metrics)), grads = gradient(state.params, state.model_state, batch, loss_key)
+        at = state.params if gradient_at is None else gradient_at(state.opt_state, state.params)
+        (loss, (model_state, metrics)), grads = gradient(at, state.model_state, batch, loss_key)
         updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         state = TrainState(state.step + jnp.int32(1), params, opt_state, model_state, state.key)
