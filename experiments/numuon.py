@@ -89,14 +89,12 @@ PAPER: dict[str, float] = {}  # no table entry of the paper is confirmed; its cl
 def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Tunes, trains and compresses; returns losses and ranks, one per seed, and draws the figures."""
     study = _Study(config, language_model.Task.of(config))
-    results: dict[str, list[dict[str, Any]]] = {}
-    for name in config.optimizers:
-        learning_rate = study.tune(name, workdir / "cases")
-        run_case = functools.partial(study.run_case, name, learning_rate)
-        results[name] = [
-            cases.run_or_load(workdir / "cases" / f"{name}-seed{seed}", functools.partial(run_case, seed))
-            for seed in range(config.seeds)
-        ]
+    rates = {name: study.tune(name, workdir / "cases") for name in config.optimizers}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in config.optimizers}
+    for seed in range(config.seeds):
+        for name, rate in rates.items():
+            case = functools.partial(study.run_case, name, rate, seed)
+            results[name].append(cases.run_or_load(workdir / "cases" / f"{name}-seed{seed}", case))
     if jax.process_index() == 0:
         _figures(config, study.task, results, workdir)
     return _metrics(config, results)
@@ -107,10 +105,14 @@ class _Study(NamedTuple):
     task: language_model.Task
 
     def tune(self, name: str, folder: pathlib.Path) -> float:
-        """The learning rate of the grid with the lowest validation loss after a short run of an unreported seed."""
+        """The learning rate with the lowest validation loss after a short run of an unreported seed.
+
+        The grid is walked from its middle: a rate is taken when both its neighbours are worse.
+        """
         config = self.config
-        if len(config.learning_rates) == 1:
-            return config.learning_rates[0]
+        rates = sorted(config.learning_rates)
+        if len(rates) == 1:
+            return rates[0]
         optimizer = make_optimizer(name, config, config.tune_steps)
 
         def final_loss(learning_rate: float, case_dir: pathlib.Path) -> dict[str, Any]:
@@ -124,12 +126,17 @@ class _Study(NamedTuple):
                 return {"validation_loss": None}
             return {"validation_loss": history[-1]["validation_loss"]}
 
-        losses = {}
-        for rate in config.learning_rates:
-            case = functools.partial(final_loss, rate)
-            loss = cases.run_or_load(folder / f"tune-{name}-{rate:g}", case)["validation_loss"]
-            losses[rate] = np.inf if loss is None else loss
-        return min(losses, key=losses.get)
+        losses: dict[float, float] = {}
+        best = None
+        while best != (nearest := min(losses, key=losses.get, default=rates[len(rates) // 2])):
+            best = nearest
+            at = rates.index(best)
+            for rate in rates[max(0, at - 1) : at + 2]:
+                if rate not in losses:
+                    case = functools.partial(final_loss, rate)
+                    loss = cases.run_or_load(folder / f"tune-{name}-{rate:g}", case)["validation_loss"]
+                    losses[rate] = np.inf if loss is None else loss
+        return best
 
     def run_case(self, name: str, learning_rate: float, seed: int, case_dir: pathlib.Path) -> dict[str, Any]:
         """Trains one model and measures it: losses, losses after compression, ranks."""

@@ -1,7 +1,6 @@
 """The experiment numuon: what its optimizers share and where they differ, its tuning, and a smoke run."""
 
 import math
-import types
 
 import jax
 import jax.numpy as jnp
@@ -72,25 +71,39 @@ def test_weight_decay_acts_on_the_hidden_matrices_alone(name, params):
         assert not at(decayed, path).any()
 
 
-def test_tuning_takes_the_lowest_loss_and_survives_a_divergence(tmp_path, params):
-    losses, seen = {1e-3: 2.0, 1e-2: 1.5, 1e-1: math.nan}, []
+class FakeTask:
+    """Trains to a loss that is known for each learning rate; NaN stands for a divergence."""
 
-    def fit(optimizer, seed, workdir, *, label, steps, state):
+    def __init__(self, params, losses):
+        self.params, self.losses, self.seen = params, losses, []
+
+    def start(self, optimizer, seed):
+        return training.init_state(self.params, optimizer, key=jax.random.key(seed))
+
+    def fit(self, optimizer, seed, workdir, *, label, steps, state):
         rate = float(state.opt_state[-1].hyperparams["step_size"])
-        loss = next(value for known, value in losses.items() if math.isclose(known, rate, rel_tol=1e-6))
-        seen.append((seed, steps))
-        if math.isnan(loss):
+        (rate,) = (known for known in self.losses if math.isclose(known, rate, rel_tol=1e-6))
+        self.seen.append((seed, steps, rate))
+        if math.isnan(self.losses[rate]):
             raise NonFiniteLossError(label)
-        return state, [{"validation_loss": loss}]
+        return state, [{"validation_loss": self.losses[rate]}]
 
-    start = lambda optimizer, seed: training.init_state(params, optimizer, key=jax.random.key(seed))
-    task = types.SimpleNamespace(fit=fit, start=start)
-    config = numuon.Config(learning_rates=tuple(losses), seeds=2, tune_steps=9)
-    study = numuon._Study(config, task)
-    with jax.numpy_dtype_promotion("standard"):
-        assert study.tune("adamw", tmp_path) == study.tune("adamw", tmp_path) == 1e-2
-    assert seen == [(2, 9)] * 3  # once each: a seed that is not reported, and finished cases are read back
-    assert numuon._Study(numuon.Config(learning_rates=(0.5,)), None).tune("adamw", tmp_path) == 0.5
+
+@pytest.mark.parametrize(
+    ("losses", "best", "tried"),
+    [
+        ({1e-3: 2.0, 1e-2: 1.5, 1e-1: math.nan}, 1e-2, [1e-3, 1e-2, 1e-1]),
+        ({1e-4: 9.0, 1e-3: 2.0, 1e-2: 1.5, 1e-1: 1.6, 1.0: 9.0}, 1e-2, [1e-3, 1e-2, 1e-1]),
+        ({1e-4: 1.0, 1e-3: 1.1, 1e-2: 1.5, 1e-1: 1.6, 1.0: 9.0}, 1e-4, [1e-3, 1e-2, 1e-1, 1e-4]),
+        ({1e-2: 1.0}, 1e-2, []),
+    ],
+)
+def test_tuning_walks_the_grid_to_the_lowest_loss(losses, best, tried, tmp_path, params):
+    task = FakeTask(params, losses)
+    study = numuon._Study(numuon.Config(learning_rates=tuple(losses), seeds=2, tune_steps=9), task)
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to its int32 counter
+        assert study.tune("adamw", tmp_path) == study.tune("adamw", tmp_path) == best
+    assert task.seen == [(2, 9, rate) for rate in tried]  # once each, of a seed that is not reported
 
 
 def test_equal_loss_is_where_the_better_curve_passes_the_end_of_the_other():
