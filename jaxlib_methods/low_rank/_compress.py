@@ -7,6 +7,7 @@ The kernels of the result are the products of their factors, of the old shapes, 
 `factorize_kernels` gives the factors, which are what is smaller.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -95,7 +96,8 @@ def collect_inputs(
 
     Args:
       inputs: batch -> {path of the kernel: inputs (..., fan_in)}, such as `lambda tokens: linear_inputs(model, tokens)`
-        or a function of your own for another framework's model. It is jitted.
+        or a function of your own for another framework's model. It is jitted, and compiled once if the same function
+        is given again: let the parameters be a part of the batch then.
       batches: calibration batches of one shape (others are compiled again).
 
     Returns:
@@ -113,23 +115,25 @@ def collect_inputs(
     Source: Wang, Zheng, Wan, Zhang (ICLR 2025), arXiv:2403.07378, official code [wang2025svdllm].
     """
 
-    @jax.jit
-    def products(batch: Any) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
-        found = {}
-        for path, x in inputs(batch).items():
-            X = x.reshape(-1, x.shape[-1]).astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-            gram = jnp.matmul(X.T, X, precision=jax.lax.Precision.HIGHEST)
-            found[path] = gram, jnp.sum(jnp.abs(X), axis=0), jnp.int32(X.shape[0])
-        return found
-
     total: dict[str, InputStatistics] = {}
     for batch in batches:
-        for path, (gram, sum_abs, tokens) in products(batch).items():
+        for path, (gram, sum_abs, tokens) in _products(inputs, batch).items():
             now = InputStatistics(np.asarray(gram, np.float64), np.asarray(sum_abs, np.float64), int(tokens))
             total[path] = InputStatistics(*map(operator.add, total[path], now)) if path in total else now
     if not total:
         raise ValueError("batches must hold at least one calibration batch, with at least one layer's inputs")
     return total
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _products(inputs: Callable[[Any], Mapping[str, jax.Array]], batch: Any) -> dict[str, tuple[jax.Array, ...]]:
+    """X^T X, sum |X_j| and the number of tokens of every layer."""
+    found = {}
+    for path, x in inputs(batch).items():
+        X = x.reshape(-1, x.shape[-1]).astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+        gram = jnp.matmul(X.T, X, precision=jax.lax.Precision.HIGHEST)
+        found[path] = gram, jnp.sum(jnp.abs(X), axis=0), jnp.int32(X.shape[0])
+    return found
 
 
 def factorize_kernels(

@@ -48,7 +48,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from optax.contrib import MuonDimensionNumbers
 
 from jaxlib_methods import trees
 from jaxlib_methods.optimizers._block_krylov import (
@@ -61,6 +60,7 @@ from jaxlib_methods.optimizers._block_krylov import (
     svd_of_tall,
     transpose,
 )
+from jaxlib_methods.optimizers._matrix_stacks import Stack, equal_shapes, resolve, stacks_of
 from jaxlib_methods.optimizers._rank_schedules import ROUND_OFF, check_fraction, dyads
 
 PyTree = Any
@@ -141,94 +141,6 @@ def nuclear_norm_lmo(
     k = math.ceil(tau)
     U, _, V = block_krylov_svd(M, k, key=key, iterations=iterations, oversampling=oversampling, method=method)
     return _spend(float(tau), U, V).astype(M.dtype)
-
-
-# ----------------------------------------------------------------------------- parameters as stacks of tall matrices
-
-
-class _Stack(NamedTuple):
-    """How one parameter is a stack of matrices (batch, m, n) with m >= n."""
-
-    axes: tuple[int, ...]  # of the parameter, in the order batch, reduction, output
-    sizes: tuple[int, ...]  # of those axes
-    batch: int
-    fan_in: int
-    fan_out: int
-
-    @property
-    def tall(self) -> tuple[int, int]:
-        return max(self.fan_in, self.fan_out), min(self.fan_in, self.fan_out)
-
-    def pack(self, x: jax.Array) -> jax.Array:
-        X = x.transpose(self.axes).reshape(self.batch, self.fan_in, self.fan_out)
-        return transpose(X) if self.fan_in < self.fan_out else X
-
-    def unpack(self, X: jax.Array) -> jax.Array:
-        x = (transpose(X) if self.fan_in < self.fan_out else X).reshape(self.sizes)
-        return x.transpose(sorted(range(len(self.axes)), key=self.axes.__getitem__))
-
-
-def _is_dimension_numbers(node: Any) -> bool:
-    return isinstance(node, MuonDimensionNumbers)
-
-
-def _is_spec(node: Any) -> bool:
-    return node is None or _is_dimension_numbers(node) or isinstance(node, optax.MaskedNode)
-
-
-def _resolve(dimension_numbers: PyTree | Callable | None, params: PyTree) -> PyTree:
-    """Dimension numbers, or None, at every leaf of params; a spec may stand for a whole subtree."""
-    if callable(dimension_numbers) and not _is_dimension_numbers(dimension_numbers):
-        dimension_numbers = dimension_numbers(params)
-    return jax.tree.map(
-        lambda spec, subtree: jax.tree.map(lambda _: _Box(spec), subtree), dimension_numbers, params, is_leaf=_is_spec
-    )
-
-
-class _Box:
-    """Keeps a None from being an empty subtree."""
-
-    def __init__(self, spec: MuonDimensionNumbers | None):
-        self.spec = spec
-
-
-def _stacks(params: PyTree, dimension_numbers: PyTree | Callable | None) -> list[_Stack]:
-    """One for each leaf; raises where a leaf is not a matrix."""
-    specs = [box.spec for box in jax.tree.leaves(_resolve(dimension_numbers, params))]
-    names = jax.tree.leaves(trees.path_names(params))
-    leaves = jax.tree.leaves(params)
-    return [_stack(name, leaf.shape, spec) for name, leaf, spec in zip(names, leaves, specs, strict=True)]
-
-
-def _stack(name: str, shape: tuple[int, ...], spec: MuonDimensionNumbers | None) -> _Stack:
-    if spec is None and len(shape) != 2:
-        raise ValueError(
-            f"NuMuon is defined for matrices, got the shape {shape} at {name!r}; give vectors and scalars to another "
-            "optimizer (numuon gives them to AdamW), and more than two axes a MuonDimensionNumbers in "
-            "weight_dimension_numbers"
-        )
-    spec = spec or MuonDimensionNumbers()
-    as_tuple = lambda axes: (axes,) if isinstance(axes, int) else tuple(axes)
-    reduction, output = as_tuple(spec.reduction_axis), as_tuple(spec.output_axis)
-    rank = len(shape)
-    used = [axis % rank if -rank <= axis < rank else axis for axis in (*reduction, *output)]
-    if len(shape) < 2 or len(set(used)) < len(used) or not set(used) <= set(range(rank)) or not (reduction and output):
-        raise ValueError(
-            f"{spec} does not name different axes of the shape {shape} at {name!r} for reduction and for output"
-        )
-    reduction, output = tuple(used[: len(reduction)]), tuple(used[len(reduction) :])
-    batch = tuple(axis for axis in range(rank) if axis not in used)
-    size = lambda axes: math.prod(shape[axis] for axis in axes)
-    axes = batch + reduction + output
-    return _Stack(axes, tuple(shape[a] for a in axes), size(batch), size(reduction), size(output))
-
-
-def _groups(leaves: Sequence[Any], stacks: Sequence[_Stack]) -> dict[tuple, list[int]]:
-    """Indices of the leaves whose matrices have the same shape up to transposition, and the same type to compute in."""
-    groups: dict[tuple, list[int]] = {}
-    for index, (leaf, stack) in enumerate(zip(leaves, stacks, strict=True)):
-        groups.setdefault((*stack.tall, jnp.dtype(compute_dtype(leaf.dtype))), []).append(index)
-    return groups
 
 
 # -------------------------------------------------------------------------------------------------- the transformation
@@ -333,9 +245,9 @@ def scale_by_numuon(
         leaves = jax.tree.leaves(params)
         if not leaves:  # optax.tree_utils.tree_map_params asks which parts of a state are like params
             return NuMuonState(jnp.zeros([], jnp.int32), mu, jnp.zeros([]))
-        stacks = _stacks(params, weight_dimension_numbers)
+        stacks = stacks_of(params, weight_dimension_numbers)
         bases: list[jax.Array | None] = []
-        for i, ((_, n, dtype), members) in enumerate(_groups(leaves, stacks).items()):
+        for i, ((_, n, dtype), members) in enumerate(equal_shapes(leaves, stacks).items()):
             batch = padded(sum(stacks[j].batch for j in members))
             noise = jax.random.normal(jax.random.fold_in(key, i), (batch, n, basis_width(n)), dtype)
             bases.append(_place(noise, mesh, axis) if noise.size else None)
@@ -390,10 +302,10 @@ def scale_by_numuon(
         grads, structure = jax.tree.flatten(updates)
         if not grads:
             return updates, state._replace(count=optax.safe_increment(state.count))
-        stacks = _stacks(updates, weight_dimension_numbers)
+        stacks = stacks_of(updates, weight_dimension_numbers)
         moments = [_ema(g, m, beta) for g, m in zip(grads, jax.tree.leaves(state.mu), strict=True)]
         looked_ahead = [_ema(g, m, beta) if nesterov else m for g, m in zip(grads, moments, strict=True)]
-        groups = _groups(grads, stacks)
+        groups = equal_shapes(grads, stacks)
         Xs = []
         for (_, _, dtype), members in groups.items():
             X = jnp.concatenate([stacks[j].pack(_whole(looked_ahead[j])).astype(dtype) for j in members])
@@ -492,7 +404,7 @@ def _distributed(one_group: Callable, mesh: jax.sharding.Mesh | None, axis: str)
 def _scale_by_shape(
     shape_scaling: str, consistent_rms: float | None, dimension_numbers: PyTree | Callable | None
 ) -> optax.GradientTransformation:
-    def scale(stack: _Stack) -> float:
+    def scale(stack: Stack) -> float:
         if consistent_rms is not None or shape_scaling == "rms":
             return (0.2 if consistent_rms is None else consistent_rms) * math.sqrt(max(stack.fan_in, stack.fan_out))
         ratio = stack.fan_out / stack.fan_in
@@ -503,7 +415,7 @@ def _scale_by_shape(
     ) -> tuple[PyTree, optax.EmptyState]:
         del params
         leaves, structure = jax.tree.flatten(updates)
-        scales = map(scale, _stacks(updates, dimension_numbers))
+        scales = map(scale, stacks_of(updates, dimension_numbers))
         return structure.unflatten([s * leaf for s, leaf in zip(scales, leaves, strict=True)]), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -615,7 +527,7 @@ def numuon(
         if dimension_numbers is None:
             is_matrix = jax.tree.map(lambda leaf: leaf.ndim == 2, params)
         else:
-            is_matrix = jax.tree.map(lambda box: box.spec is not None, _resolve(dimension_numbers, params))
+            is_matrix = jax.tree.map(lambda box: box.spec is not None, resolve(dimension_numbers, params))
         return jax.tree.map(lambda adam, matrix: "numuon" if matrix and not adam else "adam", by_path, is_matrix)
 
     return optax.partition(
