@@ -236,8 +236,8 @@ def _task(config: Config, dataset: data.Dataset, network: _Network, name: str) -
         lattice, beta_of = None, None
         optimizer = _float_optimizer(config, rate)
     else:
-        excluded = tuple((regex, None) for regex in ("bn/", "_bn/", *config.keep_float))
-        rules = tuple(rule for rule in excluded if _matches(network, rule[0]))
+        excluded = (*(("bn/",) if _matches(network, "bn/") else ()), *config.keep_float)
+        rules = tuple((regex, None) for regex in excluded)
         lattice = quantization.Lattice(config.labels, rules, method.projection)
         beta_of = quantization.inverse_temperature_schedule(recipe.rho, recipe.every, maximum=method.maximum)
         options = {"beta": beta_of} if method.annealed else {}

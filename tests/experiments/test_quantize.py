@@ -1,11 +1,15 @@
 """The quantization experiment: a short run from end to end, what it compares with, and what it refuses."""
 
+import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 
-from experiments import quantize, runner
+from experiments import data, quantize, runner
+from jaxlib_methods import trees
+from jaxlib_methods.quantization import _lattice as quantization
 
 
 def test_a_short_run_leaves_results_figures_and_networks_in_bits(tmp_path):
@@ -39,6 +43,23 @@ def test_the_papers_recipe_of_every_method():
             recipe, steps = quantize._recipe(config, method)
             assert steps == 100_000 and recipe.rho >= 1 and recipe.learning_rate > 0
     assert quantize._recipe(config, "pmf")[0] == quantize.Recipe(1e-3, 0.3, 1.1, 1000)
+
+
+@pytest.mark.parametrize("model", ["vgg_d", "resnet18"])
+def test_the_networks_for_a_gpu_are_quantized_but_for_the_batch_norm(model):
+    images, labels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8), np.arange(10, dtype=np.int32)
+    split = data.Split(images, labels)
+    dataset = data.Dataset("tiny", split, None, split, 10)
+    config = quantize.Config(dataset="cifar10", model=model, recipe="paper", batch_size=10, keep_float=("^dense/bias",))
+    if model == "vgg_d":
+        config = dataclasses.replace(config, keep_float=())
+    task = quantize._task(config, dataset, quantize._network(config, dataset), "pmf")
+    aux, _ = jax.eval_shape(task.init, jax.random.key(0))
+    sets = quantization.label_sets(task.lattice, aux, strict=True)
+    for path, leaf, labels in zip(jax.tree.leaves(trees.path_names(aux)), jax.tree.leaves(aux), sets, strict=True):
+        kept = "bn/" in path or (model == "resnet18" and path == "dense/bias")
+        assert (labels is None) == kept, path
+        assert kept or leaf.shape[0] == 2
 
 
 @pytest.mark.parametrize(
