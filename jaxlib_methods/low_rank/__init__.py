@@ -49,6 +49,7 @@ from jaxlib_methods.low_rank._compress import collect_inputs as collect_inputs
 from jaxlib_methods.low_rank._compress import compress_kernels as compress_kernels
 from jaxlib_methods.low_rank._compress import factorize_kernels as factorize_kernels
 from jaxlib_methods.low_rank._compress import linear_inputs as linear_inputs
+from jaxlib_methods.low_rank._compress import sensitivity_search as sensitivity_search
 from jaxlib_methods.low_rank._decompositions import LowRank as LowRank
 from jaxlib_methods.low_rank._decompositions import asvd as asvd
 from jaxlib_methods.low_rank._decompositions import rank_for_keep as rank_for_keep
@@ -68,6 +69,7 @@ __all__ = [
     "factorize_kernels",
     "linear_inputs",
     "rank_for_keep",
+    "sensitivity_search",
     "stable_rank",
     "svd_llm",
     "truncated_svd",

@@ -8,8 +8,9 @@ The kernels of the result are the products of their factors, of the old shapes, 
 """
 
 import functools
+import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -151,7 +152,7 @@ def factorize_kernels(
       *patterns: regular expressions (`re.search`) on the paths of the kernels to compress. Matching leaves that do not
         have two axes (biases) are left alone.
       removal: share of each kernel's parameters to remove, in [0, 1), as on SVD-LLM's command line; or the share by
-        path, where a sensitivity search has found different ones.
+        path, as `sensitivity_search` finds it. A kernel with 0 stays as it is and is left out of the result.
       method: "svd", "asvd" or "svd_llm".
       statistics: of `collect_inputs`, by path; the plain SVD needs none.
       alpha: exponent of ASVD.
@@ -173,6 +174,17 @@ def factorize_kernels(
     Source: Wang, Zheng, Wan, Zhang (ICLR 2025), arXiv:2403.07378 [wang2025svdllm]; Yuan et al. (2023), arXiv:2312.05821
     [yuan2023asvd].
     """
+    kernels = _kernels(params, patterns, method, statistics)
+    shares = {path: _share(path, removal) for path in kernels}
+    return {
+        path: _factorize(path, W, shares[path], method, statistics, alpha)
+        for path, W in kernels.items()
+        if shares[path]
+    }
+
+
+def _kernels(params: PyTree, patterns: tuple[str, ...], method: str, statistics: Any) -> dict[str, jax.Array]:
+    """The kernels to compress by path, after checking that all that the method needs is there."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     names, leaves = jax.tree.leaves(trees.path_names(params)), jax.tree.leaves(params)
@@ -187,15 +199,17 @@ def factorize_kernels(
                 f"method {method!r} needs the inputs of {missing[0]!r} and {len(missing) - 1} more; pass statistics="
                 f"collect_inputs(...), which has {sorted(statistics or {})[:3]}, or patterns that leave them out"
             )
-    return {path: _factorize(path, W, removal, method, statistics, alpha) for path, W in kernels.items()}
+    return kernels
 
 
-def _factorize(
-    path: str, W: jax.Array, removal: float | Mapping[str, float], method: str, statistics: Any, alpha: float
-) -> LowRank:
+def _share(path: str, removal: float | Mapping[str, float]) -> float:
     share = removal.get(path) if isinstance(removal, Mapping) else removal
     if share is None or not 0 <= share < 1:
         raise ValueError(f"removal must be in [0, 1), the share of parameters to remove, got {share} for {path!r}")
+    return share
+
+
+def _factorize(path: str, W: jax.Array, share: float, method: str, statistics: Any, alpha: float) -> LowRank:
     rank = rank_for_keep(*W.shape, 1 - share)
     if method == "svd":
         return truncated_svd(W, rank)
@@ -242,3 +256,71 @@ def compress_kernels(
     factors = factorize_kernels(params, *patterns, removal=removal, method=method, statistics=statistics, alpha=alpha)
     replaced = lambda path, leaf: factors[path].kernel if path in factors else leaf
     return jax.tree.map(replaced, trees.path_names(params), params)
+
+
+def sensitivity_search(
+    loss: Callable[[PyTree], float | jax.Array],
+    params: PyTree,
+    *patterns: str,
+    removal: float,
+    shares: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    method: str = "asvd",
+    statistics: Mapping[str, InputStatistics] | None = None,
+    alpha: float = 0.5,
+) -> dict[str, float]:
+    """ASVD's search for a rank of each layer's own: all layers may raise the loss, alone, up to the same value.
+
+    The loss is measured with one kernel compressed at a time, at each share: kernels times shares evaluations. Then the
+    lowest threshold is found at which enough is removed, when every kernel takes the largest share whose loss stays
+    below it.
+
+    Args:
+      loss: of the parameters, on calibration data.
+      params: as in `factorize_kernels`, as all that follows but for `shares`.
+      *patterns: regular expressions on the paths of the kernels.
+      removal: share of all these kernels' parameters together to remove.
+      shares: increasing shares to try for each kernel, in (0, 1).
+      method: "svd", "asvd" or "svd_llm".
+      statistics: of `collect_inputs`.
+      alpha: exponent of ASVD.
+
+    Returns:
+      The share to remove by path, 0 for a kernel to leave alone: give it to `compress_kernels` as `removal`.
+
+    Raises:
+      ValueError: as `factorize_kernels`; shares that do not increase, or that cannot add up to `removal`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"low": jnp.ones((8, 8)), "full": jnp.eye(8)}
+      >>> error = lambda new: sum(float(jnp.sum((new[name] - params[name]) ** 2)) for name in params)
+      >>> sensitivity_search(error, params, "low", "full", removal=0.3, method="svd", shares=(0.25, 0.7))
+      {'full': 0.0, 'low': 0.7}
+
+    Source: Yuan et al. (2023), arXiv:2312.05821, Section 3.3 [yuan2023asvd].
+    """
+    _share("all kernels", removal)
+    if not shares or not all(0 < a < b < 1 for a, b in itertools.pairwise((*shares, 1 - 1e-9))):
+        raise ValueError(f"shares must be increasing and in (0, 1), got {tuple(shares)}")
+    kernels = _kernels(params, patterns, method, statistics)
+    names = trees.path_names(params)
+    reached: dict[str, list[float]] = {}
+    for path, W in kernels.items():
+        reached[path] = []
+        for share in shares:
+            smaller = _factorize(path, W, share, method, statistics, alpha).kernel
+            alone = jax.tree.map(lambda name, leaf: smaller if name == path else leaf, names, params)
+            reached[path].append(float(loss(alone)))
+
+    def taken(threshold: float) -> dict[str, float]:
+        return {
+            path: max((share for share, value in zip(shares, losses, strict=True) if value <= threshold), default=0.0)
+            for path, losses in reached.items()
+        }
+
+    total = sum(W.size for W in kernels.values())
+    for threshold in sorted(value for losses in reached.values() for value in losses):
+        found = taken(threshold)
+        if sum(found[path] * W.size for path, W in kernels.items()) >= removal * total * (1 - 1e-9):
+            return found
+    raise ValueError(f"removal={removal} is more than the largest of the shares {tuple(shares)} removes")
