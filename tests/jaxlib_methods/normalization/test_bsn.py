@@ -230,14 +230,6 @@ def test_two_hundred_layers_keep_their_norms_with_gpn_and_lose_them_without():
     assert float(norms(jax.nn.relu).forward[-1]) < 1e-20
 
 
-def test_two_hundred_layers_of_five_hundred_units_have_the_specified_norms():
-    n = norms(gpn(jnp.tanh), 200, 500)
-    assert abs(float(n.forward[-1]) - 1) < 0.16
-    assert abs(float(jnp.log(n.backward[0] / n.backward[-1]))) < 1.3
-    np.testing.assert_allclose(norms(jnp.tanh, 200, 500).forward[-1], 0.0025, rtol=0.1)
-    assert float(norms(jax.nn.relu, 200, 500).forward[-1]) < 1e-20
-
-
 def test_unstable_root_drifts_away_from_norm_one_and_the_stable_one_does_not():
     stable, unstable = (norms(gpn(jax.nn.gelu, root=root)).forward for root in ("minus", "plus"))
     assert float(jnp.abs(jnp.log(stable)).max()) < 0.8
