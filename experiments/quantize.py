@@ -334,16 +334,17 @@ def _run_case(task: _Task, seed: int, case_dir: pathlib.Path) -> dict[str, Any]:
         mesh=task.split.mesh,
         label=f"{config.model} {task.method} seed {seed}",
     )
-    kept = ("step", "loss", "beta", "test_error", "label_share")
-    metrics = {name: history[-1][name] for name in ("test_error", "validation_error") if name in history[-1]}
+    kept = ("step", "loss", "beta", "test_error", "validation_error", "label_share")
+    last = history[-1]
+    result = {
+        "metrics": {name: last[name] for name in ("test_error", "label_share") if name in last},
+        "history": [{name: record[name] for name in kept if name in record} for record in history],
+    }
     if task.lattice is not None:
-        network = quantization.quantize(state.params, task.lattice)  # asserts the label sets
+        network = quantization.quantize(state.params, task.lattice)  # asserts that every weight is in its label set
         packed = quantization.packed_bytes(quantization.pack(network, task.lattice))
-        metrics |= {
-            "label_share": history[-1]["label_share"],
-            "times smaller": quantization.packed_bytes(network) / packed,
-        }
-    return {"metrics": metrics, "history": [{k: r[k] for k in kept if k in r} for r in history]}
+        result |= {"packed_bytes": packed, "times_smaller": quantization.packed_bytes(network) / packed}
+    return result
 
 
 def _augment(batch: data.Split, key: jax.Array) -> data.Split:

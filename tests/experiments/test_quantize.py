@@ -18,11 +18,12 @@ def test_a_short_run_leaves_results_figures_and_networks_in_bits(tmp_path):
         result = runner.run(quantize, config, tmp_path, smoke=True)
     assert tuple(result) == runner.RESULT_KEYS
     metrics = result["metrics"]
-    assert {"test_error float", "test_error pmf", "label_share pmf", "times smaller md_tanh"} <= set(metrics)
-    assert 15 < metrics["times smaller pmf"] <= 32  # biases and the last layer fill their words only in part
+    assert {"test_error float", "test_error pmf", "label_share pmf", "label_share md_tanh"} < set(metrics)
     for figure in ("annealing", "training"):
         assert (tmp_path / f"{figure}.png").stat().st_size > 5000
-    history = json.loads((tmp_path / "cases/pmf-seed0/metrics.json").read_text())["history"]
+    case = json.loads((tmp_path / "cases/pmf-seed0/metrics.json").read_text())
+    assert 30 < case["times_smaller"] < 32  # biases and the last rows of a layer fill their words only in part
+    history = case["history"]
     assert [record["step"] for record in history] == list(range(1, 21))
     betas = [record["beta"] for record in history]
     assert betas == sorted(betas) and betas[0] == 1.0 and betas[-1] == pytest.approx(1000 ** (19 / 50), rel=1e-3)
