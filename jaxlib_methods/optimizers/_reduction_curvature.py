@@ -139,8 +139,9 @@ def reduced_curvature(
 
     def cosine_squares(V: np.ndarray) -> np.ndarray:
         """Of the principal angles between span(V) and T, ascending."""
-        U = [problem.lower(v) for v in V.T]
-        return np.clip(np.linalg.eigvalsh([[u @ z for u in U] for z in map(R.solve, U)]), 0.0, 1.0)
+        U = np.stack([problem.lower(v) for v in V.T], axis=1)
+        Z = np.stack([R.solve(u) for u in U.T], axis=1)
+        return np.clip(np.linalg.eigvalsh(U.T @ Z), 0.0, 1.0)
 
     top, bottom = cosine_squares(H.top_vectors)[-1], cosine_squares(H.bottom_vectors)[-1]
     along = cosine_squares(H.null_vectors) if H.null_vectors.size else np.zeros(1)
@@ -207,9 +208,13 @@ class _Problem(NamedTuple):
             lambda v: jnp.concatenate([v, jvp(v)]),
             lambda w: w[:n1] + vjp(w[n1:]),
         )
-        on_numpy = lambda operator: lambda v: np.asarray(operator(jnp.asarray(v, dtype)), np.float64)
-        compiled = [on_numpy(jax.jit(operator)) for operator in operators]
+        compiled = [_on_numpy(operator, dtype) for operator in operators]
         return cls(np.dtype(dtype), n1, at.size, float(value), np.asarray(gradient, np.float64), *compiled)
+
+
+def _on_numpy(operator: Callable[[jax.Array], jax.Array], dtype: jax.typing.DTypeLike) -> Operator:
+    compiled = jax.jit(operator)
+    return lambda v: np.asarray(compiled(jnp.asarray(v, dtype)), np.float64)
 
 
 class _Metric:
