@@ -5,8 +5,8 @@ Paper: Ajanthan, Ramasinghe, Zuo, Avraham, Long, "Nesterov Method for Asynchrono
     python -m experiments run staleness                                        # embedded text, 16 thin blocks: 2 cores
     python -m experiments run staleness --text tiny_shakespeare --data-dir DIR
     python -m experiments run staleness --text huggingface:wikitext/wikitext-103-raw-v1 --preset asyncpp --layers None \
-        --width None --heads None --block None --dtype bfloat16 --batch-size 8 --stages 1 8 --steps 50000 \
-        --evaluate-every 1000 --learning-rates 3e-4                            # 134M parameters: a GPU
+        --width None --heads None --block None --dtype bfloat16 --init-std 0.02 --warmup 0.06 \
+        --batch-size 8 --stages 1 8 --steps 50000 --evaluate-every 1000 --learning-rates 3e-4         # 134M: a GPU
 
 The pipeline is simulated exactly on one device: update m takes the full gradient at {w_j^(max(m - tau_j, 0))}_j with
 tau_j = P - j for stage j of P, clips each stage by its own norm and changes the newest weights. The first stage holds
@@ -60,13 +60,15 @@ class Config(language_model.Options):
     width: int | None = 32
     heads: int | None = 2
     block: int | None = 64
+    init_std: float = 0.1  # of the matrices: 0.02 at the paper's width of 768, kept in proportion to width^-1/2
     batch_size: int = 4  # windows of a microbatch
-    steps: int = 600  # microbatches; updates, but for gpipe
+    steps: int = 800  # microbatches; updates, but for gpipe
     validation_windows: int = 48
-    evaluate_every: int = 50
+    evaluate_every: int = 100
     stages: tuple[int, ...] = (1, 4, 8, 16)  # P
     methods: tuple[Method, ...] = ("adamw", "nadam", "no_discount", "lr_correction", "gpipe")
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)  # the first seed tries all of them
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)  # the first seed tries all of them
+    warmup: float = 0.2  # share of the steps; the paper's is 0.06 of fifty times as many
     b1: float = 0.99  # of the methods with NAdam
     weight_decay: float = 0.01
     clip: float = 10.0  # norm of a stage's gradient
@@ -83,6 +85,10 @@ class Config(language_model.Options):
         for name in ("weight_decay", "clip", *("learning_rates" for rate in self.learning_rates if not rate > 0)):
             if name == "learning_rates" or not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def model(self, vocab_size: int | None = None) -> models.GPTConfig:
+        """The decoder's configuration, with its initialisation."""
+        return dataclasses.replace(super().model(vocab_size), init_std=self.init_std)
 
 
 SMOKE = {
@@ -246,7 +252,7 @@ def make_optimizer(config: Config, method: str, P: int) -> optax.GradientTransfo
         optimizers.clip_by_group_norm(config.clip, stages),
         rules.get(method, adam)(),
         optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_schedule(language_model.warmup_cosine(1.0, updates)),
+        optax.scale_by_schedule(language_model.warmup_cosine(1.0, updates, warmup=config.warmup)),
         optax.inject_hyperparams(optax.scale)(step_size=1.0),
         optax.scale(-1.0),
     ]
