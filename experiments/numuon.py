@@ -2,10 +2,10 @@
 
 Paper: Dolatabadi et al., "NuMuon: Nuclear-Norm-Constrained Muon for Compressible LLM Training", 2026
 
-    python -m experiments run numuon                                     # 1.3M parameters: an hour on 2 cores
+    python -m experiments run numuon                                           # 0.86M parameters, for 2 cores
     python -m experiments run numuon --text tiny_shakespeare --data-dir DIR
     python -m experiments run numuon --text train.npy --validation-text validation.npy --preset gpt2_small \
-        --dtype bfloat16 --batch-size 64 --steps 20000 --tune-steps 2000                   # 124M: for a GPU
+        --width None --block None --dtype bfloat16 --batch-size 64 --steps 20000 --tune-steps 2000   # 124M: for a GPU
 
 All three get the same parameters, batches, steps and schedule (linear warm-up, cosine to a tenth). They differ in the
 step of the hidden matrices: AdamW; Newton-Schulz of the Nesterov momentum (optax.contrib.muon); the top dyads of the
@@ -49,11 +49,13 @@ RMS = 0.2  # of an update, relative to the learning rate: AdamW's usual one
 class Config(language_model.Options):
     """Every combination of optimizer and seed is one case, after one case for each optimizer and learning rate."""
 
-    steps: int = 800
-    evaluate_every: int = 200
+    width: int | None = 128
+    block: int | None = 64
+    steps: int = 600
+    evaluate_every: int = 150
     optimizers: tuple[Optimizer, ...] = ("adamw", "muon", "numuon")
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # the grid; with one value nothing is tuned
-    tune_steps: int = 300
+    tune_steps: int = 150
     weight_decay: float = 0.1
     rank_start: float = 1.0  # NuMuon's share of the dyads in a step
     rank_end: float = 0.25
