@@ -132,7 +132,8 @@ def _paths(tree: PyTree) -> list[str]:
 
 def lift(labels: Labels, g: jax.Array) -> jax.Array:
     """dL/du_l = q_l dL/dw, [d, ...]."""
-    return jnp.stack([g * g.dtype.type(q) for q in labels])
+    q = jnp.asarray(labels, g.dtype).reshape(-1, *(1,) * g.ndim)
+    return q * g[None]
 
 
 def collapse(labels: Labels, u: jax.Array) -> jax.Array:

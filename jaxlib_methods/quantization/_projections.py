@@ -52,11 +52,14 @@ def check_jacobian(projection: str, jacobian: str) -> None:
 
 
 def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
-    """<a, b> over the labels, with the axis kept."""
-    return jnp.sum(a * b, axis=0, keepdims=True)
+    """<a, b> over the labels, broadcastable to them; for two labels without a reduction, which XLA would not fuse."""
+    products = a * b
+    return products + products[::-1] if len(products) == 2 else jnp.sum(products, axis=0, keepdims=True)
 
 
 def _softmax(x: jax.Array, beta: jax.Array) -> jax.Array:
+    if x.shape[0] == 2:  # the same, elementwise: 1 / (1 + exp(-beta (x_l - x_other)))
+        return 1 / (1 + jnp.exp(beta * (x[::-1] - x)))
     e = jnp.exp(beta * (x - jnp.max(x, axis=0, keepdims=True)))
     return e / jnp.sum(e, axis=0, keepdims=True)
 
