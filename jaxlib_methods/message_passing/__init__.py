@@ -3,7 +3,7 @@
     mrf = GridMRF(birchfield_tomasi(left, right, 16), truncated_linear(20.0, truncation=2))
     solution = trwp(mrf, iterations=40, rounding="sequential")          # labels, beliefs, messages
     certified = trwp(mrf, evaluate_every=5, tolerance=1e-3)             # stops at a proven gap
-    fast = trwp(mrf, iterations=10, rho=0.55, rounding="sequential", messages=coarse_to_fine(mrf))  # a low energy soon
+    fast = trwp(mrf, iterations=6, rho=0.6, rounding="sequential", messages=coarse_to_fine(mrf))  # a low energy soon
     gradient = jax.grad(lambda m: loss(trwp(m).beliefs))(mrf)           # to unaries, edge weights and V
 
 Which solver: `trwp` reaches the lowest energies and comes with a lower bound; `isgmr` is loopy min-sum; `sgm` is one

@@ -21,7 +21,7 @@ def coarse_to_fine(
     mrf: GridMRF,
     *,
     levels: int = 2,
-    iterations: int = 10,
+    iterations: int = 5,
     rho: float | int = 0.5,
     implementation: str | None = None,
 ) -> Messages:
@@ -29,6 +29,11 @@ def coarse_to_fine(
 
     Level k has ceil(H / 2^k) x ceil(W / 2^k) pixels; each starts from the messages of the level above it, halved. An
     iteration on level k costs about 4^-k of one on the full grid. Not in the paper. Constants to differentiation.
+
+    The shortest way to a low energy that was found, on Tsukuba and Teddy: this start, then `trwp` with rho 0.6 and
+    sequential rounding, 6 and 5 iterations to where TRW-S is after 50 and plain TRWP after 39 and 21. The bound that
+    comes with rho 0.6 is loose; the default 0.5 is what certifies. Both calls under one `jax.jit` that returns labels
+    alone save the traffic of messages and beliefs: a quarter of the time on Teddy.
 
     Args:
       mrf: the problem.
