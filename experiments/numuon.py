@@ -290,7 +290,9 @@ def _figures(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    title = f"{config.preset} on {pathlib.Path(config.text).stem}, {config.steps:,} steps, {config.seeds} seeds"
+    size = language_model.parameter_count(jax.eval_shape(task.init, jax.random.key(0)))
+    name = f"{size / 1e6:.2f}M parameters ({config.preset}) on {pathlib.Path(config.text).stem}"
+    title = f"{name}, {config.steps:,} steps, {config.seeds} seeds"
     colours = {name: f"C{i}" for i, name in enumerate(results)}
     mean = lambda runs, pick: np.mean([pick(run) for run in runs], axis=0)
 
