@@ -34,14 +34,14 @@ METHODS = {
 
 
 def run(options: Options) -> Iterator[Record]:
-    """Yields every case; with --quick neither ResNet-18 nor matrices of more than ten million weights."""
+    """Yields every case; with --quick neither ResNet-18 nor matrices of more than twenty million weights."""
     for network, (batch, shape) in NETWORKS.items():
         name = f"step {network} batch={batch}"
         if options.selects(name) and not (options.quick and network == "resnet18"):
             yield from measure(_step_case(name, network, batch, shape), options)
     for spec in kernel.ARG_SPECS:
         name = f"matmul {spec.name}"
-        if options.selects(name) and not (options.quick and spec.depth * spec.n > 10**7):
+        if options.selects(name) and not (options.quick and spec.depth * spec.n > 2 * 10**7):
             yield from measure(_matmul_case(name, spec), options)
 
 
