@@ -26,8 +26,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
-import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 
 from jaxlib_methods.optimizers._reduction_mappings import Mapping, PyTree, check_floating, check_output, linearize
@@ -221,6 +219,9 @@ class _Metric:
     """R, and R^{-1} by Cholesky where the dimension allows it, by conjugate gradients where not."""
 
     def __init__(self, R: Operator, n1: int, eps: float, max_dense: int):
+        import scipy.linalg  # with JAX, but not loaded by it: only the diagnostics need it
+        import scipy.sparse.linalg
+
         self.apply = R
         if n1 <= max_dense:
             factor = scipy.linalg.cho_factor(_dense(R, n1))
@@ -274,6 +275,9 @@ def _ends(
     operator: Operator, size: int, metric: _Metric | None, num_eigenvalues: int, max_dense: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues in ascending order and eigenvectors (columns): all, or `num_eigenvalues` from each end."""
+    import scipy.linalg
+    import scipy.sparse.linalg
+
     if size <= max(max_dense, 2 * num_eigenvalues):
         A = _dense(operator, size)
         return scipy.linalg.eigh(A, None if metric is None else _dense(metric.apply, size))
