@@ -10,8 +10,8 @@ Cases `solver K=... d=...`: frame and dL/dY for given class means, the state one
                  gradient norm 1e-6, warm start), then, up to K = 50, the dense declarative backward with all K(K+1)/2
                  constraints. Above, the forward alone is timed; at K = 1000 even that takes too long to repeat.
   ours, float64  the reference of `error`
-Case `dense backward K=100 d=512` times the authors' forward and backward at K = 100, 93 s a call on one core: the Jacobian
-of the constraints takes 2 GB there (8 TB at K = 1000, d = 2048). The aim is ratios["trust region"] >= 100 in it.
+Case `dense backward K=100 d=512` times the authors' forward and backward at K = 100, 93 s a call on one core: the
+Jacobian of the constraints takes 2 GB there (8 TB at K = 1000, d = 2048). The aim is ratios["trust region"] >= 100.
 `peak_bytes` of ours divided by 4 (d K + K^2) stays below ten: memory O(d K + K^2). LAPACK's own workspace, another
 O(K^2), is not in it.
 
