@@ -26,15 +26,6 @@ BibTeX:
   booktitle = {International Conference on Machine Learning},
   year = {2017},
 }
-
-@inproceedings{ajanthan2025nesterov,
-  title = {Nesterov Method for Asynchronous Pipeline Parallel Optimization},
-  author = {Ajanthan, Thalaiyasingam and Ramasinghe, Sameera and Zuo, Yan and Avraham, Gil and Long, Alexander},
-  booktitle = {International Conference on Machine Learning},
-  year = {2025},
-  eprint = {2505.01099},
-  archivePrefix = {arXiv},
-}
 """
 
 import math
@@ -48,7 +39,7 @@ import optax
 from jaxlib_methods import trees
 from jaxlib_methods.optimizers import _delays as delays
 from jaxlib_methods.optimizers._delays import ParamHistoryState, Tau
-from jaxlib_methods.optimizers._nadam import delayed_nesterov
+from jaxlib_methods.optimizers._nadam import delayed_nesterov, moments
 
 PyTree = Any
 
@@ -69,7 +60,7 @@ class DelayCompensationState(NamedTuple):
     """
 
     history: ParamHistoryState  # the stale parameters; `stale_params` finds them here
-    mean_square: PyTree  # like the parameters: average of g^2; () where lambda is not adaptive
+    mean_square: PyTree  # like the parameters, at least float32: average of g^2; () where lambda is not adaptive
 
 
 class ForecastGradientsState(NamedTuple):
@@ -182,7 +173,7 @@ def delay_compensation(
         raise ValueError(f"decay must lie in [0, 1) or be None, got {decay}")
 
     def init(params: PyTree) -> DelayCompensationState:
-        mean_square = () if decay is None else jax.tree.map(jnp.zeros_like, params)
+        mean_square = () if decay is None else moments(params)
         return DelayCompensationState(keep.init(params), mean_square)
 
     def update(

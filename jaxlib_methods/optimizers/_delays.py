@@ -23,19 +23,11 @@ BibTeX:
   booktitle = {Symposium on Operating Systems Principles},
   year = {2019},
 }
-
-@inproceedings{ajanthan2025nesterov,
-  title = {Nesterov Method for Asynchronous Pipeline Parallel Optimization},
-  author = {Ajanthan, Thalaiyasingam and Ramasinghe, Sameera and Zuo, Yan and Avraham, Gil and Long, Alexander},
-  booktitle = {International Conference on Machine Learning},
-  year = {2025},
-  eprint = {2505.01099},
-  archivePrefix = {arXiv},
-}
 """
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -341,11 +333,16 @@ def mixed_versions(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def checked_delays(tau: Tau) -> Tau:
     """`tau` with its delays checked; what needs the parameters is checked by `delay_of_each_leaf`."""
-    rules = isinstance(tau, Sequence)
-    for delay in [delay for _, delay in tau] if rules else [tau]:
-        if not isinstance(delay, int) or delay < 0:
-            raise ValueError(f"tau must be a whole number of updates, 0 or more, got {delay!r}")
-    return tuple(tau) if rules else tau
+    if isinstance(tau, str) or not isinstance(tau, Sequence):
+        return _checked_delay(tau)
+    return tuple((pattern, _checked_delay(delay)) for pattern, delay in tau)
+
+
+def _checked_delay(delay: Any) -> int:
+    whole = hasattr(delay, "__index__") and not isinstance(delay, bool)  # also NumPy's integers
+    if not whole or operator.index(delay) < 0:
+        raise ValueError(f"tau must be a whole number of updates, 0 or more, got {delay!r}")
+    return operator.index(delay)
 
 
 def delay_of_each_leaf(params: PyTree, tau: Tau) -> list[int]:

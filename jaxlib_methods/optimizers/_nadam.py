@@ -18,15 +18,6 @@ The factor (1 - gamma_t), here (1 - mu_t), is the discount: with gamma near 1 it
 
 BibTeX:
 
-@inproceedings{ajanthan2025nesterov,
-  title = {Nesterov Method for Asynchronous Pipeline Parallel Optimization},
-  author = {Ajanthan, Thalaiyasingam and Ramasinghe, Sameera and Zuo, Yan and Avraham, Gil and Long, Alexander},
-  booktitle = {International Conference on Machine Learning},
-  year = {2025},
-  eprint = {2505.01099},
-  archivePrefix = {arXiv},
-}
-
 @inproceedings{dozat2016incorporating,
   title = {Incorporating {Nesterov} Momentum into {Adam}},
   author = {Dozat, Timothy},
@@ -145,7 +136,7 @@ def scale_by_nadam(
 
     def init(params: PyTree) -> ScaleByNadamState:
         return ScaleByNadamState(
-            jnp.zeros((), jnp.int32), jnp.ones((), _scalar_dtype(params)), _moments(params), _moments(params)
+            jnp.zeros((), jnp.int32), jnp.ones((), _scalar_dtype(params)), moments(params), moments(params)
         )
 
     def update(
@@ -321,7 +312,7 @@ def scale_by_discounted_nesterov(
         _check_decay("gamma", gamma)
 
     def init(params: PyTree) -> ScaleByDiscountedNesterovState:
-        return ScaleByDiscountedNesterovState(jnp.zeros((), jnp.int32), _moments(params))
+        return ScaleByDiscountedNesterovState(jnp.zeros((), jnp.int32), moments(params))
 
     def update(
         updates: PyTree, state: ScaleByDiscountedNesterovState, params: PyTree | None = None, **extra_args: Any
@@ -382,7 +373,8 @@ def discounted_nesterov(
     )
 
 
-def _moments(params: PyTree) -> PyTree:
+def moments(params: PyTree) -> PyTree:
+    """Zeros for averages of gradients or of their squares: like the parameters, but at least float32."""
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_at_least_float32(p)), params)
 
 

@@ -14,14 +14,6 @@ has exactly k dyads and costs what the bucket's rank costs. Compile time and cod
 
 BibTeX:
 
-@article{dolatabadi2026numuon,
-  title = {{NuMuon}: Nuclear-Norm-Constrained {Muon} for Compressible {LLM} Training},
-  author = {Dolatabadi, H. M. and Ajanthan, T. and Ramasinghe, S. and Hewa Koneputugodage, C. and Siriwardhana, S. and
-    Shevchenko, V. and Pajak, K. and Snewin, J. and Avraham, G. and Long, A.},
-  journal = {arXiv preprint arXiv:2603.03597},
-  year = {2026},
-}
-
 @misc{jordan2024muon,
   title = {Muon: An optimizer for hidden layers in neural networks},
   author = {Jordan, Keller and Jin, Yuchen and Boza, Vlado and You, Jiacheng and Cesista, Franz and Newhouse, Laker and
@@ -242,7 +234,7 @@ def scale_by_numuon(
 
     def init(params: PyTree) -> NuMuonState:
         mu = optax.tree.zeros_like(params, dtype=mu_dtype)
-        leaves = jax.tree.leaves(params)
+        leaves = jax.tree.leaves(mu)
         if not leaves:  # optax.tree_utils.tree_map_params asks which parts of a state are like params
             return NuMuonState(jnp.zeros([], jnp.int32), mu, jnp.zeros([]))
         stacks = stacks_of(params, weight_dimension_numbers)
@@ -305,7 +297,7 @@ def scale_by_numuon(
         stacks = stacks_of(updates, weight_dimension_numbers)
         moments = [_ema(g, m, beta) for g, m in zip(grads, jax.tree.leaves(state.mu), strict=True)]
         looked_ahead = [_ema(g, m, beta) if nesterov else m for g, m in zip(grads, moments, strict=True)]
-        groups = equal_shapes(grads, stacks)
+        groups = equal_shapes(jax.tree.leaves(state.mu), stacks)
         Xs = []
         for (_, _, dtype), members in groups.items():
             X = jnp.concatenate([stacks[j].pack(_whole(looked_ahead[j])).astype(dtype) for j in members])

@@ -303,10 +303,16 @@ PARAMS = {"first": jnp.zeros(2), "last": jnp.zeros(2)}
 
 
 @pytest.mark.parametrize("make", [keep_param_history, delay_gradients, lambda tau: delay_memory(PARAMS, tau)])
-@pytest.mark.parametrize("tau", [-1, [("first", 2), ("last", -3)], [("first", 1.5), ("last", 0)]])
+@pytest.mark.parametrize("tau", [-1, "7", True, [("first", 2), ("last", -3)], [("first", 1.5), ("last", 0)]])
 def test_a_bad_delay_is_refused_at_once(make, tau):
-    with pytest.raises(ValueError, match=r"tau must be a whole number of updates, 0 or more, got (-1|-3|1\.5)"):
+    with pytest.raises(
+        ValueError, match=r"tau must be a whole number of updates, 0 or more, got (-1|'7'|True|-3|1\.5)"
+    ):
         make(tau)
+
+
+def test_numpy_integers_are_delays():
+    assert delay_memory(PARAMS, np.int64(2)) == delay_memory(PARAMS, 2)
 
 
 @pytest.mark.parametrize(
