@@ -32,9 +32,9 @@ def coarse_to_fine(
 
     The shortest way to a low energy that was found, on Tsukuba and Teddy: this start, then `trwp` with rho 0.6 and
     sequential rounding, 6 and 5 iterations to where TRW-S is after 50 and plain TRWP after 39 and 21. The bound that
-    comes with rho 0.6 is loose; the default 0.5 is what certifies. It is the best of some two dozen settings on those two
-    problems: try others on yours. Both calls under one `jax.jit` that returns labels alone save the traffic of messages
-    and beliefs.
+    comes with rho 0.6 is loose; the default 0.5 is what certifies. It is the best of some two dozen settings on those
+    two problems: try others on yours. Both calls under one `jax.jit` that returns labels alone save the traffic of
+    messages and beliefs.
 
     Args:
       mrf: the problem.
