@@ -1,6 +1,6 @@
 """Networks whose every weight is one of a few labels: proximal mean-field, mirror descent and their rivals.
 
-Papers: Ajanthan, Dokania, Hartley, Torr, "Proximal Mean-field for Neural Network Quantization", ICCV 2019; Ajanthan,
+Paper: Ajanthan, Dokania, Hartley, Torr, "Proximal Mean-field for Neural Network Quantization", ICCV 2019; Ajanthan,
 Gupta, Torr, Hartley, Dokania, "Mirror Descent View for Neural Network Quantization", AISTATS 2021
 
     python -m experiments run quantize                        # LeNet-300-100 on the embedded digits: minutes, 2 cores
