@@ -1,8 +1,8 @@
 """Every optax transformation of the library, for the battery in `test_optax_battery.py`. Add yours to `ENTRIES`.
 
-Entry("scale_by_x", scale_by_x, {"b1": 0.9}, as_optimizer=lambda rule: optax.chain(rule, optax.scale(-0.1)))
+Entry("scale_by_x", scale_by_x, {"b1": 0.9}, as_optimizer=by_rate(0.1))
 Entry("x", x, {"learning_rate": 0.1})
-Entry("pruned", pruned, {"inner": optax.sgd(0.1)}, for_params=lambda params: {"masks": half_masks(params)},
+Entry("pruned", pruned, {"inner": SGD}, for_params=lambda params: {"masks": half_masks(params)},
       constrain=lambda params: params * half_masks(params), opt_outs={"rosenbrock": "half of it is pruned"})
 """
 
@@ -100,8 +100,39 @@ def within(limit: float) -> Callable[[Any], Any]:
     return lambda params: jax.tree.map(lambda p: jnp.clip(p, -limit, limit), params)
 
 
-def by_sgd(rule: Any) -> Any:
-    return optax.chain(rule, optax.sgd(1e-3, momentum=0.9))
+SGD = optax.sgd(1e-3, momentum=0.9)
+
+
+def before_sgd(link: Any) -> Any:
+    """The descent of a link that changes gradients."""
+    return optax.chain(link, SGD)
+
+
+def after_sgd(link: Any) -> Any:
+    """The descent of a link that changes updates."""
+    return optax.chain(SGD, link)
+
+
+def by_rate(learning_rate: float) -> Callable[[Any], Any]:
+    """The descent of a rule whose updates need a learning rate alone."""
+    return lambda rule: optax.chain(rule, optax.scale(-learning_rate))
+
+
+def quantized(factory: Callable[..., Any], lattice: quantization.Lattice, **hyperparams: Any) -> Entry:
+    """A rule or an optimizer whose parameters are auxiliary variables."""
+    return Entry(factory.__name__, factory, {"lattice": lattice, **hyperparams}, example=two_labels, opt_outs=AUXILIARY)
+
+
+def masked(name: str, factory: Callable[..., Any], **options: Any) -> Entry:
+    """An optimizer of a network of which every other weight is pruned."""
+    return Entry(
+        name,
+        factory,
+        for_params=lambda params: {"masks": half_masks(params)},
+        constrain=lambda params: pruning.apply_masks(params, half_masks(params)),
+        opt_outs=HALF_PRUNED,
+        **options,
+    )
 
 
 ENTRIES: list[Entry] = [
@@ -112,21 +143,21 @@ ENTRIES: list[Entry] = [
         "optax.scale_by_adam",
         optax.scale_by_adam,
         {"b1": 0.9},
-        as_optimizer=lambda rule: optax.chain(rule, optax.scale(-1e-2)),
+        as_optimizer=by_rate(1e-2),
         opt_outs={"unknown_extra_args": "optax leaves it to chain; this library's rules take them"},
         promotion="standard",
     ),
     Entry(
         "optax.masked",
         optax.masked,
-        {"inner": optax.sgd(1e-3, momentum=0.9)},
+        {"inner": SGD},
         for_params=lambda params: {"mask": jax.tree.map(lambda _: True, params)},
         static_args=("inner", "mask"),
     ),
     Entry(
         "scale_by_agd",
         scale_by_agd,
-        as_optimizer=lambda rule: optax.chain(rule, optax.scale(-0.3)),
+        as_optimizer=by_rate(0.3),
         example=two_kernels,
         opt_outs=WEIGHTS_ONLY,
     ),
@@ -135,7 +166,7 @@ ENTRIES: list[Entry] = [
         "scale_by_pullback_metric",
         scale_by_pullback_metric,
         {"psi": lambda x1: jax.tree.map(jnp.sin, x1), "solver": "cg"},
-        as_optimizer=lambda rule: optax.chain(rule, optax.sgd(1e-3, momentum=0.9)),
+        as_optimizer=before_sgd,
         static_args=("psi", "solver", "tol", "max_iterations"),
     ),
     Entry(
@@ -148,44 +179,25 @@ ENTRIES: list[Entry] = [
     Entry(
         "orthogonal_retraction",
         orthogonal_retraction,
-        {"inner": optax.sgd(1e-3, momentum=0.9)},
+        {"inner": SGD},
         example=lambda dtype=jnp.float32: orthonormal(default_example(dtype)),
         static_args=("inner", "method"),
         constrain=orthonormal,
         opt_outs={"mixed_ranks": "its target is a reflection, and no path on the manifold leads there from a rotation"},
     ),
-    Entry(
-        "pruned",
-        pruning.pruned,
-        {"inner": optax.sgd(1e-3, momentum=0.9)},
-        for_params=lambda params: {"masks": half_masks(params)},
-        constrain=lambda params: pruning.apply_masks(params, half_masks(params)),
-        static_args=("inner", "masks"),
-        opt_outs=HALF_PRUNED,
-    ),
-    Entry(
+    masked("pruned", pruning.pruned, hyperparams={"inner": SGD}, static_args=("inner", "masks")),
+    masked(
         "pruned, packed",
         pruning.pruned,
-        {"inner": optax.sgd(1e-3, momentum=0.9), "packed": True},
-        for_params=lambda params: {"masks": half_masks(params)},
-        constrain=lambda params: pruning.apply_masks(params, half_masks(params)),
+        hyperparams={"inner": SGD, "packed": True},
         static_args=("inner", "masks", "packed"),
-        opt_outs=HALF_PRUNED,
     ),
-    Entry(
-        "mask_updates",
-        pruning.mask_updates,
-        as_optimizer=lambda link: optax.chain(optax.sgd(1e-3, momentum=0.9), link),
-        for_params=lambda params: {"masks": half_masks(params)},
-        constrain=lambda params: pruning.apply_masks(params, half_masks(params)),
-        static_args=("masks",),
-        opt_outs=HALF_PRUNED,
-    ),
+    masked("mask_updates", pruning.mask_updates, as_optimizer=after_sgd, static_args=("masks",)),
     Entry(
         "scale_by_numuon",
         optimizers.scale_by_numuon,
         {"rank_schedule": optimizers.cosine_rank_schedule(2), "rank_buckets": (0.5, 1.0), "key": jax.random.key(0)},
-        as_optimizer=lambda rule: optax.chain(rule, optax.scale(-1e-2)),
+        as_optimizer=by_rate(1e-2),
         example=two_kernels,
         static_args=NUMUON_STATIC,
         opt_outs=MATRICES_ONLY,
@@ -197,14 +209,14 @@ ENTRIES: list[Entry] = [
         static_args=(*NUMUON_STATIC, "adam_paths"),
         promotion="standard",
     ),
-    Entry("scale_by_nadam", optimizers.scale_by_nadam, as_optimizer=lambda rule: optax.chain(rule, optax.scale(-1e-2))),
+    Entry("scale_by_nadam", optimizers.scale_by_nadam, as_optimizer=by_rate(1e-2)),
     Entry("nadam", optimizers.nadam, {"learning_rate": 1e-2}),
     Entry("delayed_nesterov", optimizers.delayed_nesterov, {"learning_rate": 1e-2, "weight_decay": 0.0}),
     Entry(
         "scale_by_discounted_nesterov",
         optimizers.scale_by_discounted_nesterov,
         {"gamma": 0.9},
-        as_optimizer=lambda rule: optax.chain(rule, optax.scale(-1e-2)),
+        as_optimizer=by_rate(1e-2),
         static_args=("discount",),
         opt_outs=SLOW_VALLEY,
     ),
@@ -218,14 +230,14 @@ ENTRIES: list[Entry] = [
         "scale_by_delay",
         optimizers.scale_by_delay,
         {"tau": 2, "anneal_steps": 100},
-        as_optimizer=lambda link: optax.chain(optax.sgd(1e-3, momentum=0.9), link),
+        as_optimizer=after_sgd,
         static_args=("tau", "anneal_steps"),
     ),
     Entry(
         "delay_compensation",
         optimizers.delay_compensation,
         {"tau": 2, "strength": 1e-4},
-        as_optimizer=lambda link: optax.chain(link, optax.sgd(1e-3, momentum=0.9)),
+        as_optimizer=before_sgd,
         static_args=("tau", "decay", "eps"),
         opt_outs=RING,
     ),
@@ -233,7 +245,7 @@ ENTRIES: list[Entry] = [
         "delay_compensation, adaptive",
         optimizers.delay_compensation,
         {"tau": 2, "strength": 1e-4, "decay": 0.95},
-        as_optimizer=lambda link: optax.chain(link, optax.sgd(1e-3, momentum=0.9)),
+        as_optimizer=before_sgd,
         static_args=("tau", "decay", "eps"),
         opt_outs=RING,
     ),
@@ -249,13 +261,13 @@ ENTRIES: list[Entry] = [
         "discrepancy_correction",
         optimizers.discrepancy_correction,
         {"tau": 2},
-        as_optimizer=lambda link: optax.chain(optax.sgd(1e-3, momentum=0.9), link),
+        as_optimizer=after_sgd,
         static_args=("tau", "decay"),
     ),
     Entry(
         "pipemare",
         optimizers.pipemare,
-        {"inner": optax.sgd(1e-3, momentum=0.9), "tau": 2, "anneal_steps": 100},
+        {"inner": SGD, "tau": 2, "anneal_steps": 100},
         static_args=("inner", "tau", "anneal_steps", "decay"),
     ),
     Entry(
@@ -268,7 +280,7 @@ ENTRIES: list[Entry] = [
         "keep_param_history",
         optimizers.keep_param_history,
         {"tau": 2},
-        as_optimizer=lambda link: optax.chain(link, optax.sgd(1e-3, momentum=0.9)),
+        as_optimizer=before_sgd,
         static_args=("tau",),
         opt_outs=RING,
     ),
@@ -284,51 +296,21 @@ ENTRIES: list[Entry] = [
         "clip_by_group_norm",
         optimizers.clip_by_group_norm,
         {"max_norm": 100.0, "groups": (("", "all"),)},
-        as_optimizer=lambda link: optax.chain(link, optax.sgd(1e-3, momentum=0.9)),
+        as_optimizer=before_sgd,
         static_args=("max_norm", "groups"),
     ),
-    Entry(
-        "scale_by_proximal_mean_field",
-        quantization.scale_by_proximal_mean_field,
-        {"lattice": SOFTMAX, "beta": 2.0},
-        example=two_labels,
-        opt_outs=AUXILIARY,
-    ),
-    Entry(
-        "proximal_mean_field",
-        quantization.proximal_mean_field,
-        {"learning_rate": 1e-2, "lattice": SOFTMAX, "beta": 2.0, "weight_decay": 1e-4},
-        example=two_labels,
-        opt_outs=AUXILIARY,
-    ),
-    Entry(
-        "scale_by_projected_gradient",
-        quantization.scale_by_projected_gradient,
-        {"lattice": SPARSEMAX, "beta": 2.0},
-        example=two_labels,
-        opt_outs=AUXILIARY,
-    ),
-    Entry(
-        "projected_gradient",
-        quantization.projected_gradient,
-        {"learning_rate": 1e-2, "lattice": SPARSEMAX, "beta": 2.0},
-        example=two_labels,
-        opt_outs=AUXILIARY,
-    ),
-    Entry("scale_by_icm", quantization.scale_by_icm, {"lattice": ARGMAX}, example=two_labels, opt_outs=AUXILIARY),
-    Entry(
-        "icm",
-        quantization.icm,
-        {"learning_rate": 1e-2, "lattice": ARGMAX},
-        example=two_labels,
-        opt_outs=AUXILIARY,
-    ),
-    Entry("lift_gradients", quantization.lift_gradients, {"lattice": SOFTMAX}, example=two_labels, opt_outs=AUXILIARY),
+    quantized(quantization.scale_by_proximal_mean_field, SOFTMAX, beta=2.0),
+    quantized(quantization.proximal_mean_field, SOFTMAX, learning_rate=1e-2, beta=2.0, weight_decay=1e-4),
+    quantized(quantization.scale_by_projected_gradient, SPARSEMAX, beta=2.0),
+    quantized(quantization.projected_gradient, SPARSEMAX, learning_rate=1e-2, beta=2.0),
+    quantized(quantization.scale_by_icm, ARGMAX),
+    quantized(quantization.icm, ARGMAX, learning_rate=1e-2),
+    quantized(quantization.lift_gradients, SOFTMAX),
     Entry(
         "scale_by_stable_mirror_descent",
         quantization.scale_by_stable_mirror_descent,
         {"lattice": TANH, "beta": 2.0},
-        as_optimizer=by_sgd,
+        as_optimizer=before_sgd,
     ),
     Entry(
         "stable_mirror_descent",
@@ -339,7 +321,7 @@ ENTRIES: list[Entry] = [
         "scale_by_mirror_descent",
         quantization.scale_by_mirror_descent,
         {"lattice": TANH, "beta": 2.0},
-        as_optimizer=lambda link: optax.chain(optax.sgd(1e-3, momentum=0.9), link),
+        as_optimizer=after_sgd,
         constrain=within(0.98),
     ),
     Entry(
@@ -362,7 +344,7 @@ ENTRIES: list[Entry] = [
         "scale_by_straight_through",
         quantization.scale_by_straight_through,
         {"lattice": ROUND, "clip": False},
-        as_optimizer=by_sgd,
+        as_optimizer=before_sgd,
         static_args=("clip",),
     ),
     Entry(
@@ -375,7 +357,7 @@ ENTRIES: list[Entry] = [
         "clip_to_labels",
         quantization.clip_to_labels,
         {"lattice": ROUND},
-        as_optimizer=lambda link: optax.chain(optax.sgd(1e-3, momentum=0.9), link),
+        as_optimizer=after_sgd,
         constrain=within(1.0),
     ),
     Entry(
