@@ -16,8 +16,10 @@ import optax
 from jaxlib_methods import trees
 from jaxlib_methods.quantization import _projections
 from jaxlib_methods.quantization._lattice import Lattice, lift, map_leaves
+from jaxlib_methods.quantization._projections import Labels
 
 PyTree = Any
+LeafRule = Callable[[Labels, jax.Array, jax.Array, jax.Array], jax.Array]  # labels, params, update, beta -> update
 
 
 class AnnealingState(NamedTuple):
@@ -133,16 +135,28 @@ def check_projection(method: str, lattice: Lattice, *allowed: str) -> None:
         raise ValueError(f"{method} needs a lattice with {needed}, got {lattice.projection!r}")
 
 
-def start(beta: Any) -> AnnealingState:
-    """The state before the first step."""
-    count = jnp.zeros((), jnp.int32)
-    return AnnealingState(count, _at(beta, count))
+def rule(
+    method: str, lattice: Lattice, of_leaf: LeafRule, *, beta: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation of every quantized leaf by `of_leaf`; without a temperature beta is 1, and there is no state.
 
+    Raises ValueError where a lifted leaf lacks its axis of labels, and where `update` is called without parameters.
+    """
+    at = lambda count: AnnealingState(count, _at(beta, count))
 
-def advance(state: AnnealingState, beta: Any) -> AnnealingState:
-    """The state after a step."""
-    count = optax.safe_increment(state.count)
-    return AnnealingState(count, _at(beta, count))
+    def init(params: PyTree) -> Any:
+        map_leaves(lambda labels, x: x, lattice, params)
+        return optax.EmptyState() if beta is None else at(jnp.zeros((), jnp.int32))
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any) -> tuple[PyTree, Any]:
+        if params is None:
+            raise ValueError(f"{method} needs params; call update(updates, state, params)")
+        temperature = jnp.float32(1) if beta is None else state.beta
+        changed = lambda labels, x, g: of_leaf(labels, x, g, temperature)
+        updates = map_leaves(changed, lattice, params, updates)
+        return updates, state if beta is None else at(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _at(beta: Any, count: jax.Array) -> jax.Array:
@@ -150,33 +164,15 @@ def _at(beta: Any, count: jax.Array) -> jax.Array:
     return jnp.minimum(value, jnp.finfo(jnp.float32).max)  # infinity times no difference would be NaN
 
 
-def check_params(method: str, params: PyTree | None) -> None:
-    """Raises ValueError where `update` was called without parameters."""
-    if params is None:
-        raise ValueError(f"{method} needs params; call update(updates, state, params)")
+def pull_back(
+    lattice: Lattice, jacobian: str, labels: Labels, x: jax.Array, g: jax.Array, beta: jax.Array
+) -> jax.Array:
+    """The gradient with respect to a leaf's auxiliary variables from that with respect to w or u."""
+    return _projections.pull_back(lattice.projection, jacobian, labels, x, beta, lifted(lattice, labels, x, g))
 
 
-def check_auxiliary(lattice: Lattice, params: PyTree) -> None:
-    """Raises ValueError where a lifted leaf lacks its axis of labels."""
-    map_leaves(lambda labels, x: x, lattice, params)
-
-
-def pull_back(lattice: Lattice, jacobian: str, beta: jax.Array, params: PyTree, updates: PyTree) -> PyTree:
-    """Gradients with respect to the auxiliary variables from those with respect to w or u."""
-
-    def one(labels: Any, x: jax.Array, g: jax.Array) -> jax.Array:
-        g = _lifted(lattice, labels, x, g)
-        return _projections.pull_back(lattice.projection, jacobian, labels, x, beta, g)
-
-    return map_leaves(one, lattice, params, updates)
-
-
-def lift_tree(lattice: Lattice, params: PyTree, updates: PyTree) -> PyTree:
-    """Gradients with respect to u from those with respect to w; what is one already stays."""
-    return map_leaves(lambda labels, x, g: _lifted(lattice, labels, x, g), lattice, params, updates)
-
-
-def _lifted(lattice: Lattice, labels: Any, x: jax.Array, g: jax.Array) -> jax.Array:
+def lifted(lattice: Lattice, labels: Labels, x: jax.Array, g: jax.Array) -> jax.Array:
+    """The gradient with respect to u from that with respect to w; what is one already stays."""
     if lattice.lifted and g.shape == x.shape[1:]:
         return lift(labels, g)
     if g.shape != x.shape:
@@ -185,6 +181,24 @@ def _lifted(lattice: Lattice, labels: Any, x: jax.Array, g: jax.Array) -> jax.Ar
             f"got {g.shape}"
         )
     return g
+
+
+def with_adam(
+    scale_by_rule: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: jax.typing.ArrayLike,
+    b2: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    weight_decay: jax.typing.ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a rule: an L2 term, added before Adam as in the authors' code, Adam, and the learning rate."""
+    return optax.chain(
+        scale_by_rule,
+        optax.add_decayed_weights(weight_decay),
+        adam(b1, b2, eps),
+        optax.scale_by_learning_rate(learning_rate),
+    )
 
 
 def adam(

@@ -12,18 +12,14 @@ form (-S): the dual variable is stored, w = P_beta(x), x' = x - eta g without a 
 two coincide while beta is constant. With Adam, -eta g is Adam's step on the moments of the primal gradient.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxlib_methods.quantization import _annealing
-from jaxlib_methods.quantization._annealing import AnnealingState
-from jaxlib_methods.quantization._lattice import Lattice, map_leaves
+from jaxlib_methods.quantization._lattice import Lattice
 from jaxlib_methods.quantization._projections import Labels, as_labels
 
-PyTree = Any
 Beta = optax.ScalarOrSchedule | int
 # exp(2 * 20) is what float32 still tells from the labels; beyond, steps only overflow.
 MAX_EXPONENT = 20.0
@@ -169,18 +165,8 @@ def lift_gradients(lattice: Lattice) -> optax.GradientTransformationExtraArgs:
 
     Source: Ajanthan, Dokania, Hartley, Torr (ICCV 2019), arXiv:1812.04353 [ajanthan2019proximal].
     """
-
-    def init(params: PyTree) -> optax.EmptyState:
-        _annealing.check_auxiliary(lattice, params)
-        return optax.EmptyState()
-
-    def update(
-        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, optax.EmptyState]:
-        _annealing.check_params("lift_gradients", params)
-        return _annealing.lift_tree(lattice, params, updates), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    of_leaf = lambda labels, x, g, beta: _annealing.lifted(lattice, labels, x, g)
+    return _annealing.rule("lift_gradients", lattice, of_leaf)
 
 
 def scale_by_mirror_descent(lattice: Lattice, *, beta: Beta) -> optax.GradientTransformationExtraArgs:
@@ -218,28 +204,17 @@ def scale_by_mirror_descent(lattice: Lattice, *, beta: Beta) -> optax.GradientTr
             if labels is not None:
                 _centre_and_half(labels)
 
-    def init(params: PyTree) -> AnnealingState:
-        _annealing.check_auxiliary(lattice, params)
-        return _annealing.start(beta)
+    def step(labels: Labels, x: jax.Array, displacement: jax.Array, beta: jax.Array) -> jax.Array:
+        dtype = x.dtype
+        compute = jnp.float64 if dtype == jnp.float64 else jnp.float32
+        x, displacement = x.astype(compute), displacement.astype(compute)
+        if lattice.lifted:
+            moved = mirror_step_softmax(x, displacement, beta)
+        else:
+            moved = mirror_step_tanh(x, displacement, beta, labels=labels)
+        return (moved - x).astype(dtype)
 
-    def update(
-        updates: PyTree, state: AnnealingState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, AnnealingState]:
-        _annealing.check_params("mirror descent", params)
-
-        def step(labels: Labels, x: jax.Array, displacement: jax.Array) -> jax.Array:
-            dtype = x.dtype
-            compute = jnp.float64 if dtype == jnp.float64 else jnp.float32
-            x, displacement = x.astype(compute), displacement.astype(compute)
-            if lattice.lifted:
-                moved = mirror_step_softmax(x, displacement, state.beta)
-            else:
-                moved = mirror_step_tanh(x, displacement, state.beta, labels=labels)
-            return (moved - x).astype(dtype)
-
-        return map_leaves(step, lattice, params, updates), _annealing.advance(state, beta)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _annealing.rule("mirror descent", lattice, step, beta=beta)
 
 
 def mirror_descent(
@@ -321,18 +296,8 @@ def scale_by_stable_mirror_descent(lattice: Lattice, *, beta: Beta) -> optax.Gra
     """
     _annealing.check_projection("mirror descent", lattice, "tanh", "softmax")
     _annealing.check_beta(beta)
-
-    def init(params: PyTree) -> AnnealingState:
-        _annealing.check_auxiliary(lattice, params)
-        return _annealing.start(beta)
-
-    def update(
-        updates: PyTree, state: AnnealingState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, AnnealingState]:
-        _annealing.check_params("mirror descent", params)
-        return _annealing.lift_tree(lattice, params, updates), _annealing.advance(state, beta)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    of_leaf = lambda labels, x, g, beta: _annealing.lifted(lattice, labels, x, g)
+    return _annealing.rule("mirror descent", lattice, of_leaf, beta=beta)
 
 
 def stable_mirror_descent(
@@ -376,9 +341,5 @@ def stable_mirror_descent(
 
     Source: Ajanthan, Gupta, Torr, Hartley, Dokania (AISTATS 2021), arXiv:1910.08237 [ajanthan2021mirror].
     """
-    return optax.chain(
-        scale_by_stable_mirror_descent(lattice, beta=beta),
-        optax.add_decayed_weights(weight_decay),
-        _annealing.adam(b1, b2, eps),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    rule = scale_by_stable_mirror_descent(lattice, beta=beta)
+    return _annealing.with_adam(rule, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)

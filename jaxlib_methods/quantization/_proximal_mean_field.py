@@ -9,18 +9,14 @@ beta grows until u is one-hot. P is the softmax (PMF), the Euclidean projection 
 (PICM, the limit of infinite beta, which for {-1, 1} is BinaryConnect with the clipped straight-through gradient).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxlib_methods.quantization import _annealing
-from jaxlib_methods.quantization._annealing import AnnealingState
 from jaxlib_methods.quantization._lattice import Lattice
 from jaxlib_methods.quantization._projections import check_jacobian, softmax_projection
 
-PyTree = Any
 Beta = optax.ScalarOrSchedule | int
 
 
@@ -91,18 +87,8 @@ def scale_by_proximal_mean_field(
         jacobian = "double" if lattice.projection == "softmax" else "exact"
     check_jacobian(lattice.projection, jacobian)
 
-    def init(params: PyTree) -> AnnealingState:
-        _annealing.check_auxiliary(lattice, params)
-        return _annealing.start(beta)
-
-    def update(
-        updates: PyTree, state: AnnealingState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, AnnealingState]:
-        _annealing.check_params("proximal mean-field", params)
-        updates = _annealing.pull_back(lattice, jacobian, state.beta, params, updates)
-        return updates, _annealing.advance(state, beta)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    of_leaf = lambda labels, x, g, beta: _annealing.pull_back(lattice, jacobian, labels, x, g, beta)
+    return _annealing.rule("proximal mean-field", lattice, of_leaf, beta=beta)
 
 
 def proximal_mean_field(
@@ -150,12 +136,8 @@ def proximal_mean_field(
 
     Source: Ajanthan, Dokania, Hartley, Torr (ICCV 2019), arXiv:1812.04353, Algorithm 1 [ajanthan2019proximal].
     """
-    return optax.chain(
-        scale_by_proximal_mean_field(lattice, beta=beta, jacobian=jacobian),
-        optax.add_decayed_weights(weight_decay),
-        _annealing.adam(b1, b2, eps),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    rule = scale_by_proximal_mean_field(lattice, beta=beta, jacobian=jacobian)
+    return _annealing.with_adam(rule, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
 def scale_by_projected_gradient(lattice: Lattice, *, beta: Beta) -> optax.GradientTransformationExtraArgs:
@@ -183,18 +165,8 @@ def scale_by_projected_gradient(lattice: Lattice, *, beta: Beta) -> optax.Gradie
     _annealing.check_projection("projected gradient descent", lattice, "sparsemax")
     _annealing.check_beta(beta)
 
-    def init(params: PyTree) -> AnnealingState:
-        _annealing.check_auxiliary(lattice, params)
-        return _annealing.start(beta)
-
-    def update(
-        updates: PyTree, state: AnnealingState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, AnnealingState]:
-        _annealing.check_params("projected gradient descent", params)
-        updates = _annealing.pull_back(lattice, "exact", state.beta, params, updates)
-        return updates, _annealing.advance(state, beta)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    of_leaf = lambda labels, x, g, beta: _annealing.pull_back(lattice, "exact", labels, x, g, beta)
+    return _annealing.rule("projected gradient descent", lattice, of_leaf, beta=beta)
 
 
 def projected_gradient(
@@ -260,17 +232,8 @@ def scale_by_icm(lattice: Lattice) -> optax.GradientTransformationExtraArgs:
     """
     _annealing.check_projection("ICM", lattice, "argmax")
 
-    def init(params: PyTree) -> optax.EmptyState:
-        _annealing.check_auxiliary(lattice, params)
-        return optax.EmptyState()
-
-    def update(
-        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, optax.EmptyState]:
-        _annealing.check_params("ICM", params)
-        return _annealing.pull_back(lattice, "clipped", jnp.float32(1), params, updates), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    of_leaf = lambda labels, x, g, beta: _annealing.pull_back(lattice, "clipped", labels, x, g, beta)
+    return _annealing.rule("ICM", lattice, of_leaf)
 
 
 def icm(
@@ -305,9 +268,5 @@ def icm(
 
     Source: Ajanthan, Dokania, Hartley, Torr (ICCV 2019), arXiv:1812.04353 [ajanthan2019proximal].
     """
-    return optax.chain(
-        scale_by_icm(lattice),
-        optax.add_decayed_weights(weight_decay),
-        _annealing.adam(b1, b2, eps),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    rule = scale_by_icm(lattice)
+    return _annealing.with_adam(rule, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)

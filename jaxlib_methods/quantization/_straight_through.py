@@ -4,17 +4,13 @@ w = nearest label of x;   x' = x - eta [min q <= x <= max q] dL/dw     straight-
 w = nearest label of x;   x' = clip(x - eta dL/dw, min q, max q)       BinaryConnect
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxlib_methods.quantization import _annealing
-from jaxlib_methods.quantization._lattice import Lattice, map_leaves
+from jaxlib_methods.quantization._lattice import Lattice
 from jaxlib_methods.quantization._projections import Labels
-
-PyTree = Any
 
 
 def scale_by_straight_through(lattice: Lattice, *, clip: bool = True) -> optax.GradientTransformationExtraArgs:
@@ -42,14 +38,8 @@ def scale_by_straight_through(lattice: Lattice, *, clip: bool = True) -> optax.G
     """
     _annealing.check_projection("the straight-through estimator", lattice, "round")
     jacobian = "clipped" if clip else "straight_through"
-
-    def update(
-        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, optax.EmptyState]:
-        _annealing.check_params("the straight-through estimator", params)
-        return _annealing.pull_back(lattice, jacobian, jnp.float32(1), params, updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    of_leaf = lambda labels, x, g, beta: _annealing.pull_back(lattice, jacobian, labels, x, g, beta)
+    return _annealing.rule("the straight-through estimator", lattice, of_leaf)
 
 
 def straight_through(
@@ -87,12 +77,8 @@ def straight_through(
     Source: Bengio, Leonard, Courville (2013), arXiv:1308.3432; Hubara, Courbariaux, Soudry, El-Yaniv, Bengio (NeurIPS
     2016), arXiv:1602.02830 [bengio2013estimating; hubara2016binarized].
     """
-    return optax.chain(
-        scale_by_straight_through(lattice, clip=clip),
-        optax.add_decayed_weights(weight_decay),
-        _annealing.adam(b1, b2, eps),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    rule = scale_by_straight_through(lattice, clip=clip)
+    return _annealing.with_adam(rule, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
 def clip_to_labels(lattice: Lattice) -> optax.GradientTransformationExtraArgs:
@@ -118,18 +104,11 @@ def clip_to_labels(lattice: Lattice) -> optax.GradientTransformationExtraArgs:
     """
     _annealing.check_projection("clip_to_labels", lattice, "round", "tanh")
 
-    def update(
-        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, optax.EmptyState]:
-        _annealing.check_params("clip_to_labels", params)
+    def shorten(labels: Labels, x: jax.Array, step: jax.Array, beta: jax.Array) -> jax.Array:
+        low, high = x.dtype.type(min(labels)), x.dtype.type(max(labels))
+        return jnp.clip(x + step, low, high) - x
 
-        def shorten(labels: Labels, x: jax.Array, step: jax.Array) -> jax.Array:
-            low, high = x.dtype.type(min(labels)), x.dtype.type(max(labels))
-            return jnp.clip(x + step, low, high) - x
-
-        return map_leaves(shorten, lattice, params, updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return _annealing.rule("clip_to_labels", lattice, shorten)
 
 
 def binary_connect(

@@ -10,10 +10,9 @@ import pytest
 import scipy.linalg
 
 from jaxlib_methods.optimizers import reduced_curvature, small_slope
+from tests.jaxlib_methods.optimizers.reduction_problems import figure1
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-figure1 = lambda x1, x2: x1**2 + 2 * (x2 - x1) ** 2
 
 
 def normal(*shape, seed=0):
