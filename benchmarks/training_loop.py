@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 
 from benchmarks.timing import Case, Implementation, Options, Record, measure
-from experiments import data, pipeline, train
+from experiments import data, device_data, train
 from jaxlib_methods import models
 
 BATCH_SIZE = 100
@@ -36,10 +36,10 @@ def run(options: Options) -> Iterator[Record]:
     network, loss_fn = _lenet()
     optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
     state = train.init_state(network, optimizer, key=jax.random.key(1))
-    mesh = pipeline.data_mesh(BATCH_SIZE)
+    mesh = device_data.data_mesh(BATCH_SIZE)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (EXAMPLES, 28, 28, 1), dtype=np.uint8)
-    split = pipeline.put(data.Split(images, rng.integers(0, 10, EXAMPLES, dtype=np.int32)), mesh)
+    split = device_data.put(data.Split(images, rng.integers(0, 10, EXAMPLES, dtype=np.int32)), mesh)
     fit = functools.partial(
         train.fit, loss_fn, optimizer, split=split, batch_size=BATCH_SIZE, steps=steps, mesh=mesh, progress=False
     )
@@ -61,7 +61,7 @@ def run(options: Options) -> Iterator[Record]:
                 "fit, kept": Implementation(
                     lambda state, workdir: fit(state=state, workdir=workdir), fresh_folder, params
                 ),
-                "bare scan": Implementation(bare, (pipeline.replicate(state, mesh), split, rows), params),
+                "bare scan": Implementation(bare, (device_data.replicate(state, mesh), split, rows), params),
             },
             reference="bare scan",
             flops=steps * _flops_per_step(),
@@ -85,20 +85,20 @@ def _lenet() -> tuple[Any, train.LossFn]:
 def _rows(state: train.TrainState, steps: int, mesh: jax.sharding.Mesh) -> jax.Array:
     """The examples of all steps, in the order in which `fit` draws them, int32 [steps, batch]."""
     order_key = jax.random.fold_in(state.key, 0x7FFFFFFF)  # what `fit` folds in; another one shows as a large `error`
-    rows = jax.jit(pipeline.batch_indices, static_argnums=(2, 3))
-    return pipeline.replicate(rows(order_key, jnp.arange(steps, dtype=jnp.int32), EXAMPLES, BATCH_SIZE), mesh)
+    rows = jax.jit(device_data.batch_indices, static_argnums=(2, 3))
+    return device_data.replicate(rows(order_key, jnp.arange(steps, dtype=jnp.int32), EXAMPLES, BATCH_SIZE), mesh)
 
 
 def _bare_scan(loss_fn: train.LossFn, optimizer: optax.GradientTransformation) -> Any:
-    def one_step(split: pipeline.OnDevice, carry: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
+    def one_step(split: device_data.OnDevice, carry: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
         params, opt_state, key = carry
-        batch = pipeline.gather(split, rows)
+        batch = device_data.gather(split, rows)
         (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, (), batch, key)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state, key), loss
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def scan(state: train.TrainState, split: pipeline.OnDevice, rows: jax.Array) -> Any:
+    def scan(state: train.TrainState, split: device_data.OnDevice, rows: jax.Array) -> Any:
         carry = state.params, state.opt_state, state.key
         (params, opt_state, key), losses = jax.lax.scan(functools.partial(one_step, split), carry, rows)
         return train.TrainState(state.step + jnp.int32(len(rows)), params, opt_state, (), key), losses

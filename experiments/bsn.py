@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import cases, data, pipeline
+from experiments import cases, data, device_data
 from experiments import train as training
 from experiments.errors import ExperimentError, NonFiniteLossError
 from jaxlib_methods.normalization import (
@@ -158,7 +158,7 @@ def _task(config: Config, dataset: data.Dataset, depth: int, activation: str, no
         "config": config,
         "depth": depth,
         "label": f"{activation} {normalisation} L={depth}",
-        "split": pipeline.put(dataset.train, pipeline.data_mesh(config.batch_size)),
+        "split": device_data.put(dataset.train, device_data.data_mesh(config.batch_size)),
         "init": functools.partial(
             init_bsn, depth=depth, width=config.width, num_inputs=images[0].size, num_outputs=dataset.num_classes
         ),

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import pipeline, text
+from experiments import device_data, text
 from experiments import train as training
 from experiments.log import Record
 from jaxlib_methods import models
@@ -105,7 +105,7 @@ class Task:
     options: Options
     config: models.GPTConfig
     text: text.Text
-    rows: pipeline.OnDevice  # of the training text
+    rows: device_data.OnDevice  # of the training text
     init: Callable[[jax.Array], PyTree]  # key -> parameters
     merge: Callable[[PyTree], models.GPT]  # parameters -> the model that holds them
     apply: Callable[[PyTree, jax.Array], jax.Array]  # (parameters, tokens [B, T]) -> logits [B, T, V]
@@ -137,7 +137,9 @@ class Task:
             options,
             config,
             loaded,
-            pipeline.put(text.training_rows(loaded.train, config.block_size), pipeline.data_mesh(options.batch_size)),
+            device_data.put(
+                text.training_rows(loaded.train, config.block_size), device_data.data_mesh(options.batch_size)
+            ),
             init,
             merge,
             apply,

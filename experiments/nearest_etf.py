@@ -32,7 +32,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, data, pipeline
+from experiments import cases, data, device_data
 from experiments import train as training
 from jaxlib_methods import models
 from jaxlib_methods.classifiers import (
@@ -181,7 +181,7 @@ class _Task(NamedTuple):
 
     config: Config
     label: str
-    train_split: pipeline.OnDevice
+    train_split: device_data.OnDevice
     steps_per_epoch: int
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]  # key -> (params, model_state)
     loss_fn: training.LossFn
@@ -246,9 +246,9 @@ class _Task(NamedTuple):
                 "test_error": 100.0 * float(wrong) / len(dataset.test.labels),
             }
 
-        mesh = pipeline.data_mesh(config.batch_size)
+        mesh = device_data.data_mesh(config.batch_size)
         steps_per_epoch = max(1, len(dataset.train.labels) // config.batch_size)
-        put = pipeline.put(dataset.train, mesh)
+        put = device_data.put(dataset.train, mesh)
         return cls(config, method, put, steps_per_epoch, init, loss_fn, _optimizer(config), measure)
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, data, pipeline
+from experiments import cases, data, device_data
 from experiments import train as training
 from jaxlib_methods import models, quantization, trees
 
@@ -180,7 +180,7 @@ class _Network(NamedTuple):
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]  # key -> (params, model_state)
     apply: Callable[..., tuple[jax.Array, PyTree]]  # (params, model_state, images, train) -> (logits, model_state)
-    split: pipeline.OnDevice
+    split: device_data.OnDevice
 
 
 class _ModelState(NamedTuple):
@@ -198,7 +198,7 @@ class _Task(NamedTuple):
     loss_fn: training.LossFn
     optimizer: optax.GradientTransformation
     evaluate: Callable[[training.TrainState], dict[str, float]]
-    split: pipeline.OnDevice
+    split: device_data.OnDevice
 
 
 def _batch_size(config: Config) -> int:
@@ -225,7 +225,7 @@ def _network(config: Config, dataset: data.Dataset) -> _Network:
         return logits, nnx.split(model, nnx.Param, ...)[2]
 
     init = jax.jit(lambda key: nnx.split(build(key), nnx.Param, ...)[1:])
-    return _Network(init, apply, pipeline.put(dataset.train, pipeline.data_mesh(_batch_size(config))))
+    return _Network(init, apply, device_data.put(dataset.train, device_data.data_mesh(_batch_size(config))))
 
 
 def _task(config: Config, dataset: data.Dataset, network: _Network, name: str) -> _Task:
@@ -349,7 +349,7 @@ def _run_case(task: _Task, seed: int, case_dir: pathlib.Path) -> dict[str, Any]:
 
 def _augment(batch: data.Split, key: jax.Array) -> data.Split:
     crop_key, flip_key = jax.random.split(key)
-    return batch._replace(images=pipeline.random_flip(pipeline.random_crop(batch.images, crop_key), flip_key))
+    return batch._replace(images=device_data.random_flip(device_data.random_crop(batch.images, crop_key), flip_key))
 
 
 def _figures(config: Config, histories: dict[str, list[dict[str, float]]], workdir: pathlib.Path) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, data, log, pipeline
+from experiments import cases, data, device_data, log
 from experiments import train as training
 from jaxlib_methods import models, pruning, trees
 
@@ -162,7 +162,7 @@ class _Task(NamedTuple):
     config: Config
     recipe: Recipe
     dataset: data.Dataset
-    train_split: pipeline.OnDevice
+    train_split: device_data.OnDevice
     standardise: Callable[[jax.Array], jax.Array]
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]  # key -> (params, model_state)
     apply: Callable[..., tuple[jax.Array, PyTree]]  # (params, model_state, inputs, train) -> (logits, model_state)
@@ -213,13 +213,13 @@ class _Task(NamedTuple):
             ),
             dense,  # replaced by each case's masks, so that all cases share one compiled program
         )
-        mesh = pipeline.data_mesh(config.batch_size)
+        mesh = device_data.data_mesh(config.batch_size)
         eval_logits = lambda params, model_state, images: apply(params, model_state, standardise(images), False)[0]
         return cls(
             config,
             recipe,
             dataset,
-            pipeline.put(dataset.train, mesh),
+            device_data.put(dataset.train, mesh),
             standardise,
             init,
             apply,
@@ -333,7 +333,7 @@ def _score(task: _Task, score: str, params: PyTree, model_state: PyTree, gated: 
 
 def _augment(batch: data.Split, key: jax.Array) -> data.Split:
     crop_key, flip_key = jax.random.split(key)
-    return batch._replace(images=pipeline.random_flip(pipeline.random_crop(batch.images, crop_key), flip_key))
+    return batch._replace(images=device_data.random_flip(device_data.random_crop(batch.images, crop_key), flip_key))
 
 
 def _figures(

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import pipeline
+from experiments import device_data
 from experiments.checkpoint import Checkpoints
 from experiments.errors import DataError, NonFiniteLossError
 from experiments.log import JsonLines, Record
@@ -80,11 +80,11 @@ def fit(
       loss_fn: `(params, model_state, batch, key) -> (loss, (model_state, metrics))`, the mean over the batch.
       optimizer: gets `value=loss` as extra argument, for the transformations that want it.
       state: as from `init_state`; it stays valid, training works on a copy.
-      split: pytree of arrays with a common first axis, e.g. `data.Split`, or `pipeline.put` of one.
+      split: pytree of arrays with a common first axis, e.g. `data.Split`, or `device_data.put` of one.
       batch_size: examples per step over all devices.
       steps: the step to train to.
       steps_per_call: steps of one dispatch; progress, log and the check of the loss happen once per call.
-      augment: `(batch, key) -> batch` inside jit, e.g. `pipeline.random_crop`.
+      augment: `(batch, key) -> batch` inside jit, e.g. `device_data.random_crop`.
       gradient_at: `(opt_state, params) -> params` at which the gradient is taken, e.g. `optimizers.stale_params`;
         None: at the parameters themselves.
       evaluate: `state -> {name: number}`, run after the last step and every `evaluate_every` steps (0: only then).
@@ -106,11 +106,11 @@ def fit(
     for name, value in (("steps", steps), ("steps_per_call", steps_per_call), ("batch_size", batch_size)):
         if value < 1:
             raise DataError(f"{name} must be at least 1, got {value}")
-    mesh = pipeline.data_mesh(batch_size) if mesh is None else mesh
+    mesh = device_data.data_mesh(batch_size) if mesh is None else mesh
     if batch_size % mesh.size:
         raise DataError(f"batch_size {batch_size} is not a multiple of the {mesh.size} devices of the mesh")
-    data = pipeline.put(split, mesh)
-    state = pipeline.replicate(state, mesh)
+    data = device_data.put(split, mesh)
+    state = device_data.replicate(state, mesh)
     run_chunk = _compiled_chunk(loss_fn, optimizer, augment, batch_size, mesh, gradient_at)
 
     history: list[Record] = []
@@ -196,10 +196,10 @@ def _compiled_chunk(
     gradient = jax.value_and_grad(fresh, has_aux=True)
 
     def one_step(
-        data: pipeline.OnDevice, state: TrainState, indices: jax.Array
+        data: device_data.OnDevice, state: TrainState, indices: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         augment_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        batch = pipeline.gather(data, indices)
+        batch = device_data.gather(data, indices)
         if augment is not None:
             batch = augment(batch, augment_key)
         at = state.params if gradient_at is None else gradient_at(state.opt_state, state.params)
@@ -212,10 +212,10 @@ def _compiled_chunk(
     replicated = NamedSharding(mesh, PartitionSpec())
 
     @functools.partial(jax.jit, static_argnames="length", donate_argnames="state", out_shardings=replicated)
-    def chunk(state: TrainState, data: pipeline.OnDevice, length: int) -> tuple[TrainState, dict[str, jax.Array]]:
+    def chunk(state: TrainState, data: device_data.OnDevice, length: int) -> tuple[TrainState, dict[str, jax.Array]]:
         first = state.step
         order_key = jax.random.fold_in(state.key, 0x7FFFFFFF)  # no step's key
-        rows = pipeline.batch_indices(order_key, first + jnp.arange(length, dtype=jnp.int32), data.size, batch_size)
+        rows = device_data.batch_indices(order_key, first + jnp.arange(length, dtype=jnp.int32), data.size, batch_size)
         state, metrics = jax.lax.scan(functools.partial(one_step, data), state, rows)
         summary = {name: jnp.mean(value.astype(jnp.float32), axis=0) for name, value in metrics.items()}
         finite = jnp.isfinite(metrics["loss"])
@@ -253,15 +253,15 @@ def evaluator(
       split: as for `fit`.
       batch_size: examples per batch; the last one is filled up and the filling does not count.
     """
-    mesh = pipeline.data_mesh() if mesh is None else mesh
-    data = pipeline.put(split, mesh)
+    mesh = device_data.data_mesh() if mesh is None else mesh
+    data = device_data.put(split, mesh)
     width = math.ceil(min(batch_size, data.size) / mesh.size) * mesh.size
     batches = math.ceil(data.size / width)
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def sums(params: PyTree, model_state: PyTree, data: pipeline.OnDevice) -> dict[str, jax.Array]:
+    def sums(params: PyTree, model_state: PyTree, data: device_data.OnDevice) -> dict[str, jax.Array]:
         def one_batch(_: None, rows: jax.Array) -> tuple[None, dict[str, jax.Array]]:
-            batch = pipeline.gather(data, jnp.minimum(rows, data.size - 1))
+            batch = device_data.gather(data, jnp.minimum(rows, data.size - 1))
             values = per_example(params, model_state, batch)
             return None, {name: jnp.sum(jnp.where(rows < data.size, value, 0)) for name, value in values.items()}
 
@@ -271,7 +271,7 @@ def evaluator(
     def evaluate(state: TrainState) -> dict[str, float]:
         params, model_state = state.params, state.model_state
         if any(leaf.sharding.device_set != set(mesh.devices.flat) for leaf in jax.tree.leaves(params)):
-            params, model_state = pipeline.replicate((params, model_state), mesh)
+            params, model_state = device_data.replicate((params, model_state), mesh)
         totals = jax.device_get(sums(params, model_state, data))
         return {prefix + name: float(np.sum(value, dtype=np.float64) / data.size) for name, value in totals.items()}
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import cases, data, pipeline
+from experiments import cases, data, device_data
 from experiments import train as training
 
 SMOKE = {"steps": 40}
@@ -46,7 +46,7 @@ def train(config, workdir):
         return loss, (model_state + 1, {})
 
     def augment(batch, key):
-        return batch._replace(images=pipeline.random_crop(batch.images, key, padding=1))
+        return batch._replace(images=device_data.random_crop(batch.images, key, padding=1))
 
     optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(config.learning_rate, momentum=0.9))
     features, classes = dataset.train.images[0].size, dataset.num_classes

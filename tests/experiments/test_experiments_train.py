@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments import data, log, pipeline, train
+from experiments import data, device_data, log, train
 from experiments.checkpoint import Checkpoints
 from experiments.errors import CheckpointError, DataError, NonFiniteLossError
 
@@ -37,7 +37,7 @@ def loss_fn(params, model_state, batch, key):
 
 
 def augment(batch, key):
-    return batch._replace(images=pipeline.random_crop(batch.images, key, padding=1))
+    return batch._replace(images=device_data.random_crop(batch.images, key, padding=1))
 
 
 def start(seed=0):
@@ -65,7 +65,7 @@ def whole():
 def test_equals_a_plain_python_loop(whole):
     state = start()
     order = jax.random.fold_in(state.key, 0x7FFFFFFF)
-    rows = np.asarray(pipeline.batch_indices(order, jnp.arange(24), 1437, 32))
+    rows = np.asarray(device_data.batch_indices(order, jnp.arange(24), 1437, 32))
     params, opt_state, model_state, losses = state.params, state.opt_state, state.model_state, []
     gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     for step in range(24):
@@ -102,7 +102,7 @@ def test_eight_devices_give_the_parameters_of_one(whole):
 def test_each_device_works_on_its_share_of_the_batch():
     def flops(devices):
         mesh = mesh_of(devices)
-        placed, state = pipeline.put(DIGITS.train, mesh), pipeline.replicate(start(), mesh)
+        placed, state = device_data.put(DIGITS.train, mesh), device_data.replicate(start(), mesh)
         chunk = train._compiled_chunk(loss_fn, OPTIMIZER, None, 1024, mesh)
         return chunk.lower(state, placed, 1).compile().cost_analysis()["flops"]
 

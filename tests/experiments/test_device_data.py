@@ -1,11 +1,11 @@
-"""The on-device pipeline: a batch depends on the key and the step alone, whatever the devices."""
+"""Data on the devices: a batch depends on the key and the step alone, whatever the devices."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, pipeline
+from experiments import data, device_data
 from experiments.errors import DataError
 
 
@@ -13,8 +13,8 @@ def mesh_of(count):
     return jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
 
 
-shuffled = jax.jit(pipeline.shuffled, static_argnames="size")
-batch_indices = jax.jit(pipeline.batch_indices, static_argnames=("size", "batch_size"))
+shuffled = jax.jit(device_data.shuffled, static_argnames="size")
+batch_indices = jax.jit(device_data.batch_indices, static_argnames=("size", "batch_size"))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1797])
@@ -25,7 +25,7 @@ def test_shuffle_is_a_bijection(key, size):
 
 def test_shuffle_is_uniform_over_all_permutations_of_four():
     keys = jax.random.split(jax.random.key(0), 24 * 500)
-    orders = jax.vmap(lambda key: pipeline.shuffled(key, jnp.arange(4), 4))(keys)
+    orders = jax.vmap(lambda key: device_data.shuffled(key, jnp.arange(4), 4))(keys)
     _, counts = np.unique(np.asarray(orders), axis=0, return_counts=True)
     assert len(counts) == 24
     chi_square = ((counts - 500) ** 2 / 500).sum()
@@ -49,25 +49,25 @@ def test_a_batch_is_a_function_of_the_step_alone(key):
 @pytest.mark.parametrize("batch_size", [0, 101])
 def test_batch_size_outside_the_data_is_refused(key, batch_size):
     with pytest.raises(DataError, match=r"\[1, 100\]"):
-        pipeline.batch_indices(key, jnp.arange(2), 100, batch_size)
+        device_data.batch_indices(key, jnp.arange(2), 100, batch_size)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_gather_equals_numpy_on_any_number_of_devices(devices):
     draw = np.random.default_rng(0)
     split = data.Split(draw.integers(0, 256, (37, 3, 2, 1), np.uint8), draw.integers(0, 10, 37).astype(np.int32))
-    placed = pipeline.put(split, mesh_of(devices))
+    placed = device_data.put(split, mesh_of(devices))
     indices = np.array([36, 0, 5, 5, 17, 36, 1, 2], np.int32)
-    batch = jax.jit(pipeline.gather)(placed, indices)
+    batch = jax.jit(device_data.gather)(placed, indices)
     np.testing.assert_array_equal(batch.images, split.images[indices])
     np.testing.assert_array_equal(batch.labels, split.labels[indices])
     assert {shard.data.shape for shard in batch.labels.addressable_shards} == {(8 // devices,)}
-    again = pipeline.put(placed, mesh_of(4))
+    again = device_data.put(placed, mesh_of(4))
     np.testing.assert_array_equal(np.asarray(again.arrays.labels)[:37], split.labels)
 
 
 def test_each_device_holds_only_its_rows():
-    placed = pipeline.put(np.zeros((64, 5), np.uint8), mesh_of(8))
+    placed = device_data.put(np.zeros((64, 5), np.uint8), mesh_of(8))
     assert {shard.data.shape for shard in placed.arrays.addressable_shards} == {(8, 5)}
 
 
@@ -76,16 +76,16 @@ def test_augmentation_is_the_same_on_one_and_on_eight_devices(key):
 
     @jax.jit
     def augment(placed):
-        batch = pipeline.gather(placed, jnp.arange(16))
-        return pipeline.random_crop(pipeline.random_flip(batch, key), key, padding=2)
+        batch = device_data.gather(placed, jnp.arange(16))
+        return device_data.random_crop(device_data.random_flip(batch, key), key, padding=2)
 
-    one, eight = (augment(pipeline.put(images, mesh_of(devices))) for devices in (1, 8))
+    one, eight = (augment(device_data.put(images, mesh_of(devices))) for devices in (1, 8))
     np.testing.assert_array_equal(one, eight)
 
 
 def test_crop_moves_within_the_padding_and_fills_with_zeros(key):
     images = np.random.default_rng(0).integers(1, 256, (64, 5, 6, 2), np.uint8)
-    moved = np.asarray(jax.jit(lambda images: pipeline.random_crop(images, key, padding=1))(images))
+    moved = np.asarray(jax.jit(lambda images: device_data.random_crop(images, key, padding=1))(images))
     seen = set()
     for image, result in zip(np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))), moved, strict=True):
         matches = [(i, j) for i in range(3) for j in range(3) if (image[i : i + 5, j : j + 6] == result).all()]
@@ -96,7 +96,7 @@ def test_crop_moves_within_the_padding_and_fills_with_zeros(key):
 
 def test_flip_mirrors_about_half_of_the_images(key):
     images = np.random.default_rng(0).integers(0, 256, (256, 2, 3, 1), np.uint8)
-    flipped = np.asarray(pipeline.random_flip(jnp.asarray(images), key))
+    flipped = np.asarray(device_data.random_flip(jnp.asarray(images), key))
     mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
     kept = (flipped == images).all((1, 2, 3))
     assert (mirrored | kept).all() and 96 < mirrored.sum() < 160
@@ -104,19 +104,19 @@ def test_flip_mirrors_about_half_of_the_images(key):
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(None, 8), (64, 8), (100, 5), (7, 7), (3, 3), (1, 1)])
 def test_default_mesh_takes_the_most_devices_that_share_the_batch(batch_size, devices):
-    assert pipeline.data_mesh(batch_size).size == devices
+    assert device_data.data_mesh(batch_size).size == devices
 
 
 @pytest.mark.parametrize("split", [np.zeros((0, 2)), (np.zeros(3), np.zeros(4))])
 def test_a_split_without_one_common_length_is_refused(split):
     with pytest.raises(DataError, match="common length"):
-        pipeline.put(split, mesh_of(2))
+        device_data.put(split, mesh_of(2))
 
 
 def test_replicated_copy_can_be_donated_and_the_original_stays(key):
     tree = {"w": jnp.arange(3.0), "key": key}
     for devices in (1, 8):
-        copy = pipeline.replicate(tree, mesh_of(devices))
+        copy = device_data.replicate(tree, mesh_of(devices))
         jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), donate_argnums=0)(copy)
         assert copy["w"].is_deleted() and not tree["w"].is_deleted()
         np.testing.assert_array_equal(tree["w"], [0, 1, 2])
