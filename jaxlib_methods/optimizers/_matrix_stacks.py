@@ -1,4 +1,4 @@
-"""Parameters as stacks of tall matrices, after optax's `MuonDimensionNumbers`, and which of them have equal shapes."""
+"""Parameters as stacks of tall matrices, after optax's `MuonDimensionNumbers`: equal shapes together, over a mesh."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 from jaxlib_methods import trees
@@ -98,3 +99,43 @@ def equal_shapes(leaves: Sequence[Any], stacks: Sequence[Stack]) -> dict[tuple, 
     for index, (leaf, stack) in enumerate(zip(leaves, stacks, strict=True)):
         groups.setdefault((*stack.tall, jnp.dtype(compute_dtype(leaf.dtype))), []).append(index)
     return groups
+
+
+def _constrain(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    return (jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint)(x, sharding)
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """A matrix is decomposed as a whole: one that is split over an explicit mesh is gathered."""
+    sharding = jax.typeof(x).sharding
+    if all(part is None for part in sharding.spec):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def sharded_like(D: jax.Array, M: jax.Array) -> jax.Array:
+    """D with the sharding of M. An elementwise operation between the two makes XLA choose it where axes are Auto."""
+    sharding = jax.typeof(M).sharding
+    D = D if jax.typeof(D).sharding == sharding else jax.sharding.reshard(D, sharding)
+    return jnp.where(jnp.isfinite(M), D, M)
+
+
+def place(x: jax.Array, mesh: jax.sharding.Mesh | None, axis: str) -> jax.Array:
+    return x if mesh is None else jax.device_put(x, NamedSharding(mesh, PartitionSpec(axis)))
+
+
+def distributed(one_group: Callable, mesh: jax.sharding.Mesh | None, axis: str) -> Callable:
+    """The same function, with the matrices of its leading axis shared out over the mesh, and the steps gathered."""
+    if mesh is None:
+        return one_group
+    split, everywhere = PartitionSpec(axis), PartitionSpec()
+
+    def run(X: jax.Array, basis: jax.Array | None, noise: jax.Array | None, r: jax.Array) -> tuple[jax.Array, Any]:
+        share_out = lambda tree: jax.tree.map(lambda x: _constrain(x, NamedSharding(mesh, split)), tree)
+        D, basis = jax.shard_map(
+            one_group, mesh=mesh, in_specs=(split, split, split, everywhere), out_specs=(split, split)
+        )(*share_out((X, basis, noise)), r)
+        return _constrain(D, NamedSharding(mesh, everywhere)), basis
+
+    return run

@@ -39,103 +39,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlib_methods import trees
-from jaxlib_methods.optimizers._block_krylov import (
-    block_krylov_svd,
-    block_width,
-    check_krylov,
-    compute_dtype,
-    is_exact,
-    matmul,
-    svd_of_tall,
-    transpose,
+from jaxlib_methods.optimizers._block_krylov import block_width, check_krylov, compute_dtype, is_exact, svd_of_tall
+from jaxlib_methods.optimizers._matrix_stacks import (
+    Stack,
+    distributed,
+    equal_shapes,
+    place,
+    resolve,
+    sharded_like,
+    stacks_of,
+    whole,
 )
-from jaxlib_methods.optimizers._matrix_stacks import Stack, equal_shapes, resolve, stacks_of
+from jaxlib_methods.optimizers._nuclear_norm import NS_COEFFS, newton_schulz, spend
 from jaxlib_methods.optimizers._rank_schedules import ROUND_OFF, check_fraction, dyads
 
 PyTree = Any
 RankSchedule = Callable[[jax.Array], jax.Array]
 
-NS_COEFFS = (3.4445, -4.7750, 2.0315)
 RANK_BUCKETS = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 ADAM_PATHS = (r"embed", r"(^|/)(wte|wpe|lm_head|head|unembed)(/|$)")
 SHAPE_SCALINGS = ("width", "spectral", "rms")
-
-
-# ------------------------------------------------------------------------------------------ the step of one matrix
-
-
-def newton_schulz(
-    M: jax.Array, coefficients: Sequence[float] = NS_COEFFS, steps: int = 5, eps: jax.typing.ArrayLike = 1e-8
-) -> jax.Array:
-    """Muon's approximate polar factor of M (..., m, n) with m >= n: X <- a X + X (b A + c A^2), A = X^T X."""
-    a, b, c = coefficients
-    X = M / (jnp.sqrt(jnp.sum(M * M, axis=(-2, -1), keepdims=True)) + jnp.asarray(eps, M.dtype))
-    for _ in range(steps):
-        A = matmul(transpose(X), X)
-        X = a * X + matmul(X, b * A + c * matmul(A, A))
-    return X
-
-
-def _spend(budget: jax.typing.ArrayLike, U: jax.Array, V: jax.Array) -> jax.Array:
-    """sum_i w_i u_i v_i^T: the dyads count 1 while the budget lasts, and its fraction for the next one."""
-    index = jnp.arange(U.shape[-1]).astype(U.dtype)[(None,) * (U.ndim - 1)]
-    return matmul(U * jnp.clip(budget - index, 0, 1), transpose(V))
-
-
-def nuclear_norm_lmo(
-    M: jax.Array,
-    tau: float | int,
-    *,
-    key: jax.Array,
-    iterations: int = 2,
-    oversampling: int = 8,
-    method: str = "cholesky",
-) -> jax.Array:
-    """The step of NuMuon: D = argmax <M, D> subject to ||D||_2 <= 1 and ||D||_* <= tau.
-
-    D = sum_i clip(tau - i, 0, 1) u_{i+1} v_{i+1}^T over the singular dyads of M: the largest floor(tau) of them, and
-    the next one weighted by what is left. With tau = min(rows, columns) it is the polar factor, with tau = 1 the step
-    of the nuclear-norm ball. <M, D> is the Ky Fan norm, the sum of the tau largest singular values.
-
-    Args:
-      M: (..., rows, columns), real; leading axes are a batch.
-      tau: the budget, in (0, min(rows, columns)]. Static.
-      key: typed key, as are the remaining arguments, of `block_krylov_svd`.
-      iterations: blocks of the Krylov space. Static.
-      oversampling: columns beyond ceil(tau) in a block. Static.
-      method: "cholesky" or "householder".
-
-    Returns:
-      D, of M's shape and type. Dyads whose singular value is round-off of the largest are left out: they would add
-      noise and gain nothing. A zero matrix gives zero.
-
-    Raises:
-      ValueError: a budget out of range, and what `block_krylov_svd` refuses.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> D = nuclear_norm_lmo(jnp.diag(jnp.array([10.0, 5.0, 2.0, 1.0])), 2.5, key=jax.random.key(0))
-      >>> (jnp.diagonal(D).round(3) + 0.0).tolist()
-      [1.0, 1.0, 0.5, 0.0]
-
-    Source: Dolatabadi et al. (2026), arXiv:2603.03597 [dolatabadi2026numuon].
-    """
-    if M.ndim < 2:
-        raise ValueError(f"M must be a matrix (..., rows, columns), got shape {M.shape}")
-    d = min(M.shape[-2:])
-    if not 0 < tau <= d:
-        raise ValueError(
-            f"tau must be in (0, min(rows, columns)] = (0, {d}], got {tau} for a matrix of shape {M.shape}"
-        )
-    k = math.ceil(tau)
-    U, _, V = block_krylov_svd(M, k, key=key, iterations=iterations, oversampling=oversampling, method=method)
-    return _spend(float(tau), U, V).astype(M.dtype)
-
-
-# -------------------------------------------------------------------------------------------------- the transformation
 
 
 class NuMuonState(NamedTuple):
@@ -242,7 +167,7 @@ def scale_by_numuon(
         for i, ((_, n, dtype), members) in enumerate(equal_shapes(leaves, stacks).items()):
             batch = padded(sum(stacks[j].batch for j in members))
             noise = jax.random.normal(jax.random.fold_in(key, i), (batch, n, basis_width(n)), dtype)
-            bases.append(_place(noise, mesh, axis) if noise.size else None)
+            bases.append(place(noise, mesh, axis) if noise.size else None)
         return NuMuonState(jnp.zeros([], jnp.int32), mu, tuple(bases))
 
     def full_rank(X: jax.Array, basis: jax.Array | None, noise: None, r: jax.Array) -> tuple[jax.Array, Any]:
@@ -258,7 +183,7 @@ def scale_by_numuon(
         U, _, V = svd_of_tall(X, K, B, iterations, method)
         n = X.shape[-1]
         budget = jnp.maximum(r * n, 1) if fractional else dyads(r, n)
-        D = _spend(budget.astype(X.dtype), U, V)
+        D = spend(budget.astype(X.dtype), U, V)
         if basis is not None:
             kept = min(K, basis.shape[-1])
             basis = jnp.concatenate([V[..., :kept], basis[..., kept:]], axis=-1)
@@ -278,7 +203,7 @@ def scale_by_numuon(
                     if not is_exact(n, K, **krylov):
                         columns = block_width(n, K, oversampling) - (0 if basis is None else K)
                         noise = jax.random.normal(jax.random.fold_in(key, i), (X.shape[0], n, columns), X.dtype)
-                results.append(_distributed(one_group, mesh, axis)(X, basis, noise, r))
+                results.append(distributed(one_group, mesh, axis)(X, basis, noise, r))
             return [D for D, _ in results], tuple(basis for _, basis in results)
 
         return steps
@@ -300,7 +225,7 @@ def scale_by_numuon(
         groups = equal_shapes(jax.tree.leaves(state.mu), stacks)
         Xs = []
         for (_, _, dtype), members in groups.items():
-            X = jnp.concatenate([stacks[j].pack(_whole(looked_ahead[j])).astype(dtype) for j in members])
+            X = jnp.concatenate([stacks[j].pack(whole(looked_ahead[j])).astype(dtype) for j in members])
             missing = padded(X.shape[0]) - X.shape[0]
             Xs.append(jnp.concatenate([X, *[X[:1]] * missing]) if missing else X)
 
@@ -316,7 +241,7 @@ def scale_by_numuon(
             for j in members:
                 mine = D[offset : offset + stacks[j].batch]
                 offset += stacks[j].batch
-                directions[j] = _sharded_like(stacks[j].unpack(mine), looked_ahead[j]).astype(grads[j].dtype)
+                directions[j] = sharded_like(stacks[j].unpack(mine), looked_ahead[j]).astype(grads[j].dtype)
         mu = structure.unflatten(
             [m.astype(old.dtype) for m, old in zip(moments, jax.tree.leaves(state.mu), strict=True)]
         )
@@ -345,52 +270,6 @@ def _ema(new: jax.Array, old: jax.Array, beta: jax.typing.ArrayLike) -> jax.Arra
     dtype = compute_dtype(old.dtype)
     beta = jnp.asarray(beta, dtype)
     return beta * old.astype(dtype) + (1 - beta) * new.astype(dtype)
-
-
-# ------------------------------------------------------------------------------------------------------- on a mesh
-
-
-def _constrain(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-    return (jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint)(x, sharding)
-
-
-def _whole(x: jax.Array) -> jax.Array:
-    """A matrix is decomposed as a whole: one that is split over an explicit mesh is gathered."""
-    sharding = jax.typeof(x).sharding
-    if all(part is None for part in sharding.spec):
-        return x
-    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
-
-
-def _sharded_like(D: jax.Array, M: jax.Array) -> jax.Array:
-    """D with the sharding of M. An elementwise operation between the two makes XLA choose it where axes are Auto."""
-    sharding = jax.typeof(M).sharding
-    D = D if jax.typeof(D).sharding == sharding else jax.sharding.reshard(D, sharding)
-    return jnp.where(jnp.isfinite(M), D, M)
-
-
-def _place(x: jax.Array, mesh: jax.sharding.Mesh | None, axis: str) -> jax.Array:
-    return x if mesh is None else jax.device_put(x, NamedSharding(mesh, PartitionSpec(axis)))
-
-
-def _distributed(one_group: Callable, mesh: jax.sharding.Mesh | None, axis: str) -> Callable:
-    """The same function, with the matrices of its leading axis shared out over the mesh, and the steps gathered."""
-    if mesh is None:
-        return one_group
-    split, everywhere = PartitionSpec(axis), PartitionSpec()
-
-    def run(X: jax.Array, basis: jax.Array | None, noise: jax.Array | None, r: jax.Array) -> tuple[jax.Array, Any]:
-        share_out = lambda tree: jax.tree.map(lambda x: _constrain(x, NamedSharding(mesh, split)), tree)
-        D, basis = jax.shard_map(
-            one_group, mesh=mesh, in_specs=(split, split, split, everywhere), out_specs=(split, split)
-        )(*share_out((X, basis, noise)), r)
-        return _constrain(D, NamedSharding(mesh, everywhere)), basis
-
-    return run
-
-
-# ------------------------------------------------------------------------------------------------------ the optimizer
 
 
 def _scale_by_shape(

@@ -19,7 +19,7 @@ from jaxlib_methods.optimizers import (
     piecewise_rank_schedule,
     scale_by_numuon,
 )
-from jaxlib_methods.optimizers._numuon import newton_schulz
+from jaxlib_methods.optimizers._nuclear_norm import newton_schulz
 
 KEY = jax.random.key(0)
 lmo = functools.partial(nuclear_norm_lmo, key=KEY)

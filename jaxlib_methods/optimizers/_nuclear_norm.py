@@ -1,0 +1,83 @@
+"""The step in the nuclear-norm ball: top singular dyads of a matrix, and Newton-Schulz where all of them are wanted.
+
+D = argmax <M, D> subject to ||D||_2 <= 1, ||D||_* <= tau
+  = sum_i clip(tau - i, 0, 1) u_{i+1} v_{i+1}^T                                from M = U diag(sigma) V^T
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxlib_methods.optimizers._block_krylov import block_krylov_svd, matmul, transpose
+
+NS_COEFFS = (3.4445, -4.7750, 2.0315)
+
+
+def newton_schulz(
+    M: jax.Array, coefficients: Sequence[float] = NS_COEFFS, steps: int = 5, eps: jax.typing.ArrayLike = 1e-8
+) -> jax.Array:
+    """Muon's approximate polar factor of M (..., m, n) with m >= n: X <- a X + X (b A + c A^2), A = X^T X."""
+    a, b, c = coefficients
+    X = M / (jnp.sqrt(jnp.sum(M * M, axis=(-2, -1), keepdims=True)) + jnp.asarray(eps, M.dtype))
+    for _ in range(steps):
+        A = matmul(transpose(X), X)
+        X = a * X + matmul(X, b * A + c * matmul(A, A))
+    return X
+
+
+def spend(budget: jax.typing.ArrayLike, U: jax.Array, V: jax.Array) -> jax.Array:
+    """sum_i w_i u_i v_i^T: the dyads count 1 while the budget lasts, and its fraction for the next one."""
+    index = jnp.arange(U.shape[-1]).astype(U.dtype)[(None,) * (U.ndim - 1)]
+    return matmul(U * jnp.clip(budget - index, 0, 1), transpose(V))
+
+
+def nuclear_norm_lmo(
+    M: jax.Array,
+    tau: float | int,
+    *,
+    key: jax.Array,
+    iterations: int = 2,
+    oversampling: int = 8,
+    method: str = "cholesky",
+) -> jax.Array:
+    """The step of NuMuon: D = argmax <M, D> subject to ||D||_2 <= 1 and ||D||_* <= tau.
+
+    D = sum_i clip(tau - i, 0, 1) u_{i+1} v_{i+1}^T over the singular dyads of M: the largest floor(tau) of them, and
+    the next one weighted by what is left. With tau = min(rows, columns) it is the polar factor, with tau = 1 the step
+    of the nuclear-norm ball. <M, D> is the Ky Fan norm, the sum of the tau largest singular values.
+
+    Args:
+      M: (..., rows, columns), real; leading axes are a batch.
+      tau: the budget, in (0, min(rows, columns)]. Static.
+      key: typed key, as are the remaining arguments, of `block_krylov_svd`.
+      iterations: blocks of the Krylov space. Static.
+      oversampling: columns beyond ceil(tau) in a block. Static.
+      method: "cholesky" or "householder".
+
+    Returns:
+      D, of M's shape and type. Dyads whose singular value is round-off of the largest are left out: they would add
+      noise and gain nothing. A zero matrix gives zero.
+
+    Raises:
+      ValueError: a budget out of range, and what `block_krylov_svd` refuses.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> D = nuclear_norm_lmo(jnp.diag(jnp.array([10.0, 5.0, 2.0, 1.0])), 2.5, key=jax.random.key(0))
+      >>> (jnp.diagonal(D).round(3) + 0.0).tolist()
+      [1.0, 1.0, 0.5, 0.0]
+
+    Source: Dolatabadi et al. (2026), arXiv:2603.03597 [dolatabadi2026numuon].
+    """
+    if M.ndim < 2:
+        raise ValueError(f"M must be a matrix (..., rows, columns), got shape {M.shape}")
+    d = min(M.shape[-2:])
+    if not 0 < tau <= d:
+        raise ValueError(
+            f"tau must be in (0, min(rows, columns)] = (0, {d}], got {tau} for a matrix of shape {M.shape}"
+        )
+    k = math.ceil(tau)
+    U, _, V = block_krylov_svd(M, k, key=key, iterations=iterations, oversampling=oversampling, method=method)
+    return spend(float(tau), U, V).astype(M.dtype)
