@@ -20,10 +20,10 @@ from jaxlib_methods.models._convolution import convolve as convolve
 from jaxlib_methods.models._gpt import GPT as GPT
 from jaxlib_methods.models._gpt import GPT_CONFIGS as GPT_CONFIGS
 from jaxlib_methods.models._gpt import GPTConfig as GPTConfig
-from jaxlib_methods.models._gpt import GPTStages as GPTStages
-from jaxlib_methods.models._gpt import gpt_stages as gpt_stages
 from jaxlib_methods.models._gpt import rotate as rotate
-from jaxlib_methods.models._gpt import split_gpt_params as split_gpt_params
+from jaxlib_methods.models._gpt_stages import GPTStages as GPTStages
+from jaxlib_methods.models._gpt_stages import gpt_stages as gpt_stages
+from jaxlib_methods.models._gpt_stages import split_gpt_params as split_gpt_params
 from jaxlib_methods.models._lenet import LeNet5 as LeNet5
 from jaxlib_methods.models._lenet import LeNet300 as LeNet300
 from jaxlib_methods.models._recurrent import GRUClassifier as GRUClassifier

@@ -1,8 +1,8 @@
 """Decoder-only language models: the GPT-2 and NanoGPT designs and the Llama design, from one description.
 
 A model is `head(block(... block(embed(tokens))))`, and the three are modules of their own, so that a pipeline can hold
-them on different devices; `gpt_stages` gives them as pure functions of their parameters. Parameters are stored in
-`param_dtype` and every matrix product runs in `dtype`; norms, softmax and logits are accumulated in float32.
+them on different devices (`_gpt_stages.py`). Parameters are stored in `param_dtype` and every matrix product runs in
+`dtype`; norms, softmax and logits are accumulated in float32.
 
 BibTeX:
 @techreport{radford2019language,
@@ -48,13 +48,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-
-PyTree = Any
 
 _CHOICES = {
     "position": ("learned", "rotary"),
@@ -390,74 +388,3 @@ class GPT(nnx.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
-
-
-class GPTStages(NamedTuple):
-    """The three parts of a `GPT` as pure functions; all blocks share one function.
-
-    Args:
-      embed: (parameters, tokens (B, T)) -> residual stream (B, T, d).
-      block: (parameters, residual stream) -> residual stream.
-      head: (parameters, residual stream) -> logits (B, T, V).
-
-    Source: this library.
-    """
-
-    embed: Callable[[PyTree, jax.Array], jax.Array]
-    block: Callable[[PyTree, jax.Array], jax.Array]
-    head: Callable[[PyTree, jax.Array], jax.Array]
-
-
-def gpt_stages(config: GPTConfig) -> GPTStages:
-    """The parts of a model as pure functions, for pipelines and for scans over stacked blocks.
-
-    Args:
-      config: of the model.
-
-    Returns:
-      The functions; `split_gpt_params` cuts the parameters of the whole model into their arguments.
-
-    Example:
-      >>> config = GPTConfig(layers=3, width=8, heads=2)
-      >>> model = GPT(config, rngs=nnx.Rngs(0))
-      >>> stages, (embed, blocks, head) = gpt_stages(config), split_gpt_params(config, nnx.state(model, nnx.Param))
-      >>> stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-      >>> tokens = jnp.arange(6)[None]
-      >>> x, _ = jax.lax.scan(lambda x, p: (stages.block(p, x), None), stages.embed(embed, tokens), stacked)
-      >>> bool(jnp.allclose(stages.head(head, x), model(tokens), atol=1e-5))
-      True
-
-    Source: this library.
-    """
-    model = nnx.eval_shape(lambda: GPT(dataclasses.replace(config, layers=1), rngs=nnx.Rngs(0)))
-
-    def pure(module: nnx.Module) -> Callable[[PyTree, jax.Array], jax.Array]:
-        graph = nnx.graphdef(module)
-        return lambda params, x: nnx.merge(graph, params)(x)
-
-    return GPTStages(pure(model.embed), pure(model.blocks[0]), pure(model.head))
-
-
-def split_gpt_params(config: GPTConfig, params: PyTree) -> tuple[PyTree, list[PyTree], PyTree]:
-    """Cuts the parameters of a `GPT` into those of its stages.
-
-    Args:
-      config: of the model.
-      params: `nnx.state(model, nnx.Param)`, or gradients or updates of that structure.
-
-    Returns:
-      (embed, one per block, head). The parts of a tied model both hold the token embedding; its gradient is the sum of
-      the two.
-
-    Example:
-      >>> config = GPTConfig(layers=3, width=8, heads=2)
-      >>> embed, blocks, head = split_gpt_params(config, nnx.state(GPT(config, rngs=nnx.Rngs(0)), nnx.Param))
-      >>> len(blocks), head["logits"]["kernel"].shape
-      (3, (8, 256))
-
-    Source: this library.
-    """
-    head = params["head"]
-    if config.tied:
-        head = nnx.State({**head, "tokens": params["embed"]["tokens"]})
-    return params["embed"], [params["blocks"][i] for i in range(config.layers)], head
