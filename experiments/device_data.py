@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.errors import DataError
+from jaxlib_methods._shuffle import shuffled
 
 PyTree = Any
 AXIS = "data"
-ROUNDS = 64  # of the swap-or-not shuffle: about four times log2 of a data set's size
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("arrays",), meta_fields=("size", "mesh"))
@@ -92,27 +92,6 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-
-
-def shuffled(key: jax.Array, positions: jax.Array, size: int) -> jax.Array:
-    """Where a keyed random permutation of range(size) sends `positions`, each computed on its own.
-
-    Swap-or-not (Hoang, Morris, Rogaway, CRYPTO 2012): round i pairs x with K_i - x mod size and a hashed bit of the
-    pair's larger member says whether to swap. Every round is an involution, so the whole is a bijection for every
-    size, and a batch costs O(batch) where a sorted permutation costs O(size log size).
-    """
-    swap, salt = jax.random.bits(key, (2, ROUNDS), jnp.uint32)
-    swap, n = swap % jnp.uint32(size), jnp.uint32(size)
-
-    def one_round(i: jax.Array, x: jax.Array) -> jax.Array:
-        partner = swap[i] + (n - x)
-        partner = jnp.where(partner >= n, partner - n, partner)
-        bits = jnp.maximum(x, partner) ^ salt[i]  # then the finaliser of MurmurHash3
-        bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-        bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-        return jnp.where((bits >> 16) & 1 == 1, partner, x)
-
-    return jax.lax.fori_loop(0, ROUNDS, one_round, positions.astype(jnp.uint32)).astype(jnp.int32)
 
 
 def batch_indices(key: jax.Array, steps: jax.Array, size: int, batch_size: int) -> jax.Array:

@@ -13,23 +13,7 @@ def mesh_of(count):
     return jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
 
 
-shuffled = jax.jit(device_data.shuffled, static_argnames="size")
 batch_indices = jax.jit(device_data.batch_indices, static_argnames=("size", "batch_size"))
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1797])
-def test_shuffle_is_a_bijection(key, size):
-    order = shuffled(key, jnp.arange(size), size)
-    np.testing.assert_array_equal(np.sort(order), np.arange(size))
-
-
-def test_shuffle_is_uniform_over_all_permutations_of_four():
-    keys = jax.random.split(jax.random.key(0), 24 * 500)
-    orders = jax.vmap(lambda key: device_data.shuffled(key, jnp.arange(4), 4))(keys)
-    _, counts = np.unique(np.asarray(orders), axis=0, return_counts=True)
-    assert len(counts) == 24
-    chi_square = ((counts - 500) ** 2 / 500).sum()
-    assert chi_square < 49.7  # 99.9% quantile of 23 degrees of freedom
 
 
 def test_an_epoch_visits_every_example_once_and_the_next_in_another_order(key):
