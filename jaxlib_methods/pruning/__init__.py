@@ -3,6 +3,7 @@ r"""Pruning = a score x a scope x a schedule, giving masks; optax transformation
     scores = connection_sensitivity(loss_fn, params, batch)          # SNIP; or magnitude, random, grasp, synflow
     masks = prune_masks(scores, sparsity=0.98)                        # once, over all layers jointly
     masks = iterative_prune(score_fn, params, sparsity=0.98)          # or in many small cuts
+    params, _ = repair_isometry(params, masks)                        # what is left propagates signals; needs no data
     optimizer = pruned(optax.sgd(0.1, 0.9), masks)
 
 A `None` in a tree of scores or masks means that the parameter is never pruned; `prunable` says which are candidates.
@@ -35,8 +36,29 @@ BibTeX:
   booktitle = {Advances in Neural Information Processing Systems},
   year = {2015},
 }
+
+@inproceedings{lee2020signal,
+  title = {A signal propagation perspective for pruning neural networks at initialization},
+  author = {Lee, Namhoon and Ajanthan, Thalaiyasingam and Gould, Stephen and Torr, Philip H. S.},
+  booktitle = {International Conference on Learning Representations},
+  year = {2020},
+}
+
+@inproceedings{xiao2018dynamical,
+  title = {Dynamical isometry and a mean field theory of {CNNs}: How to train 10,000-layer vanilla convolutional neural
+    networks},
+  author = {Xiao, Lechao and Bahri, Yasaman and Sohl-Dickstein, Jascha and Schoenholz, Samuel S. and
+    Pennington, Jeffrey},
+  booktitle = {International Conference on Machine Learning},
+  year = {2018},
+}
 """
 
+from jaxlib_methods.pruning._initializers import orthogonal_convolution as orthogonal_convolution
+from jaxlib_methods.pruning._initializers import reinitialize as reinitialize
+from jaxlib_methods.pruning._isometry import RepairedIsometry as RepairedIsometry
+from jaxlib_methods.pruning._isometry import isometry_loss as isometry_loss
+from jaxlib_methods.pruning._isometry import repair_isometry as repair_isometry
 from jaxlib_methods.pruning._masks import (
     MaskState as MaskState,
 )
@@ -94,25 +116,44 @@ from jaxlib_methods.pruning._selection import (
 from jaxlib_methods.pruning._selection import (
     prune_masks as prune_masks,
 )
+from jaxlib_methods.pruning._signal_propagation import LayerSensitivity as LayerSensitivity
+from jaxlib_methods.pruning._signal_propagation import Spectrum as Spectrum
+from jaxlib_methods.pruning._signal_propagation import jacobian_singular_values as jacobian_singular_values
+from jaxlib_methods.pruning._signal_propagation import layer_sensitivity as layer_sensitivity
+from jaxlib_methods.pruning._signal_propagation import summarize_spectrum as summarize_spectrum
+from jaxlib_methods.pruning._signal_propagation import uniform_cross_entropy as uniform_cross_entropy
+from jaxlib_methods.pruning._signal_propagation import weight_singular_values as weight_singular_values
 
 __all__ = [
+    "LayerSensitivity",
     "MaskState",
     "PrunedState",
+    "RepairedIsometry",
     "Sparsity",
+    "Spectrum",
     "apply_masks",
     "connection_sensitivity",
     "format_sparsity",
     "gate_gradient",
     "grasp",
+    "isometry_loss",
     "iterative_prune",
+    "jacobian_singular_values",
+    "layer_sensitivity",
     "magnitude",
     "mask_updates",
+    "orthogonal_convolution",
     "pack_masks",
     "prunable",
     "prune_masks",
     "pruned",
     "random",
+    "reinitialize",
+    "repair_isometry",
     "summarize_sparsity",
+    "summarize_spectrum",
     "synflow",
+    "uniform_cross_entropy",
     "unpack_masks",
+    "weight_singular_values",
 ]
