@@ -1,0 +1,313 @@
+r"""FGSM and PGD, and with a temperature before the cross-entropy FGSM++ and PGD++.
+
+    x_1 = P(x_0 + eps U(-1, 1)^N);   x_{t+1} = P(x_t + eta d_t),   d_t = sign(g_t) or g_t / |g_t|_2,   t = 1..T
+    g_t = gradient in x of CE(softmax(beta f(x_t)), k)
+
+P projects to the ball of radius eps around x_0 and to the box of valid values. FGSM is T = 1 and eta = eps. beta is 1
+in the plain attacks, and chosen by network Jacobian scaling (for every image and step) or Hessian-norm scaling (for
+every image, at x_1) in the ++ ones; it is constant under differentiation. All steps and restarts are one program.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlib_methods.robustness import _feasible, _scaling
+from jaxlib_methods.robustness._scaling import Apply, HessianNormScaling, NetworkJacobianScaling
+
+PyTree = Any
+Scaling = jax.typing.ArrayLike | NetworkJacobianScaling | HessianNormScaling | None
+Bounds = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] | None
+
+
+class AttackResult(NamedTuple):
+    """What an attack found.
+
+    Source: this library.
+    """
+
+    images: jax.Array  # [batch, ...]: like the attacked ones, in the ball and the box
+    logits: jax.Array  # [batch, d]: of these images, without temperature
+    success: jax.Array  # bool [batch]: whether they are misclassified, those included that were so before the attack
+
+
+def fgsm(
+    apply: Apply,
+    params: PyTree,
+    images: jax.typing.ArrayLike,
+    labels: jax.typing.ArrayLike,
+    key: jax.Array,
+    *,
+    epsilon: jax.typing.ArrayLike,
+    bounds: Bounds = (0.0, 1.0),
+    scaling: Scaling = None,
+    random_start: bool = True,
+) -> AttackResult:
+    r"""The fast gradient sign method, $x = P(x_1 + \epsilon\, \mathrm{sign}(\nabla_x L))$; with `scaling` FGSM++.
+
+    Args:
+      apply, params, images, labels, key, epsilon, bounds, scaling, random_start: as for `pgd` with norm "linf", one
+        step of size epsilon.
+
+    Returns:
+      An `AttackResult`.
+
+    Raises:
+      ValueError, TypeError: as `pgd`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> W = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> x, k = jnp.array([[0.5, 0.25]]), jnp.array([0])
+      >>> fgsm(lambda W, x: x @ W, W, x, k, jax.random.key(0), epsilon=0.125, random_start=False).images.tolist()
+      [[0.375, 0.375]]
+
+    Source: Goodfellow, Shlens, Szegedy (ICLR 2015), arXiv:1412.6572; FGSM++ of Gupta, Ajanthan (AAAI 2022),
+    arXiv:2003.13511 [goodfellow2015explaining; gupta2022improved].
+    """
+    step = jnp.maximum(jnp.asarray(epsilon), jnp.finfo(jnp.float32).tiny)  # epsilon may be 0, a step may not
+    return pgd(
+        apply,
+        params,
+        images,
+        labels,
+        key,
+        epsilon=epsilon,
+        step_size=step,
+        steps=1,
+        bounds=bounds,
+        scaling=scaling,
+        random_start=random_start,
+    )
+
+
+def pgd(
+    apply: Apply,
+    params: PyTree,
+    images: jax.typing.ArrayLike,
+    labels: jax.typing.ArrayLike,
+    key: jax.Array,
+    *,
+    epsilon: jax.typing.ArrayLike,
+    step_size: jax.typing.ArrayLike,
+    steps: int,
+    norm: str = "linf",
+    bounds: Bounds = (0.0, 1.0),
+    scaling: Scaling = None,
+    random_start: bool = True,
+    restarts: int = 1,
+    gradient_floor: jax.typing.ArrayLike = 0.0,
+) -> AttackResult:
+    r"""Projected gradient descent on the images, $x_{t+1} = P(x_t + \eta\, d_t)$; with `scaling` PGD++.
+
+    The images returned lie in the ball and in the box to the last bit. Every image has its own gradient and
+    temperature, so a batch that is sharded over devices is attacked where it lies, without communication.
+
+    Args:
+      apply: `(params, images) -> logits [batch, d]`, a pure function in which images do not influence one another
+        (batch norm with running statistics). The program is compiled once for every such object: pass the same one
+        again, and what changes in params.
+      params: its first argument.
+      images: [batch, ...], float32 or float64, in the box. Put the normalisation into `apply`, or give epsilon, step
+        and bounds in the units of the normalised channels.
+      labels: the true classes, integers [batch].
+      key: typed key of the random starts.
+      epsilon: radius >= 0 of the ball, in the units of the images. A number; for "linf" also an array that broadcasts
+        to the images, such as one radius for every channel.
+      step_size: eta > 0, in the units of the images; for "linf" also an array. The paper's L2 step is 2.5 epsilon / T.
+      steps: T >= 1.
+      norm: "linf", "l2", or "l2_per_channel": a ball of radius epsilon for each channel (last axis), as in the authors'
+        code, whose images may be sqrt(channels) epsilon away in all.
+      bounds: smallest and largest valid value, numbers or arrays that broadcast to the images; `None`: no box.
+      scaling: the temperature of the loss: `None` (1, the plain attack), a number or an array [batch],
+        `NetworkJacobianScaling` or `HessianNormScaling`.
+      random_start: whether to start at a random point of the ball's bounding cube, projected, instead of at the image.
+      restarts: number of attacks from different starts, >= 1; an image keeps its first success, or the last attempt.
+      gradient_floor: shortest length by which a gradient of the L2 norms is divided; the authors' code has 1e-6, with
+        which a network that hides its gradients is hardly attacked.
+
+    Returns:
+      An `AttackResult`.
+
+    Raises:
+      ValueError: epsilon < 0, a step size <= 0, fewer than one step or restart, an unknown norm, images outside the
+        box, labels that are no class, or logits that are not finite; values under `jax.jit` are not looked at.
+      TypeError: images that are not float32 or float64, or labels that are no integers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxlib_methods.robustness import network_jacobian_scaling
+      >>> W = 200 * jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> apply = lambda W, x: x @ W
+      >>> x, k = jnp.array([[0.875, 0.0]]), jnp.array([0])
+      >>> options = dict(epsilon=0.5, step_size=0.125, steps=10, random_start=False)
+      >>> pgd(apply, W, x, k, jax.random.key(0), **options).images.tolist()  # softmax is 1: no gradient
+      [[0.875, 0.0]]
+      >>> njs = network_jacobian_scaling(apply, W, x)
+      >>> result = pgd(apply, W, x, k, jax.random.key(0), scaling=njs, **options)
+      >>> result.images.tolist(), result.success.tolist()
+      ([[0.375, 0.5]], [True])
+
+    Source: Madry, Makelov, Schmidt, Tsipras, Vladu (ICLR 2018), arXiv:1706.06083; PGD++ of Gupta, Ajanthan (AAAI 2022),
+    arXiv:2003.13511, Algorithm 1 [madry2018towards; gupta2022improved].
+    """
+    if norm not in _feasible.NORMS:
+        raise ValueError(f"norm must be one of {_feasible.NORMS}, got {norm!r}")
+    for name, count in (("steps", steps), ("restarts", restarts)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    _check_arrays(images, labels)
+    low, high = (-np.inf, np.inf) if bounds is None else bounds
+    amount = lambda name, value: _amount(name, value, images, scalar=norm != "linf")
+    epsilon, step_size, floor = amount("epsilon", epsilon), amount("step_size", step_size), amount("", gradient_floor)
+    _check_least("epsilon", epsilon, epsilon >= 0, "of at least 0: it is the radius of a ball")
+    _check_least("step_size", step_size, step_size > 0, "above 0")
+    low, high = (_amount("bounds", value, images, scalar=False) for value in (low, high))
+    classes = jax.eval_shape(apply, params, images).shape
+    if len(classes) != 2 or classes[0] != len(images):
+        raise ValueError(f"apply must return logits [batch, d] for {len(images)} images, got shape {classes}")
+    _scaling.check_classes(classes[1])
+    if isinstance(scaling, NetworkJacobianScaling):
+        _scaling.check_rho(scaling.rho, classes[1])
+    elif scaling is not None and not isinstance(scaling, HessianNormScaling):
+        scaling = jnp.asarray(scaling, images.dtype)
+        _check_least("scaling", scaling, (scaling > 0) & jnp.isfinite(scaling), "positive and finite: a temperature")
+    _raise_for(_look_at(images, labels, low, high, classes[1]), classes[1], bounds)
+
+    result, finite = _attack(
+        apply,
+        params,
+        images,
+        labels,
+        key,
+        (epsilon, step_size, floor, low, high),
+        scaling,
+        norm=norm,
+        steps=int(steps),
+        restarts=int(restarts),
+        random_start=bool(random_start),
+    )
+    if not isinstance(finite, jax.core.Tracer) and not bool(finite):
+        raise ValueError(
+            "the network returned logits that are NaN or infinite during the attack; look at params and at the images"
+        )
+    return result
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "norm", "steps", "restarts", "random_start"))
+def _attack(
+    apply: Apply,
+    params: PyTree,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+    amounts: tuple[jax.Array, ...],
+    scaling: Scaling,
+    *,
+    norm: str,
+    steps: int,
+    restarts: int,
+    random_start: bool,
+) -> tuple[AttackResult, jax.Array]:
+    """The attack as one program, and whether all logits were finite."""
+    epsilon, step_size, floor, low, high = amounts
+    to = _feasible.feasible_set(images, epsilon, low, high, norm)
+
+    def temperature_at(x: jax.Array) -> jax.Array | None:
+        """[batch], or None where every step has its own."""
+        if isinstance(scaling, NetworkJacobianScaling):
+            return None
+        if isinstance(scaling, HessianNormScaling):
+            logits, jacobian = _scaling.logits_and_jacobian(apply, params, x)
+            grid = {"points": scaling.points, "margin": scaling.margin, "smallest": scaling.smallest}
+            gram = _scaling.logit_gram(logits, jacobian)
+            return _scaling.hessian_norm_temperature(logits, gram, labels, **grid)
+        return jnp.broadcast_to(jnp.ones((), x.dtype) if scaling is None else scaling, labels.shape)
+
+    def loss(x: jax.Array, beta: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        logits = apply(params, x)
+        if beta is None:
+            beta = _scaling.network_jacobian_temperature(logits, labels, scaling.scale, rho=scaling.rho)
+        each = _scaling.cross_entropy(beta[:, None].astype(logits.dtype) * logits, labels)
+        return jnp.sum(each), jnp.isfinite(logits).all()
+
+    def one_attack(best: tuple[jax.Array, ...], key: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+        x = images
+        if random_start:
+            noise = jax.random.uniform(key, x.shape, x.dtype, -1, 1)
+            x = _feasible.project(x + jnp.broadcast_to(epsilon, x.shape) * noise, to, norm)
+        beta = temperature_at(x)
+
+        def step(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x, finite = carry
+            gradient, seen = jax.grad(loss, has_aux=True)(x, beta)
+            ahead = jnp.broadcast_to(step_size, x.shape) * _feasible.unit_gradient(gradient, norm, floor)
+            return _feasible.project(x + ahead, to, norm), finite & seen
+
+        x, finite = jax.lax.fori_loop(0, steps, step, (x, jnp.array(True)))
+        logits = apply(params, x)
+        success = jnp.argmax(logits, axis=1) != labels
+        finite &= jnp.isfinite(logits).all()
+        kept_x, kept_logits, done, all_finite = best
+        select = lambda old, new: jnp.where(done.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
+        return (select(kept_x, x), select(kept_logits, logits), done | success, all_finite & finite), None
+
+    logits = jax.eval_shape(apply, params, images)
+    start = (images, jnp.zeros(logits.shape, logits.dtype), jnp.zeros(labels.shape, bool), jnp.array(True))
+    keys = jax.random.split(key, restarts) if restarts > 1 else key[None]
+    (x, logits, success, finite), _ = jax.lax.scan(one_attack, start, keys)
+    return AttackResult(x, logits, success), finite
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_arrays(images: jax.Array, labels: jax.Array) -> None:
+    if images.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(
+            f"images must be float32 or float64, got {images.dtype}; divide integers by 255, or cast inside apply"
+        )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if images.ndim < 2 or labels.shape != images.shape[:1] or not images.size:
+        raise ValueError(f"images must be [batch, ...] and labels [batch], got {images.shape} and {labels.shape}")
+
+
+def _amount(name: str, value: jax.typing.ArrayLike, images: jax.Array, *, scalar: bool) -> jax.Array:
+    value = jnp.asarray(value, images.dtype)
+    if scalar and value.ndim:
+        raise ValueError(f"{name} of an L2 norm must be a number, got an array of shape {value.shape}")
+    try:
+        fits = np.broadcast_shapes(value.shape, images.shape) == images.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must broadcast to the images {images.shape}, got shape {value.shape}")
+    return value
+
+
+def _check_least(name: str, value: jax.Array, holds: jax.Array, wanted: str) -> None:
+    if not isinstance(holds, jax.core.Tracer) and not bool(jnp.all(holds)):  # NaN holds nothing
+        raise ValueError(f"{name} must be {wanted}, got {np.asarray(value).tolist()}")
+
+
+@functools.partial(jax.jit, static_argnames="classes")
+def _look_at(images: jax.Array, labels: jax.Array, low: jax.Array, high: jax.Array, classes: int) -> jax.Array:
+    """Whether all values lie in the box, and whether all labels are classes: bool [2]."""
+    low, high = (jnp.broadcast_to(value, images.shape) for value in (low, high))
+    in_box = ((images >= low) & (images <= high)).all()
+    return jnp.stack([in_box, ((labels >= 0) & (labels < classes)).all()])
+
+
+def _raise_for(looked: jax.Array, classes: int, bounds: Bounds) -> None:
+    if isinstance(looked, jax.core.Tracer):
+        return
+    in_box, known = np.asarray(looked)
+    if not in_box:
+        raise ValueError(f"images must lie in the box {bounds}; give the bounds of what apply is given")
+    if not known:
+        raise ValueError(f"labels must lie in [0, {classes - 1}], the classes of the logits")
