@@ -53,8 +53,9 @@ def summarize_spectrum(singular_values: jax.Array) -> Spectrum:
 
     Source: Lee, Ajanthan, Gould, Torr (ICLR 2020), arXiv:1906.06307 [lee2020signal].
     """
-    s = singular_values
-    return Spectrum(jnp.mean(s), jnp.std(s), jnp.min(s), jnp.max(s))
+    s, top = singular_values, jnp.max(singular_values)
+    scaled = s / jnp.where(top > 0, top, 1)  # a deep network's values are small enough for their squares to underflow
+    return Spectrum(jnp.mean(s), top * jnp.std(scaled), jnp.min(s), top)
 
 
 def weight_singular_values(params: PyTree, masks: PyTree | None = None) -> PyTree:

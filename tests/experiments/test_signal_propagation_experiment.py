@@ -1,0 +1,56 @@
+"""The signal-propagation experiment: its smoke run from end to end, its deep networks, and what it refuses."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import deep_mlp, runner, signal_propagation
+
+
+def test_smoke_run_repairs_what_pruning_destroyed(tmp_path):
+    config = signal_propagation.Config(**signal_propagation.SMOKE)
+    metrics = runner.run(signal_propagation, config, tmp_path, smoke=True)["metrics"]
+    means = {
+        name: metrics[f"singular values mean tanh L=5 orthogonal {name}"] for name in ("dense", "snip", "snip repaired")
+    }
+    assert means["snip"] < 0.5 * means["dense"] and means["snip repaired"] > 2 * means["snip"]
+    assert metrics["test_error tanh L=5 orthogonal dense"] < 40
+    for figure in ("singular_values", "layers", "training"):
+        assert (tmp_path / f"{figure}.png").stat().st_size > 5000
+    case = json.loads((tmp_path / "cases/tanh-L=5-orthogonal-snip-seed0/metrics.json").read_text())
+    weights = [64 * 16, 16 * 16, 16 * 16, 16 * 16, 16 * 10]
+    assert np.dot(case["kept"], weights) == round(0.1 * (sum(weights) + 4 * 16 + 10))  # zero biases go first
+
+
+def test_stacked_networks_are_their_layers_one_after_the_other(key):
+    sizes = {"depth": 4, "width": 6, "inputs": 9, "outputs": 3, "kind": "orthogonal"}
+    params = deep_mlp.init(key, **sizes, gain=2.0)
+    x = jax.random.normal(key, (5, 3, 3))
+    h = np.asarray(x).reshape(5, 9)
+    layers = deep_mlp.unstack(params)
+    for i, layer in enumerate(layers):
+        h = h @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
+        if i < 3:
+            np.testing.assert_allclose(np.linalg.norm(layer["kernel"], axis=0), 2, rtol=1e-5)
+            h = np.tanh(h)
+    np.testing.assert_allclose(deep_mlp.apply(params, x, jnp.tanh), h, rtol=1e-4, atol=1e-6)
+    same = deep_mlp.stack(layers)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), same, params))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, r"sparsity must lie in \(0, 1\), got 1.0"),
+        ({"depths": (2,)}, "depths must be at least 3"),
+        ({"learning_rates": ()}, "learning_rates is empty"),
+        ({"repair_steps": -1}, "repair_steps must not be negative, got -1"),
+        ({"width": 0}, "width must be positive, got 0"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        signal_propagation.Config(**options)
