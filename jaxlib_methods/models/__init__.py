@@ -32,6 +32,8 @@ from jaxlib_methods.models._registry import NAMES as NAMES
 from jaxlib_methods.models._registry import create as create
 from jaxlib_methods.models._resnet import ResNet as ResNet
 from jaxlib_methods.models._resnet import WideResNet as WideResNet
+from jaxlib_methods.models._small_convolutional import ResNet8 as ResNet8
+from jaxlib_methods.models._small_convolutional import SimpleCNN as SimpleCNN
 from jaxlib_methods.models._vgg import VGG as VGG
 
 __all__ = [
@@ -48,6 +50,8 @@ __all__ = [
     "LeNet5",
     "LeNet300",
     "ResNet",
+    "ResNet8",
+    "SimpleCNN",
     "WideResNet",
     "convolve",
     "create",

@@ -9,11 +9,14 @@ from jaxlib_methods.models._alexnet import AlexNet
 from jaxlib_methods.models._lenet import LeNet5, LeNet300
 from jaxlib_methods.models._recurrent import GRUClassifier, LSTMClassifier
 from jaxlib_methods.models._resnet import ResNet, WideResNet
+from jaxlib_methods.models._small_convolutional import ResNet8, SimpleCNN
 from jaxlib_methods.models._vgg import VGG
 
 _BUILDERS: dict[str, Callable[..., nnx.Module]] = {
     "lenet300": LeNet300,
     "lenet5": LeNet5,
+    "simple_cnn": SimpleCNN,
+    "resnet8": ResNet8,
     "alexnet_s": functools.partial(AlexNet, width=1),
     "alexnet_b": functools.partial(AlexNet, width=2),
     "vgg_c": functools.partial(VGG, variant="c"),

@@ -15,6 +15,8 @@ from jaxlib_methods import models, trees
 GATED = {
     "lenet300": 266_610,
     "lenet5": 431_080,
+    "simple_cnn": 62_346,
+    "resnet8": 75_050,
     "alexnet_s": 5_070_218,
     "alexnet_b": 8_490_378,
     "vgg_c": 10_526_538,
@@ -41,7 +43,7 @@ def specification(name):
     """(number of classes, input shape) for which the tables count."""
     if name.endswith("imagenet"):
         return 1000, (224, 224, 3)
-    return 10, (28, 28, 1) if name.startswith(("lenet", "lstm", "gru")) else (32, 32, 3)
+    return 10, (28, 28, 1) if name.startswith(("lenet", "simple", "lstm", "gru")) else (32, 32, 3)
 
 
 @functools.cache
@@ -84,7 +86,7 @@ class TestForward:
         logits = jax.eval_shape(lambda state, x: nnx.merge(definition, state)(x), state, images)
         assert (logits.shape, logits.dtype) == ((2, classes), jnp.float32)
 
-    @pytest.mark.parametrize("name", ["lenet300", "lenet5", "lstm_s", "gru_s"])
+    @pytest.mark.parametrize("name", ["lenet300", "lenet5", "simple_cnn", "lstm_s", "gru_s"])
     def test_logits_depend_on_the_input(self, name, key):
         _, shape = specification(name)
         model = models.create(name, num_classes=10, input_shape=shape, rngs=nnx.Rngs(0))
@@ -115,6 +117,27 @@ class TestForward:
         expected = model.dense2(nnx.relu(model.dense1(out.reshape(2, 800))))
         assert (out < 0).any()
         np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-4)
+
+    def test_resnet8_shortcuts_have_no_parameters(self, key):
+        model = models.ResNet8(10, rngs=nnx.Rngs(0))
+        x = jax.random.normal(key, (2, 8, 8, 3))
+        conv = lambda layer, x, s=1: (
+            jax.lax.conv_general_dilated(
+                x, layer.kernel[...], (s, s), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            + layer.bias[None, None, None]
+        )
+        h = conv(model.conv, x)
+        for block, stride in zip(model.block, (1, 2, 2), strict=True):
+            active = nnx.relu(h)
+            out = conv(block.conv2, nnx.relu(conv(block.conv1, active, stride)))
+            if stride == 2:
+                b, n, _, c = h.shape
+                h = active.reshape(b, n // 2, 2, n // 2, 2, c).mean((2, 4))
+                h = jnp.concatenate([h, jnp.zeros((b, n // 2, n // 2, c))], axis=-1)
+            h = h + out
+        expected = model.dense(nnx.relu(h).mean((1, 2)))
+        np.testing.assert_allclose(jax.jit(lambda x: model(x))(x), expected, rtol=1e-4, atol=1e-5)
 
 
 class TestInitialisation:
