@@ -35,6 +35,13 @@ BibTeX:
   year = {2024},
 }
 
+@inproceedings{ramasinghe2025protocol,
+  title = {Subspace Networks: Scaling Decentralized Training with Communication-Efficient Model Parallelism},
+  author = {Ramasinghe, Sameera and Ajanthan, Thalaiyasingam and Avraham, Gil and Zuo, Yan and Long, Alexander},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2025},
+}
+
 @inproceedings{ainslie2023gqa,
   title = {{GQA}: Training generalized multi-query transformer models from multi-head checkpoints},
   author = {Ainslie, Joshua and Lee-Thorp, James and de Jong, Michiel and Zemlyanskiy, Yury and
@@ -90,9 +97,15 @@ class GPTConfig:
       attention: implementation of `jax.nn.dot_product_attention`, "xla" or "cudnn" (flash attention; on what it does
         not support it raises). None: "cudnn" for half precision on an NVIDIA GPU from Ampere on and up to 128 features
         a head, else "xla".
+      subspace: rank k of a subspace network, whose residual stream is a fixed part plus k coordinates in a basis U
+        that is no parameter: the embedding and the two projections of a block that add to the stream then end in k
+        features, and the model is called with U. None: a dense model.
+      full_rank_blocks: how many of the last blocks of a subspace network are dense all the same; their output does
+        not cross a boundary of a pipeline. Without `subspace` it has no effect.
 
     Raises:
-      ValueError: for a size below 1, heads that do not divide, or an unknown name of a design choice.
+      ValueError: for a size below 1, heads that do not divide, an unknown name of a design choice, or a subspace that
+        the other choices do not allow.
 
     Example:
       >>> config = dataclasses.replace(GPT_CONFIGS["llama_tiny"], layers=2, kv_heads=2)
@@ -124,9 +137,11 @@ class GPTConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     attention: str | None = None
+    subspace: int | None = None
+    full_rank_blocks: int = 1
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "layers", "width", "heads", "kv_heads", "mlp_width"):
+        for name in ("vocab_size", "block_size", "layers", "width", "heads", "kv_heads", "mlp_width", "subspace"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name, known in _CHOICES.items():
@@ -140,11 +155,24 @@ class GPTConfig:
             raise ValueError(f"rotary positions need an even number of features a head, got {self.head_width}")
         if self.tied and self.head_bias:
             raise ValueError("a tied head has no bias; set head_bias=False, or tied=False")
+        if self.subspace is not None and self.subspace > self.width:
+            raise ValueError(f"subspace must not exceed width, got rank {self.subspace} and width {self.width}")
+        if self.subspace is not None and self.tied:
+            raise ValueError("the embedding of a subspace network has k features and is no head; set tied=False")
+        if not 0 <= self.full_rank_blocks <= self.layers and self.subspace is not None:
+            raise ValueError(
+                f"full_rank_blocks must lie between 0 and the {self.layers} blocks, got {self.full_rank_blocks}"
+            )
 
     @property
     def head_width(self) -> int:
         """Features of one head."""
         return self.width // self.heads
+
+    @property
+    def stream_width(self) -> int:
+        """Features of what a constrained part adds to the residual stream: k, or d without a subspace."""
+        return self.subspace or self.width
 
 
 _LLAMA = {
@@ -245,8 +273,15 @@ def _linear(
 
 def _table(config: GPTConfig, rows: int, rngs: nnx.Rngs) -> nnx.Embed:
     return nnx.Embed(
-        rows, config.width, param_dtype=jnp.dtype(config.param_dtype), embedding_init=_normal(config), rngs=rngs
+        rows, config.stream_width, param_dtype=jnp.dtype(config.param_dtype), embedding_init=_normal(config), rngs=rngs
     )
+
+
+def _lift(y: jax.Array, U: jax.Array | None) -> jax.Array:
+    """Coordinates (..., k) to the residual stream, y U^T; exact to the rounding of y's dtype on every backend."""
+    if U is None:
+        raise ValueError("a model with config.subspace is called with its basis; pass U, an array (width, subspace)")
+    return jnp.matmul(y, U.T.astype(y.dtype), precision="highest")
 
 
 class _Embed(nnx.Module):
@@ -258,7 +293,7 @@ class _Embed(nnx.Module):
         if config.position == "learned":
             self.positions = _table(config, config.block_size, rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, U: jax.Array | None = None, fixed: jax.Array | None = None) -> jax.Array:
         config = self.config
         x = self.tokens(tokens.astype(jnp.int32))
         if config.position == "learned":
@@ -268,19 +303,22 @@ class _Embed(nnx.Module):
                     "cut it, or build the model with a larger block_size"
                 )
             x += self.positions.embedding[...][None, : tokens.shape[1]]
-        return x.astype(config.dtype)
+        x = x.astype(config.dtype)
+        if config.subspace is not None:
+            x = _lift(x, U)
+        return x if fixed is None else x + fixed.astype(config.dtype)
 
 
 class _Attention(nnx.Module):
     """Causal self-attention; with fewer heads of keys and values, each serves a group of consecutive query heads."""
 
-    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPTConfig, width_out: int, *, rngs: nnx.Rngs):
         self.config = config
         width, kv_width = config.width, (config.kv_heads or config.heads) * config.head_width
         self.query = _linear(config, width, width, config.qkv_bias, rngs)
         self.key = _linear(config, width, kv_width, config.qkv_bias, rngs)
         self.value = _linear(config, width, kv_width, config.qkv_bias, rngs)
-        self.out = _linear(config, width, width, config.bias, rngs, residual=True)
+        self.out = _linear(config, width, width_out, config.bias, rngs, residual=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
@@ -304,13 +342,13 @@ def _implementation(config: GPTConfig) -> str:
 class _MLP(nnx.Module):
     """down(act(up x)), or down(silu(gate x) * up x)."""
 
-    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPTConfig, width_out: int, *, rngs: nnx.Rngs):
         self.config = config
         hidden = config.mlp_width or 4 * config.width
         self.up = _linear(config, config.width, hidden, config.bias, rngs)
         if config.mlp == "swiglu":
             self.gate = _linear(config, config.width, hidden, config.bias, rngs)
-        self.down = _linear(config, hidden, config.width, config.bias, rngs, residual=True)
+        self.down = _linear(config, hidden, width_out, config.bias, rngs, residual=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.config.mlp == "swiglu":
@@ -320,17 +358,20 @@ class _MLP(nnx.Module):
 
 
 class _Block(nnx.Module):
-    """x + attention(norm x), then x + mlp(norm x)."""
+    """x + attention(norm x), then x + mlp(norm x); a constrained block adds coordinates times U^T."""
 
-    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPTConfig, *, constrained: bool, rngs: nnx.Rngs):
+        self.constrained = constrained
+        width_out = config.stream_width if constrained else config.width
         self.norm1 = _norm(config, rngs)
-        self.attention = _Attention(config, rngs=rngs)
+        self.attention = _Attention(config, width_out, rngs=rngs)
         self.norm2 = _norm(config, rngs)
-        self.mlp = _MLP(config, rngs=rngs)
+        self.mlp = _MLP(config, width_out, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x += self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def __call__(self, x: jax.Array, U: jax.Array | None = None) -> jax.Array:
+        add = lambda y: _lift(y, U) if self.constrained else y
+        x += add(self.attention(self.norm1(x)))
+        return x + add(self.mlp(self.norm2(x)))
 
 
 class _Head(nnx.Module):
@@ -357,7 +398,8 @@ class GPT(nnx.Module):
 
     Parameter paths: embed/tokens, embed/positions, blocks/i/{norm1,norm2},
     blocks/i/attention/{query,key,value,out}, blocks/i/mlp/{up,gate,down}, head/norm, head/logits; every matrix is
-    (in, out), every embedding (rows, d).
+    (in, out), every embedding (rows, d). With `config.subspace` the embeddings and, in all but the last
+    `full_rank_blocks` blocks, the kernels and biases of out and down end in k features instead of d.
 
     Args:
       config: sizes and design.
@@ -374,17 +416,21 @@ class GPT(nnx.Module):
     Source: Radford et al. (2019) [radford2019language]; Ajanthan et al. (ICML 2025), arXiv:2505.01099, official code
     [ajanthan2025nesterov]; Touvron et al. (2023), arXiv:2302.13971 [touvron2023llama]; Su et al. (2024),
     arXiv:2104.09864 [su2024roformer]; grouped query heads: Ainslie et al. (EMNLP 2023), arXiv:2305.13245
-    [ainslie2023gqa].
+    [ainslie2023gqa]; subspace networks: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
     """
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.embed = _Embed(config, rngs=rngs)
-        self.blocks = nnx.List([_Block(config, rngs=rngs) for _ in range(config.layers)])
+        dense_from = 0 if config.subspace is None else config.layers - config.full_rank_blocks
+        self.blocks = nnx.List([_Block(config, constrained=i < dense_from, rngs=rngs) for i in range(config.layers)])
         self.head = _Head(config, self.embed.tokens, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Maps tokens, integers (B, T), to logits of the next token, float32 (B, T, V)."""
-        x = self.embed(tokens)
+    def __call__(self, tokens: jax.Array, U: jax.Array | None = None, fixed: jax.Array | None = None) -> jax.Array:
+        """Maps tokens, integers (B, T), to logits of the next token, float32 (B, T, V).
+
+        U (d, k) is the basis of a subspace network; `fixed` (B, T, d) is added to the embedding and is no parameter.
+        """
+        x = self.embed(tokens, U, fixed)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, U)
         return self.head(x)

@@ -16,15 +16,15 @@ class GPTStages(NamedTuple):
     """The three parts of a `GPT` as pure functions; all blocks share one function.
 
     Args:
-      embed: (parameters, tokens (B, T)) -> residual stream (B, T, d).
-      block: (parameters, residual stream) -> residual stream.
-      head: (parameters, residual stream) -> logits (B, T, V).
+      embed: (parameters, tokens (B, T), U=None, fixed=None) -> residual stream (B, T, d), as `GPT` is called.
+      block: (parameters, residual stream, U=None) -> residual stream.
+      head: (parameters, residual stream) -> logits (B, T, V). That of a subspace network begins with the dense blocks.
 
     Source: this library.
     """
 
-    embed: Callable[[PyTree, jax.Array], jax.Array]
-    block: Callable[[PyTree, jax.Array], jax.Array]
+    embed: Callable[..., jax.Array]
+    block: Callable[..., jax.Array]
     head: Callable[[PyTree, jax.Array], jax.Array]
 
 
@@ -50,13 +50,31 @@ def gpt_stages(config: GPTConfig) -> GPTStages:
 
     Source: this library.
     """
-    model = nnx.eval_shape(lambda: GPT(dataclasses.replace(config, layers=1), rngs=nnx.Rngs(0)))
 
-    def pure(module: nnx.Module) -> Callable[[PyTree, jax.Array], jax.Array]:
+    def parts(**changes: Any) -> GPT:
+        return nnx.eval_shape(lambda: GPT(dataclasses.replace(config, layers=1, **changes), rngs=nnx.Rngs(0)))
+
+    def pure(module: nnx.Module) -> Callable[..., jax.Array]:
         graph = nnx.graphdef(module)
-        return lambda params, x: nnx.merge(graph, params)(x)
+        return lambda params, *args: nnx.merge(graph, params)(*args)
 
-    return GPTStages(pure(model.embed), pure(model.blocks[0]), pure(model.head))
+    model = parts(full_rank_blocks=0)
+    stages = GPTStages(pure(model.embed), pure(model.blocks[0]), pure(model.head))
+    if not _dense_tail(config):
+        return stages
+    dense = pure(parts(full_rank_blocks=1).blocks[0])
+
+    def head(params: PyTree, x: jax.Array) -> jax.Array:
+        for block in params["blocks"]:
+            x = dense(block, x)
+        return stages.head(params["head"], x)
+
+    return stages._replace(head=head)
+
+
+def _dense_tail(config: GPTConfig) -> int:
+    """Blocks at the end that differ from those before."""
+    return 0 if config.subspace is None else config.full_rank_blocks
 
 
 def split_gpt_params(config: GPTConfig, params: PyTree) -> tuple[PyTree, list[PyTree], PyTree]:
@@ -68,7 +86,7 @@ def split_gpt_params(config: GPTConfig, params: PyTree) -> tuple[PyTree, list[Py
 
     Returns:
       (embed, one per block, head). The parts of a tied model both hold the token embedding; its gradient is the sum of
-      the two.
+      the two. The last `full_rank_blocks` blocks of a subspace network belong to its head, {"blocks": [...], "head"}.
 
     Example:
       >>> config = GPTConfig(layers=3, width=8, heads=2)
@@ -81,4 +99,7 @@ def split_gpt_params(config: GPTConfig, params: PyTree) -> tuple[PyTree, list[Py
     head = params["head"]
     if config.tied:
         head = nnx.State({**head, "tokens": params["embed"]["tokens"]})
-    return params["embed"], [params["blocks"][i] for i in range(config.layers)], head
+    blocks, tail = [params["blocks"][i] for i in range(config.layers)], _dense_tail(config)
+    if tail:
+        blocks, head = blocks[:-tail], {"blocks": blocks[-tail:], "head": head}
+    return params["embed"], blocks, head
