@@ -12,8 +12,9 @@ Every method trains the same network from the same draw; the test error is that 
 weights and biases of all layers, the first and the last too, are labels. `float` is the same network with ordinary
 weights. The LeNets are batch-normalised without scale and shift, as in the authors' code; VGG and ResNet keep both as
 ordinary weights, where the authors' have none. `--recipe paper` has the authors' number of steps and tuned
-hyperparameters; the default, `short`, anneals to the same kind of end in a fraction of the steps. The paper keeps the
-checkpoint that is best on validation data; here the last one counts.
+hyperparameters; the default, `short`, anneals to the same kind of end in a fraction of the steps, and needs learning
+rates three to a hundred times larger for it. The paper keeps the checkpoint that is best on validation data; here the
+last one counts. A case leaves its network in `network.npz`, for the experiment attack_quantized.
 Figures: inverse temperature and share of weights within 1e-3 of a label by step; test error by step.
 """
 
@@ -31,6 +32,7 @@ from flax import nnx
 
 from experiments import cases, data, device_data
 from experiments import train as training
+from experiments.errors import DataError
 from jaxlib_methods import models, quantization, trees
 
 PyTree = Any
@@ -40,33 +42,51 @@ Name = Literal["float", "bc", "picm", "pgd", "pmf", "gd_tanh", "md_softmax", "md
 class Method(NamedTuple):
     projection: str
     optimizer: Callable[..., optax.GradientTransformation]  # (learning rate, lattice, **options)
-    learning_rate: float  # of the short recipe
     annealed: bool = True
     literal: bool = False  # whether it updates the primal variables themselves
     maximum: float = 1e4  # of the inverse temperature
 
 
 METHODS = {
-    "bc": Method("round", quantization.binary_connect, 1e-3, annealed=False),
-    "picm": Method("argmax", quantization.icm, 1e-3, annealed=False),
-    "pgd": Method("sparsemax", quantization.projected_gradient, 1e-2),
-    "pmf": Method("softmax", quantization.proximal_mean_field, 1e-3),
-    "gd_tanh": Method("tanh", quantization.proximal_mean_field, 1e-3),
-    "md_softmax": Method("softmax", quantization.mirror_descent, 1e-3, literal=True),
-    "md_tanh": Method("tanh", quantization.mirror_descent, 1e-3, literal=True),
-    "md_softmax_s": Method("softmax", quantization.stable_mirror_descent, 1e-3, maximum=1e35),
-    "md_tanh_s": Method("tanh", quantization.stable_mirror_descent, 1e-3, maximum=1e35),
+    "bc": Method("round", quantization.binary_connect, annealed=False),
+    "picm": Method("argmax", quantization.icm, annealed=False),
+    "pgd": Method("sparsemax", quantization.projected_gradient),
+    "pmf": Method("softmax", quantization.proximal_mean_field),
+    "gd_tanh": Method("tanh", quantization.proximal_mean_field),
+    "md_softmax": Method("softmax", quantization.mirror_descent, literal=True),
+    "md_tanh": Method("tanh", quantization.mirror_descent, literal=True),
+    "md_softmax_s": Method("softmax", quantization.stable_mirror_descent, maximum=1e35),
+    "md_tanh_s": Method("tanh", quantization.stable_mirror_descent, maximum=1e35),
 }
 
 
 class Recipe(NamedTuple):
     learning_rate: float
-    decay: float  # of the learning rate, every 30,000 steps
+    decay: float  # of the learning rate, after 30, 60 and 90 % of the steps
     rho: float  # growth of the inverse temperature
     every: int  # steps between growths
 
 
-PAPER_STEPS, PAPER_DECAY_EVERY = 100_000, 30_000
+class Short(NamedTuple):
+    learning_rate: float
+    decay: float = 0.3
+    final_beta: float = 1000.0  # reached from 1 by 50 equal factors
+
+
+# Learning rate, decay and final beta with the smallest validation error of LeNet-300-100 on MNIST after 2,000 steps.
+SHORT_RECIPES = {
+    "float": Short(3e-3),
+    "bc": Short(1e-2),
+    "picm": Short(3e-3),
+    "pgd": Short(1e-1),
+    "pmf": Short(3e-3),
+    "gd_tanh": Short(3e-3),
+    "md_softmax": Short(3e-1, 0.1, 100.0),
+    "md_tanh": Short(1e-1, 0.1, 100.0),
+    "md_softmax_s": Short(1e-2),
+    "md_tanh_s": Short(1e-2),
+}
+PAPER_STEPS = 100_000
 # The authors' scripts and tuned hyperparameters (both repositories). Where one gives none, its example script's.
 PAPER_RECIPES = {
     "resnet18": {
@@ -126,7 +146,7 @@ class Config:
     steps: int | None = None  # None: the recipe's, 1,500 or 100,000
     batch_size: int | None = None  # None: 100, or 128 with the paper's recipe
     learning_rate: float | None = None  # of all methods; None: each method's own
-    final_beta: float = 1000.0  # of the short recipe, which grows from 1 by 50 equal factors
+    final_beta: float | None = None  # of the short recipe; None: each method's own
     validation_fraction: float = 0.1
     evaluate_every: int | None = None  # None: ten times in a run
 
@@ -136,7 +156,7 @@ class Config:
         for name in ("seeds", "steps", "batch_size", "learning_rate", "evaluate_every"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.final_beta < 1:
+        if self.final_beta is not None and self.final_beta < 1:
             raise ValueError(f"final_beta must be at least 1, got {self.final_beta}: beta grows from 1")
         if self.model not in models.NAMES:
             raise ValueError(f"unknown model {self.model!r}; known are {', '.join(models.NAMES)}")
@@ -159,7 +179,7 @@ def PAPER(config: Config) -> dict[str, float]:
 def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Runs all cases, draws the figures and returns the test errors, one per seed."""
     dataset = data.load(config.dataset, config.data_dir, config.validation_fraction)
-    network = _network(config, dataset)
+    network = build_network(config, dataset)
     metrics: dict[str, list[float]] = {}
     histories: dict[str, list[dict[str, float]]] = {}
     for method in config.methods:
@@ -175,7 +195,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     return metrics
 
 
-class _Network(NamedTuple):
+class Network(NamedTuple):
     """The network as functions of its weights; what all methods share."""
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]  # key -> (params, model_state)
@@ -205,7 +225,7 @@ def _batch_size(config: Config) -> int:
     return config.batch_size or (128 if config.recipe == "paper" else 100)
 
 
-def _network(config: Config, dataset: data.Dataset) -> _Network:
+def build_network(config: Config, dataset: data.Dataset) -> Network:
     grey = dataset.train.images.shape[-1] == 1
     mean, std = (data.global_statistics if grey else data.channel_statistics)(dataset.train.images)
 
@@ -225,13 +245,14 @@ def _network(config: Config, dataset: data.Dataset) -> _Network:
         return logits, nnx.split(model, nnx.Param, ...)[2]
 
     init = jax.jit(lambda key: nnx.split(build(key), nnx.Param, ...)[1:])
-    return _Network(init, apply, device_data.put(dataset.train, device_data.data_mesh(_batch_size(config))))
+    return Network(init, apply, device_data.put(dataset.train, device_data.data_mesh(_batch_size(config))))
 
 
-def _task(config: Config, dataset: data.Dataset, network: _Network, name: str) -> _Task:
+def _task(config: Config, dataset: data.Dataset, network: Network, name: str) -> _Task:
     method = METHODS.get(name)
     recipe, steps = _recipe(config, name)
-    rate = optax.exponential_decay(recipe.learning_rate, PAPER_DECAY_EVERY, recipe.decay, staircase=True)
+    decay_every = max(1, 3 * steps // 10)
+    rate = optax.exponential_decay(recipe.learning_rate, decay_every, recipe.decay, staircase=True)
     if method is None:
         lattice, beta_of = None, None
         optimizer = _float_optimizer(config, rate)
@@ -296,9 +317,9 @@ def _recipe(config: Config, name: str) -> tuple[Recipe, int]:
     if config.recipe == "paper":
         recipe, steps = PAPER_RECIPES[config.model][name], config.steps or PAPER_STEPS
     else:
-        steps = config.steps or 1500
-        rate = METHODS[name].learning_rate if name in METHODS else 1e-3
-        recipe = Recipe(rate, 1.0, config.final_beta ** (1 / 50), max(1, steps // 50))
+        steps, short = config.steps or 1500, SHORT_RECIPES[name]
+        rho = (config.final_beta or short.final_beta) ** (1 / 50)
+        recipe = Recipe(short.learning_rate, short.decay, rho, max(1, steps // 50))
     return recipe._replace(learning_rate=config.learning_rate or recipe.learning_rate), steps
 
 
@@ -308,7 +329,7 @@ def _float_optimizer(config: Config, rate: optax.Schedule) -> optax.GradientTran
     return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9))
 
 
-def _matches(network: _Network, regex: str) -> bool:
+def _matches(network: Network, regex: str) -> bool:
     shapes = jax.eval_shape(network.init, jax.random.key(0))[0]
     return any(jax.tree.leaves(trees.mask_tree(shapes, regex, allow_unmatched=True)))
 
@@ -340,11 +361,34 @@ def _run_case(task: _Task, seed: int, case_dir: pathlib.Path) -> dict[str, Any]:
         "metrics": {name: last[name] for name in ("test_error", "label_share") if name in last},
         "history": [{name: record[name] for name in kept if name in record} for record in history],
     }
+    network = state.params
     if task.lattice is not None:
         network = quantization.quantize(state.params, task.lattice)  # asserts that every weight is in its label set
         packed = quantization.packed_bytes(quantization.pack(network, task.lattice))
         result |= {"packed_bytes": packed, "times_smaller": quantization.packed_bytes(network) / packed}
+    if jax.process_index() == 0:
+        _save(case_dir / "network.npz", (network, state.model_state.batch_norm))
     return result
+
+
+def _save(path: pathlib.Path, trained: tuple[PyTree, PyTree]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names, leaves = jax.tree.leaves(trees.path_names(trained)), jax.tree.leaves(trained)
+    np.savez_compressed(path, **{name: np.asarray(leaf) for name, leaf in zip(names, leaves, strict=True)})
+
+
+def load_trained(case_dir: pathlib.Path, network: Network) -> tuple[PyTree, PyTree]:
+    """The weights, quantized where the method does that, and the batch-norm state of a finished case."""
+    like = jax.eval_shape(network.init, jax.random.key(0))
+    path = case_dir / "network.npz"
+    if not path.is_file():
+        raise DataError(f"there is no network {path}; run the experiment quantize with this method first")
+    with np.load(path) as arrays:
+        names, shapes = jax.tree.leaves(trees.path_names(like)), jax.tree.leaves(like)
+        found = {name: arrays[name].shape for name in arrays.files}
+        if found != {name: leaf.shape for name, leaf in zip(names, shapes, strict=True)}:
+            raise DataError(f"{path} holds another network: {found}; give the run's own model and data set")
+        return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in names])
 
 
 def _augment(batch: data.Split, key: jax.Array) -> data.Split:

@@ -54,7 +54,7 @@ def test_the_networks_for_a_gpu_are_quantized_but_for_the_batch_norm(model):
     config = quantize.Config(dataset="cifar10", model=model, recipe="paper", batch_size=10, keep_float=("^dense/bias",))
     if model == "vgg_d":
         config = dataclasses.replace(config, keep_float=())
-    task = quantize._task(config, dataset, quantize._network(config, dataset), "pmf")
+    task = quantize._task(config, dataset, quantize.build_network(config, dataset), "pmf")
     aux, _ = jax.eval_shape(task.init, jax.random.key(0))
     sets = quantization.label_sets(task.lattice, aux, strict=True)
     for path, leaf, labels in zip(jax.tree.leaves(trees.path_names(aux)), jax.tree.leaves(aux), sets, strict=True):
