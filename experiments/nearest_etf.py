@@ -81,7 +81,7 @@ class Config:
             raise ValueError(f"model must be small, mlp or a resnet of jaxlib_methods.models, got {self.model!r}")
 
 
-SMOKE = {"seeds": 1, "epochs": 3, "evaluations": 2, "width": 16, "methods": ("implicit",)}
+SMOKE = {"model": "mlp", "seeds": 1, "epochs": 3, "evaluations": 2, "width": 16, "methods": ("implicit",)}
 PAPER: dict[str, float] = {}  # no table entry of the paper is confirmed; the curves are what can be compared
 
 

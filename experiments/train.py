@@ -112,6 +112,8 @@ def fit(
     data = device_data.put(split, mesh)
     state = device_data.replicate(state, mesh)
     run_chunk = _compiled_chunk(loss_fn, optimizer, augment, batch_size, mesh, gradient_at)
+    longest = min(every for every in (steps_per_call, evaluate_every, checkpoint_every, steps) if every)
+    count = functools.lru_cache(lambda length: device_data.replicate(np.int32(length), mesh))
 
     history: list[Record] = []
     listeners, checkpoints = list(log), None
@@ -152,7 +154,7 @@ def fit(
             ends = (_next(step, steps_per_call), _next(step, evaluate_every), _next(step, checkpoint_every), steps)
             length = min(ends) - step
             with jax.transfer_guard("disallow"):
-                state, summary = run_chunk(state, data, length)
+                state, summary = run_chunk(state, data, count(length), longest)
             step += length
             if pending:  # read the chunk before this one while the device works on this one
                 keep(finish(pending))
@@ -211,13 +213,25 @@ def _compiled_chunk(
 
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    @functools.partial(jax.jit, static_argnames="length", donate_argnames="state", out_shardings=replicated)
-    def chunk(state: TrainState, data: device_data.OnDevice, length: int) -> tuple[TrainState, dict[str, jax.Array]]:
-        first = state.step
+    @functools.partial(jax.jit, static_argnames="longest", donate_argnames="state", out_shardings=replicated)
+    def chunk(
+        state: TrainState, data: device_data.OnDevice, length: jax.Array, longest: int
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """`length` steps, at most `longest`; one program for all lengths, because compiling takes longer than most."""
+        first, offset = state.step, jnp.arange(longest, dtype=jnp.int32)
         order_key = jax.random.fold_in(state.key, 0x7FFFFFFF)  # no step's key
-        rows = device_data.batch_indices(order_key, first + jnp.arange(length, dtype=jnp.int32), data.size, batch_size)
-        state, metrics = jax.lax.scan(functools.partial(one_step, data), state, rows)
-        summary = {name: jnp.mean(value.astype(jnp.float32), axis=0) for name, value in metrics.items()}
+        rows = device_data.batch_indices(order_key, first + offset, data.size, batch_size)
+        shapes = jax.eval_shape(one_step, data, state, rows[0])[1]
+        metrics = jax.tree.map(lambda metric: jnp.zeros((longest, *metric.shape), metric.dtype), shapes)
+
+        def body(i: jax.Array, carry: tuple[TrainState, dict[str, jax.Array]]) -> Any:
+            state, metrics = carry
+            state, new = one_step(data, state, rows[i])
+            return state, jax.tree.map(lambda all, one: all.at[i].set(one), metrics, new)
+
+        state, metrics = jax.lax.fori_loop(0, length, body, (state, metrics))
+        done = length.astype(jnp.float32)
+        summary = {name: jnp.sum(value.astype(jnp.float32), axis=0) / done for name, value in metrics.items()}
         finite = jnp.isfinite(metrics["loss"])
         at = jnp.argmin(finite)
         bad = jnp.where(jnp.all(finite), -1, at)

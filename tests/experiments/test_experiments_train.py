@@ -104,7 +104,7 @@ def test_each_device_works_on_its_share_of_the_batch():
         mesh = mesh_of(devices)
         placed, state = device_data.put(DIGITS.train, mesh), device_data.replicate(start(), mesh)
         chunk = train._compiled_chunk(loss_fn, OPTIMIZER, None, 1024, mesh)
-        return chunk.lower(state, placed, 1).compile().cost_analysis()["flops"]
+        return chunk.lower(state, placed, jnp.int32(1), 1).compile().cost_analysis()["flops"]
 
     assert flops(8) < 0.2 * flops(1)
 
