@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--coordinator-address")
     run.add_argument("--num-processes", type=int)
     run.add_argument("--process-id", type=int)
+    run.add_argument("--start-timeout", type=int)
 
     report = commands.add_parser("report", help="one table of all results under a folder, beside the papers' numbers")
     report.add_argument("folder", nargs="?", default="runs")

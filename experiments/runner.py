@@ -154,13 +154,15 @@ class _Clock:
 def main(name: str, options: Any, arguments: list[str], command: str) -> int:
     """The `run` command: options of the runner are parsed already, `arguments` are for the experiment's `Config`."""
     if options.distributed:
-        try:
-            jax.distributed.initialize(options.coordinator_address, options.num_processes, options.process_id)
-        except (ValueError, RuntimeError) as error:
-            raise ExperimentError(
-                f"--distributed could not start ({error}); outside a cluster that JAX knows, give "
-                "--coordinator-address HOST:PORT --num-processes N --process-id I"
-            ) from error
+        from experiments import cluster
+
+        address = options.coordinator_address, options.num_processes, options.process_id
+        with cluster.joined(*address, options.start_timeout):
+            return _main(name, options, arguments, command)
+    return _main(name, options, arguments, command)
+
+
+def _main(name: str, options: Any, arguments: list[str], command: str) -> int:
     from experiments.registry import load
 
     module = load(name)
@@ -207,4 +209,4 @@ class BadOption(ExperimentError):
 RUNNER_HELP = """\
 Options of the runner: --workdir DIR (default runs/NAME); --smoke (a few seconds, for testing); --distributed with
 --coordinator-address, --num-processes and --process-id, which go to jax.distributed.initialize (leave them out where
-the cluster tells)."""
+the cluster tells), and --start-timeout SECONDS (default 120), within which all processes must have come."""
