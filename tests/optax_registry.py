@@ -185,6 +185,15 @@ ENTRIES: list[Entry] = [
         constrain=orthonormal,
         opt_outs={"mixed_ranks": "its target is a reflection, and no path on the manifold leads there from a rotation"},
     ),
+    Entry("scale_by_row_shared_adam", optimizers.scale_by_row_shared_adam, as_optimizer=by_rate(1e-2)),
+    Entry("row_shared_adamw", optimizers.row_shared_adamw, {"learning_rate": 1e-2, "weight_decay": 0.0}),
+    Entry(
+        "project_rows",
+        optimizers.project_rows,
+        {"U": jnp.eye(4), "constrained": lambda params: jax.tree.map(lambda p: p.shape[-1:] == (4,), params)},
+        as_optimizer=before_sgd,
+        static_args=("U", "constrained", "weights"),
+    ),
     masked("pruned", pruning.pruned, hyperparams={"inner": SGD}, static_args=("inner", "masks")),
     masked(
         "pruned, packed",

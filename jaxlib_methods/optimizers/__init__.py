@@ -76,6 +76,10 @@ from jaxlib_methods.optimizers._reduction_curvature import reduced_curvature as 
 from jaxlib_methods.optimizers._reduction_mappings import argmin_mapping as argmin_mapping
 from jaxlib_methods.optimizers._reduction_mappings import reduced_objective as reduced_objective
 from jaxlib_methods.optimizers._reduction_mappings import small_slope as small_slope
+from jaxlib_methods.optimizers._row_shared_adam import ScaleByRowSharedAdamState as ScaleByRowSharedAdamState
+from jaxlib_methods.optimizers._row_shared_adam import project_rows as project_rows
+from jaxlib_methods.optimizers._row_shared_adam import row_shared_adamw as row_shared_adamw
+from jaxlib_methods.optimizers._row_shared_adam import scale_by_row_shared_adam as scale_by_row_shared_adam
 
 __all__ = [
     "DelayCompensationState",
@@ -89,6 +93,7 @@ __all__ = [
     "ScaleByDelayState",
     "ScaleByDiscountedNesterovState",
     "ScaleByNadamState",
+    "ScaleByRowSharedAdamState",
     "agd",
     "agd_initializer",
     "argmin_mapping",
@@ -115,15 +120,18 @@ __all__ = [
     "piecewise_rank_schedule",
     "pipeline_delays",
     "pipemare",
+    "project_rows",
     "pullback_metric",
     "reduced_curvature",
     "reduced_objective",
+    "row_shared_adamw",
     "scale_by_agd",
     "scale_by_delay",
     "scale_by_discounted_nesterov",
     "scale_by_nadam",
     "scale_by_numuon",
     "scale_by_pullback_metric",
+    "scale_by_row_shared_adam",
     "small_slope",
     "stale_params",
     "theory_momentum",
