@@ -1,0 +1,353 @@
+r"""Subspace networks: the residual stream moves in k of its d dimensions, so that k numbers a token cross a boundary.
+
+Symbols: b batch, n sequence, d width, V vocabulary, k rank; U (d, k) with U^T U = I, P = U U^T; rows are vectors,
+y = x W. A pre-norm block adds to the residual stream what two projections make, X_{l+1} = X_l + A_l W_p1 + H_l W_p2. If
+all rows of all W_p1 and W_p2 are in span(U), and the token embedding is T_fixed[i] + E[i] U^T, then at every depth
+
+    X - T_fixed[ids] - PE is in span(U):   C = (X - T_fixed[ids] - PE) U,   X = C U^T + T_fixed[ids] + PE,
+
+exactly. T_fixed is drawn once and never trained, U and T_fixed come from a seed on every stage, and what crosses is
+C (b, n, k) and the token ids; backwards G U (b, n, k), which is the transpose and so what autodiff gives.
+The models of `jaxlib_methods.models` keep the condition by W = Z U^T (`GPTConfig.subspace`).
+
+BibTeX:
+
+@inproceedings{ramasinghe2025protocol,
+  title = {Subspace Networks: Scaling Decentralized Training with Communication-Efficient Model Parallelism},
+  author = {Ramasinghe, Sameera and Ajanthan, Thalaiyasingam and Avraham, Gil and Zuo, Yan and Long, Alexander},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2025},
+}
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlib_methods.parallel._codecs import Codec, Payload, linear_codec, smallest_unsigned
+from jaxlib_methods.parallel._stages import StageModel
+
+PyTree = Any
+
+
+class Subspace(NamedTuple):
+    """What all stages know beforehand; `random_subspace` draws it. Constants: nothing here is trained or sent.
+
+    Args:
+      U: (d, k), orthonormal columns.
+      T_fixed: (V, d), the frozen part of the token embedding, or None for none.
+      PE: (n, d), an additive position encoding for the longest sequence, or None (rotary positions need none).
+
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
+    """
+
+    U: jax.Array
+    T_fixed: jax.Array | None = None
+    PE: jax.Array | None = None
+
+
+def random_subspace(key: jax.Array, *, vocab_size: int, width: int, rank: int, dtype: str = "float32") -> Subspace:
+    """U from the QR decomposition of a normal matrix and T_fixed standard normal: the same on every stage.
+
+    Args:
+      key: typed key, the same on every stage.
+      vocab_size: V.
+      width: d.
+      rank: k, at most d.
+      dtype: of both; "bfloat16" halves the memory of T_fixed, and every stage rounds it alike.
+
+    Returns:
+      The subspace, without position encoding.
+
+    Raises:
+      ValueError: for a rank outside of 1..d.
+
+    Example:
+      >>> import numpy as np
+      >>> subspace = random_subspace(jax.random.key(0), vocab_size=10, width=6, rank=2)
+      >>> subspace.T_fixed.shape, bool(np.allclose(subspace.U.T @ subspace.U, np.eye(2), atol=1e-6))
+      ((10, 6), True)
+
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260, official code [ramasinghe2025protocol].
+    """
+    if not 1 <= rank <= width:
+        raise ValueError(f"rank must lie between 1 and the width {width}, got {rank}")
+    basis_key, table_key = jax.random.split(key)
+    U = _qf(jax.random.normal(basis_key, (width, rank)))
+    return Subspace(U.astype(dtype), jax.random.normal(table_key, (vocab_size, width)).astype(dtype))
+
+
+def fixed_embedding(ids: jax.Array, subspace: Subspace) -> jax.Array | None:
+    """T_fixed[ids] + PE, what a stage computes for itself.
+
+    Args:
+      ids: integers (b, n).
+      subspace: with T_fixed or PE or both.
+
+    Returns:
+      (b, n, d), or None where the subspace has neither.
+
+    Raises:
+      ValueError: for a sequence longer than PE.
+
+    Example:
+      >>> fixed_embedding(jnp.array([[1]]), Subspace(jnp.eye(2), jnp.array([[0.0, 1.0], [2.0, 3.0]]))).tolist()
+      [[[2.0, 3.0]]]
+
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
+    """
+    fixed = None if subspace.T_fixed is None else subspace.T_fixed[ids.astype(jnp.int32)]
+    if subspace.PE is None:
+        return fixed
+    n = ids.shape[-1]
+    if n > len(subspace.PE):
+        raise ValueError(f"the sequence has {n} tokens and PE {len(subspace.PE)} positions; pass a longer PE")
+    PE = jnp.broadcast_to(subspace.PE[:n], (*ids.shape, subspace.PE.shape[-1]))
+    return PE if fixed is None else fixed + PE
+
+
+def subspace_coordinates(X: jax.Array, ids: jax.Array, subspace: Subspace) -> jax.Array:
+    """C = (X - T_fixed[ids] - PE) U, what is sent.
+
+    Args:
+      X: (b, n, d), a residual stream.
+      ids: integers (b, n), of its tokens.
+      subspace: of the network.
+
+    Returns:
+      (b, n, k) in the dtype of X, summed in float32 at least.
+
+    Example:
+      >>> subspace = random_subspace(jax.random.key(0), vocab_size=10, width=6, rank=2)
+      >>> ids, C = jnp.array([[4, 7]]), jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
+      >>> bool(jnp.allclose(subspace_coordinates(subspace_reconstruct(C, ids, subspace), ids, subspace), C, atol=1e-5))
+      True
+
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
+    """
+    fixed = fixed_embedding(ids, subspace)
+    moved = X if fixed is None else X - jax.lax.stop_gradient(fixed).astype(X.dtype)
+    return _times(moved, jax.lax.stop_gradient(subspace.U))
+
+
+def subspace_reconstruct(C: jax.Array, ids: jax.Array, subspace: Subspace) -> jax.Array:
+    """X = C U^T + T_fixed[ids] + PE, what the receiver makes of it.
+
+    Args:
+      C: (b, n, k), from `subspace_coordinates`.
+      ids: integers (b, n).
+      subspace: of the network.
+
+    Returns:
+      (b, n, d) in the dtype of C.
+
+    Example: see `subspace_coordinates`.
+
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
+    """
+    X, fixed = _times(C, jax.lax.stop_gradient(subspace.U).T), fixed_embedding(ids, subspace)
+    return X if fixed is None else X + jax.lax.stop_gradient(fixed).astype(X.dtype)
+
+
+def subspace_codec(subspace: Subspace, dtype: str | None = None) -> Codec:
+    """Forward boundaries of a subspace network: k values of a token and its id. Lossless to rounding.
+
+    Args:
+      subspace: of the network.
+      dtype: of the coordinates on the link; None: that of the activations. The activations keep theirs.
+
+    Returns:
+      A codec of {"x": residual stream (b, n, d), "ids": integers (b, n)}, as `subspace_model` makes it; whatever else
+      the dictionary holds is sent as it is. The ids travel in the smallest unsigned type that holds all V of them.
+
+    Raises:
+      TypeError: by its init, for anything else.
+
+    Example:
+      >>> subspace = random_subspace(jax.random.key(0), vocab_size=300, width=64, rank=10)
+      >>> x = {"x": jnp.ones((1, 8, 64)), "ids": jnp.ones((1, 8), jnp.int32)}
+      >>> message, _ = subspace_codec(subspace, "bfloat16").encode(x, ())
+      >>> message["x"].arrays["C"].shape, message["ids"].arrays["ids"].dtype.name
+      ((1, 8, 10), 'uint16')
+
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
+    """
+    ids_dtype = jnp.uint32 if subspace.T_fixed is None else smallest_unsigned(len(subspace.T_fixed))
+
+    def init(x: PyTree) -> tuple[()]:
+        if not isinstance(x, dict) or not {"x", "ids"} <= x.keys():
+            got = f"a dictionary of {sorted(x)}" if isinstance(x, dict) else type(x).__name__
+            raise TypeError(
+                f"the subspace codec sends token ids along and takes a dictionary with 'x' and 'ids', got {got}; "
+                "build the model with subspace_model"
+            )
+        return ()
+
+    def encode(x: dict[str, Any], state: PyTree) -> tuple[dict[str, Any], PyTree]:
+        X, ids = x["x"], x["ids"]
+        C = subspace_coordinates(X, ids, subspace)
+        coded = Payload({"C": C.astype(dtype or C.dtype)}, X.shape, X.dtype)
+        return {**x, "x": coded, "ids": Payload({"ids": ids.astype(ids_dtype)}, ids.shape, ids.dtype)}, state
+
+    def decode(message: dict[str, Any], state: PyTree) -> tuple[dict[str, Any], PyTree]:
+        C, ids = message["x"], message["ids"].arrays["ids"].astype(message["ids"].dtype)
+        return {**message, "x": subspace_reconstruct(C.arrays["C"].astype(C.dtype), ids, subspace), "ids": ids}, state
+
+    return Codec(init, encode, decode)
+
+
+def subspace_gradient_codec(subspace: Subspace, dtype: str | None = None) -> Codec:
+    """Backward boundaries of a subspace network: G U, without ids; the receiver continues with G P.
+
+    The part of G outside of span(U) is legitimately lost: no parameter before the boundary depends on it.
+
+    Args:
+      subspace: of the network.
+      dtype: of the coordinates on the link; None: that of the gradients.
+
+    Returns:
+      A codec of any tree of gradients: the leaves (..., d) are coded and others are sent as they are.
+
+    Example:
+      >>> subspace = Subspace(jnp.array([[0.6], [0.8]]))
+      >>> codec = subspace_gradient_codec(subspace)
+      >>> message, _ = codec.encode(jnp.array([[1.0, 2.0]]), codec.init(jnp.zeros((1, 2))))
+      >>> round(float(message.arrays["x"][0, 0]), 3)
+      2.2
+
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
+    """
+    U = subspace.U
+    return linear_codec(lambda G: _times(G, U), lambda C: _times(C, U.T), dtype, width=len(U))
+
+
+def subspace_model(
+    embed: Callable[..., jax.Array], block: Callable[..., jax.Array], head: Callable[..., jax.Array], subspace: Subspace
+) -> StageModel:
+    """A subspace network for the pipelines: its activations are {"x": X, "ids": ids}, and every stage relays the ids.
+
+    Args:
+      embed: (parameters, ids, U, fixed) -> X, as that of `models.gpt_stages`.
+      block: (parameters, X, U) -> X.
+      head: (parameters, X, targets) -> loss.
+      subspace: of the network.
+
+    Returns:
+      The model; use it with `subspace_codec` forwards and `subspace_gradient_codec` backwards, or with neither.
+
+    Example:
+      >>> subspace = random_subspace(jax.random.key(0), vocab_size=5, width=4, rank=2)
+      >>> model = subspace_model(
+      ...     embed=lambda E, ids, U, fixed: E[ids] @ U.T + fixed,
+      ...     block=lambda Z, X, U: X + jnp.tanh(X) @ Z @ U.T,
+      ...     head=lambda w, X, targets: jnp.mean((X @ w - targets) ** 2),
+      ...     subspace=subspace,
+      ... )
+      >>> x = model.block(jnp.ones((4, 2)), model.embed(jnp.ones((5, 2)), jnp.array([[0, 3]])))
+      >>> x["x"].shape, x["ids"].tolist()
+      ((1, 2, 4), [[0, 3]])
+
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
+    """
+    return StageModel(
+        lambda params, ids: {"x": embed(params, ids, subspace.U, fixed_embedding(ids, subspace)), "ids": ids},
+        lambda params, x: {**x, "x": block(params, x["x"], subspace.U)},
+        lambda params, x, targets: head(params, x["x"], targets),
+    )
+
+
+# --------------------------------------------------------------- moving the subspace (off in all released code)
+
+
+def gradient_moment(G: jax.Array, U: jax.Array) -> jax.Array:
+    r"""Y = Sigma U for $\Sigma$ = mean over tokens of g^T g, without forming Sigma; average it over a window.
+
+    Args:
+      G: (..., d), gradients of the residual stream before they are coded.
+      U: (d, k).
+
+    Returns:
+      (d, k), in float32 at least.
+
+    Example:
+      >>> gradient_moment(jnp.array([[1.0, 1.0]]), jnp.array([[1.0], [0.0]])).tolist()
+      [[1.0], [1.0]]
+
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; as the specification infers it
+    [ramasinghe2025protocol].
+    """
+    g = G.reshape(-1, G.shape[-1])
+    g = g.astype(_accumulator(g.dtype))
+    return _times(g.T, _times(g, U.astype(g.dtype))) / len(g)
+
+
+def grassmann_step(U: jax.Array, Y: jax.Array, step_size: jax.typing.ArrayLike) -> jax.Array:
+    r"""One step of gradient descent on $\operatorname{tr}((I - U U^T) \Sigma)$ over the Grassmann manifold.
+
+    $$D = -2 (I - U U^T) \Sigma U, \qquad U \leftarrow \mathrm{qf}(U - \eta D),$$
+
+    with the Q factor whose R has a positive diagonal. Every eigenspace of Sigma is stationary, the worst one too.
+
+    Args:
+      U: (d, k), orthonormal columns.
+      Y: Sigma U, (d, k), as `gradient_moment` gives it.
+      step_size: eta.
+
+    Returns:
+      The next U. All stages must take it between the same two optimizer steps, with `change_basis`.
+
+    Example:
+      >>> U = jnp.array([[1.0], [0.0]])
+      >>> [round(float(u), 6) for u in grassmann_step(U, jnp.array([[1.0], [1.0]]), 0.1)[:, 0]]
+      [0.980581, 0.196116]
+
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; as the specification infers it
+    [ramasinghe2025protocol].
+    """
+    D = -2 * (Y - _times(U, _times(U.T, Y)))
+    return _qf(U - jnp.asarray(step_size, U.dtype) * D)
+
+
+def change_basis(tree: PyTree, U_old: jax.Array, U_new: jax.Array, constrained: PyTree) -> PyTree:
+    """Z (U_old^T U_new) for all coordinates of a tree: parameters, or first moments of an optimizer.
+
+    It is the projection of Z U_old^T onto the new subspace: lossless only where the two span the same.
+
+    Args:
+      tree: parameters, or a tree of the same structure.
+      U_old: (d, k).
+      U_new: (d, k).
+      constrained: bools of that structure: which leaves (..., k) are coordinates. Second moments that are shared by
+        rows stay as they are.
+
+    Returns:
+      The tree.
+
+    Example:
+      >>> U_old, U_new = jnp.eye(2), jnp.array([[0.0, 1.0], [1.0, 0.0]])
+      >>> change_basis({"z": jnp.array([[1.0, 2.0]])}, U_old, U_new, {"z": True})["z"].tolist()
+      [[2.0, 1.0]]
+
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; as the specification infers it
+    [ramasinghe2025protocol].
+    """
+    R = _times(U_old.T, U_new)
+    return jax.tree.map(lambda leaf, moves: _times(leaf, R) if moves else leaf, tree, constrained)
+
+
+def _times(a: jax.Array, B: jax.Array) -> jax.Array:
+    """a @ B in the dtype of a; in full precision, since a default of bfloat16 or TF32 passes would leave span(U)."""
+    wide = _accumulator(a.dtype)
+    return jnp.matmul(a, B.astype(a.dtype), precision="highest", preferred_element_type=wide).astype(a.dtype)
+
+
+def _qf(A: jax.Array) -> jax.Array:
+    """The Q factor whose R has a positive diagonal."""
+    Q, R = jnp.linalg.qr(A)
+    return Q * jnp.where(jnp.diagonal(R) < 0, -1, 1).astype(A.dtype)[None, :]
+
+
+def _accumulator(dtype: Any) -> Any:
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
