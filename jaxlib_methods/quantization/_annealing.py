@@ -15,8 +15,8 @@ import optax
 
 from jaxlib_methods import trees
 from jaxlib_methods.quantization import _projections
-from jaxlib_methods.quantization._lattice import Lattice, lift, map_leaves
-from jaxlib_methods.quantization._projections import Labels
+from jaxlib_methods.quantization._lattice import Lattice, map_leaves
+from jaxlib_methods.quantization._projections import Labels, lift
 
 PyTree = Any
 LeafRule = Callable[[Labels, jax.Array, jax.Array, jax.Array], jax.Array]  # labels, params, update, beta -> update

@@ -10,6 +10,7 @@ a quantized leaf of `aux` has one more axis, the labels, in front.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 
 from jaxlib_methods import trees
 from jaxlib_methods.quantization import _projections
-from jaxlib_methods.quantization._projections import LIFTED, Labels, as_labels, look_up, nearest_index
+from jaxlib_methods.quantization._projections import LIFTED, Labels, as_labels, collapse, look_up, nearest_index
 
 PyTree = Any
 
@@ -130,18 +131,6 @@ def _paths(tree: PyTree) -> list[str]:
     return jax.tree.leaves(trees.path_names(tree))
 
 
-def lift(labels: Labels, g: jax.Array) -> jax.Array:
-    """dL/du_l = q_l dL/dw, [d, ...]."""
-    q = jnp.asarray(labels, g.dtype).reshape(-1, *(1,) * g.ndim)
-    return q * g[None]
-
-
-def collapse(labels: Labels, u: jax.Array) -> jax.Array:
-    """w = sum_l q_l u_l."""
-    wide = u if u.dtype == jnp.float64 else u.astype(jnp.float32)
-    return sum((wide[l] * wide.dtype.type(q) for l, q in enumerate(labels[1:], 1)), wide[0] * labels[0]).astype(u.dtype)
-
-
 # ------------------------------------------------------------------------------------------------ the public functions
 
 
@@ -246,13 +235,7 @@ def primal_of(
 
     Source: Ajanthan, Gupta, Torr, Hartley, Dokania (AISTATS 2021), arXiv:1910.08237 [ajanthan2021mirror].
     """
-    _projections.check_jacobian(lattice.projection, jacobian)
-
-    def one(labels: Labels, x: jax.Array) -> jax.Array:
-        compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-        return _projections.primal(lattice.projection, jacobian, labels, x, jnp.asarray(beta, compute))
-
-    return map_leaves(one, lattice, aux)
+    return _map_projection(_projections.primal, aux, lattice, beta, jacobian)
 
 
 def weights_of(primal: PyTree, lattice: Lattice) -> PyTree:
@@ -312,7 +295,19 @@ def project(
 
     Source: Ajanthan, Dokania, Hartley, Torr (ICCV 2019), arXiv:1812.04353 [ajanthan2019proximal].
     """
-    return weights_of(primal_of(aux, lattice, beta, jacobian=jacobian), lattice)
+    return _map_projection(_projections.weights, aux, lattice, beta, jacobian)
+
+
+def _map_projection(
+    function: Callable[..., jax.Array], aux: PyTree, lattice: Lattice, beta: jax.Array | float, jacobian: str
+) -> PyTree:
+    _projections.check_jacobian(lattice.projection, jacobian)
+
+    def one(labels: Labels, x: jax.Array) -> jax.Array:
+        compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+        return function(lattice.projection, jacobian, labels, x, jnp.asarray(beta, compute))
+
+    return map_leaves(one, lattice, aux)
 
 
 def quantize(aux: PyTree, lattice: Lattice, beta: jax.Array | float | None = None) -> PyTree:
@@ -355,10 +350,15 @@ def quantize(aux: PyTree, lattice: Lattice, beta: jax.Array | float | None = Non
                 )
     if beta is not None:
         aux = primal_of(aux, lattice, beta)
-    label = lambda labels, x: look_up(label_index(lattice, labels, x), _order(lattice, labels), x.dtype)
-    network = map_leaves(label, lattice, aux)
+    network = _best_labels(aux, lattice)
     assert_quantized(network, lattice)
     return network
+
+
+@functools.partial(jax.jit, static_argnames="lattice")
+def _best_labels(aux: PyTree, lattice: Lattice) -> PyTree:
+    label = lambda labels, x: look_up(label_index(lattice, labels, x), _order(lattice, labels), x.dtype)
+    return map_leaves(label, lattice, aux)
 
 
 def assert_quantized(params: PyTree, lattice: Lattice) -> None:

@@ -61,6 +61,7 @@ def pack(network: PyTree, lattice: Lattice) -> PyTree:
     return structure.unflatten([w if labels is None else _pack(labels, jnp.asarray(w)) for labels, w in pairs])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _pack(labels: tuple[float, ...], w: jax.Array) -> PackedWeight:
     matrix = w.reshape(math.prod(w.shape[:-1]), w.shape[-1]) if w.ndim > 1 else w.reshape(-1, 1)
     codes = jnp.zeros(matrix.shape, jnp.int32)

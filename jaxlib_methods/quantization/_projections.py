@@ -21,6 +21,9 @@ float32 holds. Gradients g with respect to u (or w) are pulled back to x by
     tanh       exact   beta sum_j h_j (1 - tanh^2(beta (x - m_j))) g
     round      clipped [min q <= x <= max q] g
     all        straight_through  g
+
+A softmax over two labels is a function of their difference: one exponential or tanh for a weight instead of two for
+each of its labels, and nothing but the difference between the passes over memory.
 """
 
 import functools
@@ -58,8 +61,11 @@ def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _softmax(x: jax.Array, beta: jax.Array) -> jax.Array:
-    if x.shape[0] == 2:  # the same, elementwise: 1 / (1 + exp(-beta (x_l - x_other)))
-        return 1 / (1 + jnp.exp(beta * (x[::-1] - x)))
+    if x.shape[0] == 2:  # both probabilities to their last digit
+        z = beta * (x[1] - x[0])
+        e = jnp.exp(-jnp.abs(z))
+        large, small = 1 / (1 + e), e / (1 + e)
+        return jnp.stack([jnp.where(z > 0, small, large), jnp.where(z > 0, large, small)])
     e = jnp.exp(beta * (x - jnp.max(x, axis=0, keepdims=True)))
     return e / jnp.sum(e, axis=0, keepdims=True)
 
@@ -129,7 +135,9 @@ def pull_back(projection: str, jacobian: str, labels: Labels, x: jax.Array, beta
     dtype = x.dtype
     x, g = _wide(x), _wide(g)
     beta = jnp.asarray(beta).astype(x.dtype)
-    if projection == "softmax":
+    if projection == "softmax" and len(x) == 2:
+        out = _pull_back_two(jacobian, x, beta, g)
+    elif projection == "softmax":
         u = _softmax(x, beta)
         if jacobian == "exact":
             out = beta * (u * (g - _inner(u, g)))
@@ -158,8 +166,33 @@ def pull_back(projection: str, jacobian: str, labels: Labels, x: jax.Array, beta
     return out.astype(dtype)
 
 
+def _pull_back_two(jacobian: str, x: jax.Array, beta: jax.Array, g: jax.Array) -> jax.Array:
+    """The softmax's Jacobians for two labels in t = u_1 - u_0 = tanh(beta (x_1 - x_0) / 2) and s = v_1 - v_0."""
+    sign = jnp.asarray([-1, 1], x.dtype).reshape(2, *(1,) * (x.ndim - 1))
+    z = beta * (x[1] - x[0])
+    if jacobian == "exact":
+        e = jnp.exp(-jnp.abs(z))
+        return sign * (beta * (e / (1 + e) ** 2) * (g[1] - g[0]))[None]  # beta u_0 u_1 (g_1 - g_0)
+    t = jnp.tanh(z / 2)
+    s = t if jacobian == "single" else jnp.tanh(beta * t / 2)
+    inner = ((1 - s) * g[0] + (1 + s) * g[1]) / 2
+    return beta * (g - (1 + sign * s[None]) / 2 * inner[None])
+
+
 def _wide(x: jax.Array) -> jax.Array:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def lift(labels: Labels, g: jax.Array) -> jax.Array:
+    """dL/du_l = q_l dL/dw, [d, ...]."""
+    q = jnp.asarray(labels, g.dtype).reshape(-1, *(1,) * g.ndim)
+    return q * g[None]
+
+
+def collapse(labels: Labels, u: jax.Array) -> jax.Array:
+    """w = sum_l q_l u_l."""
+    wide = _wide(u)
+    return sum((wide[l] * wide.dtype.type(q) for l, q in enumerate(labels[1:], 1)), wide[0] * labels[0]).astype(u.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -179,6 +212,32 @@ def _primal_backward(projection: str, jacobian: str, labels: Labels, saved: tupl
 
 
 primal.defvjp(_primal_forward, _primal_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def weights(projection: str, jacobian: str, labels: Labels, x: jax.Array, beta: jax.Array) -> jax.Array:
+    """w = sum_l q_l u_l of the primal variables, without writing u down; its derivative is theirs."""
+    if projection not in LIFTED:
+        return primal(projection, jacobian, labels, x, beta)
+    if projection != "softmax" or len(labels) != 2:
+        return collapse(labels, primal(projection, jacobian, labels, x, beta))
+    wide = _wide(x)
+    centre, half = (wide.dtype.type(value) for value in ((labels[0] + labels[1]) / 2, (labels[1] - labels[0]) / 2))
+    t = jnp.tanh(jnp.asarray(beta).astype(wide.dtype) * (wide[1] - wide[0]) / 2)
+    return (centre + half * t).astype(x.dtype)
+
+
+def _weights_forward(projection: str, jacobian: str, labels: Labels, x: jax.Array, beta: jax.Array):
+    return weights(projection, jacobian, labels, x, beta), (x, beta)
+
+
+def _weights_backward(projection: str, jacobian: str, labels: Labels, saved: tuple, g: jax.Array):
+    x, beta = saved
+    g = lift(labels, g) if projection in LIFTED else g
+    return pull_back(projection, jacobian, labels, x, beta, g), jnp.zeros_like(beta)
+
+
+weights.defvjp(_weights_forward, _weights_backward)
 
 
 # ------------------------------------------------------------------------------------------------ the public functions

@@ -48,6 +48,28 @@ def test_pmf_3_the_three_jacobians(jacobian, expected):
     close(by_rows, by_weights)
 
 
+@pytest.mark.parametrize("labels", [(-1, 1), (0.5, -2)])
+def test_pmf_3_the_closed_forms_for_two_labels(labels):
+    """Against the formulas for any number of labels in float64, into saturation, with respect to w and to u."""
+    rng, beta = np.random.default_rng(0), 3.0
+    x = rng.normal(size=(2, 300)) * np.geomspace(0.01, 1.5, 300)  # beyond, float64 loses the expected values
+    g = {"w": rng.normal(size=300), "u": rng.normal(size=(2, 300))}
+    softmax = lambda z: np.exp(z - z.max(0)) / np.exp(z - z.max(0)).sum(0)
+    u = softmax(beta * x)
+    lattice = qn.Lattice(labels)
+    close(qn.primal_of(jnp.float32(x), lattice, beta), u, rtol=3e-5)  # the small probability as well
+    close(qn.project(jnp.float32(x), lattice, beta), np.asarray(labels) @ u, atol=2e-6)
+    for jacobian, v in (("exact", u), ("single", u), ("double", softmax(beta * u))):
+        for of, gradient in g.items():
+            lifted = np.asarray(labels)[:, None] * gradient if of == "w" else gradient
+            inner = (v * lifted).sum(0)
+            expected = beta * (v * (lifted - inner) if jacobian == "exact" else lifted - v * inner)
+            rule = qn.scale_by_proximal_mean_field(lattice, beta=beta, jacobian=jacobian)
+            found, _ = rule.update(jnp.float32(gradient), rule.init(jnp.float32(x)), jnp.float32(x))
+            scale = {"rtol": 3e-5, "atol": 0} if jacobian == "exact" else {"atol": 2e-5}
+            close(found, expected, **scale)
+
+
 def test_pmf_3_the_exact_jacobians_are_finite_differences(x64):
     rng = np.random.default_rng(0)
     aux, g, h = rng.normal(size=(3, 4)), rng.normal(size=4), 1e-6
