@@ -1,0 +1,46 @@
+"""GPipe, 1F1B and circular pipelines against JAX's gradient of the model without a pipeline."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxlib_methods.parallel import make_mesh, shard_batch, split_stages, synchronous_pipeline
+from tests.jaxlib_methods.parallel.pipeline_problems import assert_trees_close, chain, tokens, value_and_grad
+
+CASES = [
+    # schedule, P, D, M, R, remat
+    ("gpipe", 4, 1, 3, 1, True),
+    ("gpipe", 2, 2, 4, 1, False),
+    ("1f1b", 4, 2, 6, 1, True),
+    ("1f1b", 3, 1, 2, 1, True),
+    ("1f1b", 1, 1, 2, 1, True),
+    ("circular", 2, 1, 4, 2, True),
+    ("circular", 2, 2, 4, 3, False),
+    ("circular", 1, 1, 3, 2, True),
+]
+
+
+def reference(model, stages, inputs, targets, repeats):
+    """Mean loss and gradient over the micro-batches, without a pipeline."""
+    losses, grads = [], []
+    for x, y in zip(inputs, targets, strict=True):
+        loss, grad = value_and_grad(model, stages, x, y, repeats)
+        losses.append(loss)
+        grads.append(grad)
+    return np.array(losses), jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *grads)
+
+
+@pytest.mark.parametrize(("schedule", "P", "D", "M", "R", "remat"), CASES)
+def test_loss_and_gradients_are_those_without_a_pipeline(schedule, P, D, M, R, remat):
+    model, params = chain(layers=P * R)
+    stages = split_stages(params, P, R)
+    inputs, targets = tokens(M)
+    mesh = make_mesh(P, D)
+    pipe = synchronous_pipeline(
+        model, stages, optax.sgd(0.1), mesh, (inputs[0], targets[0]), M, schedule=schedule, repeats=R, remat=remat
+    )
+    losses, grads = pipe.value_and_grad(pipe.init(stages), *shard_batch(mesh, (inputs, targets), vocab_size=11))
+    expected_losses, expected = reference(model, stages, inputs, targets, R)
+    np.testing.assert_allclose(losses.loss, expected_losses, rtol=1e-6)
+    assert_trees_close(pipe.unpack(grads), list(expected), rtol=2e-5, atol=1e-7)
