@@ -24,6 +24,9 @@ from jaxlib_methods.models._gpt import rotate as rotate
 from jaxlib_methods.models._gpt_stages import GPTStages as GPTStages
 from jaxlib_methods.models._gpt_stages import gpt_stages as gpt_stages
 from jaxlib_methods.models._gpt_stages import split_gpt_params as split_gpt_params
+from jaxlib_methods.models._gpt_transforms import gpt_transform_rules as gpt_transform_rules
+from jaxlib_methods.models._gpt_transforms import transformable_gpt_params as transformable_gpt_params
+from jaxlib_methods.models._gpt_transforms import transformable_gpt_stages as transformable_gpt_stages
 from jaxlib_methods.models._lenet import LeNet5 as LeNet5
 from jaxlib_methods.models._lenet import LeNet300 as LeNet300
 from jaxlib_methods.models._recurrent import GRUClassifier as GRUClassifier
@@ -56,6 +59,9 @@ __all__ = [
     "convolve",
     "create",
     "gpt_stages",
+    "gpt_transform_rules",
     "rotate",
     "split_gpt_params",
+    "transformable_gpt_params",
+    "transformable_gpt_stages",
 ]

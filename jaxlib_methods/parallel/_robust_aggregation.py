@@ -233,7 +233,7 @@ def _row(tree: PyTree) -> jax.Array:
 
 
 def _wide(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    return leaf.astype(jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32)
 
 
 def _unravel(row: jax.Array, gradients: PyTree) -> PyTree:

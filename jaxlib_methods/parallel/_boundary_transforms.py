@@ -1,0 +1,390 @@
+r"""Unextractable models: random invertible transforms, folded into both sides of the boundaries between stages.
+
+Row vectors, y = x W. The function $g(X) = \Phi(X U) V$ of a stage has entry matrices U and exit matrices V. At a
+boundary, the sender draws T, and both sides forget it after
+
+$$V_i \leftarrow V_i T, \qquad U_{i+1} \leftarrow T^{-1} U_{i+1}.$$
+
+The network computes what it did, while stages that were seen at different times no longer fit together. What a model
+needs besides (skip matrices, norms without gain) is in `jaxlib_methods.models`; here are the transforms, the map of any
+tree of parameters and of the optimizer's first moments, and what an attacker can do. Everything runs on the host,
+between steps, in float64.
+
+BibTeX:
+
+@inproceedings{long2025unextractable,
+  title = {Unextractable Protocol Models: Collaborative Training and Inference without Weight Materialization},
+  author = {Long, Alexander and Hewa Koneputugodage, Chamin and Ajanthan, Thalaiyasingam and Zuo, Yan and
+    Avraham, Gil and Shevchenko, Violetta and Mohaghegh Dolatabadi, Hadi and Ramasinghe, Sameera},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2025},
+  eprint = {2605.23464},
+  archivePrefix = {arXiv},
+}
+
+@article{mezzadri2007generate,
+  title = {How to Generate Random Matrices from the Classical Compact Groups},
+  author = {Mezzadri, Francesco},
+  journal = {Notices of the American Mathematical Society},
+  volume = {54},
+  number = {5},
+  year = {2007},
+}
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxlib_methods import trees
+
+PyTree = Any
+Rules = Sequence[tuple[str, tuple[Hashable, Hashable]]]  # (regex, Sides)
+FIRST_MOMENTS = ("mu", "trace", "momentum", "moment")  # fields of optax's and this library's optimizer states
+
+
+class Transform(NamedTuple):
+    """A matrix T of a boundary with its inverse, float64 on the host.
+
+    Args:
+      matrix: T, (..., d, d).
+      inverse: its inverse.
+
+    Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
+    """
+
+    matrix: np.ndarray
+    inverse: np.ndarray
+
+
+class Sides(NamedTuple):
+    """Which boundaries a parameter touches: W <- T_left^-1 W T_right.
+
+    Args:
+      left: name of the transform at the boundary that its rows (axis -2) come from; None: none.
+      right: name of that which its columns (axis -1) go to; a vector, such as a bias, has this side alone.
+
+    Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
+    """
+
+    left: Hashable | None = None
+    right: Hashable | None = None
+
+
+# ------------------------------------------------------------------------------ the transforms
+
+
+def draw_transform(
+    key: jax.Array,
+    width: int,
+    *,
+    spread: float | int | None = None,
+    scale: float | int = 1.0,
+    batch: Sequence[int] = (),
+) -> Transform:
+    r"""A random transform: uniform on the orthogonal group, or with a bounded condition number.
+
+    Orthogonal: G = QR of a normal matrix, $T = Q\,\mathrm{diag}(\mathrm{sign}(\mathrm{diag} R))$. With a spread,
+    $T = P_1\,\mathrm{diag}(s\,e^{u_i})\,P_2^\top$ with two such matrices and $u_i$ uniform in
+    $[-\epsilon, \epsilon]$: its condition number is at most $e^{2 \epsilon}$.
+
+    Args:
+      key: typed key; it must not be kept.
+      width: d.
+      spread: epsilon; None: orthogonal.
+      scale: s. Alternate s and 1/s, so that the product of many does not grow.
+      batch: leading axes of independent transforms, for stacked layers.
+
+    Returns:
+      The transform, (*batch, d, d).
+
+    Raises:
+      ValueError: for a width below 1, a negative spread, a scale that is not positive or one without a spread.
+
+    Example:
+      >>> T = draw_transform(jax.random.key(0), 8, spread=0.1)
+      >>> bool(np.linalg.cond(T.matrix) <= np.exp(0.2)), bool(np.allclose(T.matrix @ T.inverse, np.eye(8), atol=1e-14))
+      (True, True)
+
+    Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable]; the signs: Mezzadri (2007),
+    arXiv:math-ph/0609050 [mezzadri2007generate].
+    """
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+    if spread is not None and spread < 0:
+        raise ValueError(f"spread must not be negative, got {spread}; None draws orthogonal transforms")
+    if not scale > 0 or (spread is None and scale != 1):
+        raise ValueError(f"scale must be positive, and needs a spread (0 is one), got {scale} and spread={spread}")
+    random = np.random.default_rng(np.asarray(jax.random.key_data(key)).reshape(-1))
+    first = _haar(random, (*batch, width, width))
+    if spread is None:
+        return Transform(first, _t(first))
+    second = _haar(random, (*batch, width, width))
+    values = scale * np.exp(random.uniform(-spread, spread, (*batch, 1, width)))
+    return Transform((first * values) @ _t(second), (second / values) @ _t(first))
+
+
+def _haar(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    Q, R = np.linalg.qr(random.standard_normal(shape))
+    return Q * np.sign(np.diagonal(R, axis1=-2, axis2=-1))[..., None, :]
+
+
+def _t(a: np.ndarray) -> np.ndarray:
+    return np.swapaxes(a, -1, -2)
+
+
+def draw_transforms(key: jax.Array, names: Iterable[Hashable], width: int, **options: Any) -> dict[Hashable, Transform]:
+    """Independent transforms by name, all of one size; `options` as in `draw_transform`.
+
+    Args:
+      key: typed key.
+      names: of the boundaries, in an order that all processes share.
+      width: d.
+      **options: of `draw_transform`.
+
+    Returns:
+      name -> transform.
+
+    Example:
+      >>> sorted(draw_transforms(jax.random.key(0), ["in", "out"], 4))
+      ['in', 'out']
+
+    Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
+    """
+    return {name: draw_transform(jax.random.fold_in(key, index), width, **options) for index, name in enumerate(names)}
+
+
+# ------------------------------------------------------------------------------ folding
+
+
+def morph(
+    params: PyTree, transforms: Mapping[Hashable, Transform], rules: Rules, *, precision: str = "float64"
+) -> PyTree:
+    r"""Folds transforms into parameters, $W \leftarrow T_\mathrm{left}^{-1} W T_\mathrm{right}$.
+
+    Axis -2 is the left side and axis -1 the right one, so that the kernel of a convolution (..., in, out) is
+    transformed at every tap. A transform (*batch, d, d) belongs to stacked layers (*batch, ...).
+
+    Rounding: a chain of n orthogonal transforms of W has an error of n d u cond(W) at most, one of transforms with
+    condition number k of u d cond(W) sum_j k^j. For parameters in half precision keep a `master_copy`, fold into that,
+    and serve `cast_like(master, params)`: what is rounded after each fold is lost after some.
+
+    Args:
+      params: any tree of arrays, on the host or on devices. On devices each process folds what it holds; the last two
+        axes of a parameter with a rule must not be split.
+      transforms: by name; a name that the rules have and this has not is an identity, which drops a boundary.
+      rules: (regex, `Sides`) by parameter path, as in `trees.label_tree`; a parameter without a rule stays as it is.
+      precision: "float64" folds in it and rounds once, to the parameter's dtype; "parameter" rounds the transforms to
+        that dtype first and accumulates in float32, as accelerators do.
+
+    Returns:
+      A tree like `params`: dtypes, shardings, and NumPy where it was NumPy.
+
+    Raises:
+      ValueError: for a rule that matches nothing, a transform that no rule names, and sizes that do not fit.
+
+    Example:
+      >>> T = draw_transform(jax.random.key(0), 3)
+      >>> params = {"V": np.ones((2, 3)), "U": np.ones((3, 4))}
+      >>> new = morph(params, {"b": T}, [("V", Sides(right="b")), ("U", Sides(left="b"))])
+      >>> bool(np.allclose(new["V"] @ new["U"], params["V"] @ params["U"]))
+      True
+
+    Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
+    """
+    if precision not in ("float64", "parameter"):
+        raise ValueError(f"precision must be 'float64' or 'parameter', got {precision!r}")
+    weight = lambda T: (T.inverse, T.matrix)
+    leaves, structure = jax.tree.flatten(params)
+    sides, names = _sides(params, transforms, rules), jax.tree.leaves(trees.path_names(params))
+    new = [
+        _folded(name, leaf, _factors(side, transforms, weight), precision)
+        for name, leaf, side in zip(names, leaves, sides, strict=True)
+    ]
+    return jax.tree.unflatten(structure, new)
+
+
+def transform_momentum(
+    opt_state: PyTree,
+    params: PyTree,
+    transforms: Mapping[Hashable, Transform],
+    rules: Rules,
+    *,
+    first_moments: Sequence[str] = FIRST_MOMENTS,
+    second_moments: str = "error",
+) -> PyTree:
+    r"""Maps what an optimizer remembers of gradients, $G \leftarrow T_\mathrm{left}^\top G\, T_\mathrm{right}^{-\top}$.
+
+    SGD, momentum and Muon then go on as if nothing had happened, if the transforms are orthogonal; for others, the step
+    is a valid one of another network. Squared gradients cannot be mapped, because their signs are lost.
+
+    Args:
+      opt_state: of optax or of this library. A tree in it that has the paths and shapes of the parameters, below a
+        field called as one of `first_moments`, is mapped.
+      params: the parameters; only their structure and shapes matter.
+      transforms: as for `morph`.
+      rules: as for `morph`.
+      first_moments: names of fields.
+      second_moments: what to do with other such trees where a rule applies: "error", "keep" or "reset" to zero.
+
+    Returns:
+      A tree like `opt_state`.
+
+    Raises:
+      ValueError: as `morph`, and for squared gradients of a parameter with a rule.
+
+    Example:
+      >>> import optax, jax.numpy as jnp
+      >>> params, T = {"V": jnp.ones((2, 3))}, draw_transform(jax.random.key(0), 3)
+      >>> tx = optax.trace(0.9)
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> state = transform_momentum(state, params, {"b": T}, [("V", Sides(right="b"))])
+      >>> bool(np.allclose(state.trace["V"], np.ones((2, 3)) @ T.matrix, atol=1e-6))
+      True
+
+    Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
+    """
+    if second_moments not in ("error", "keep", "reset"):
+        raise ValueError(f"second_moments must be 'error', 'keep' or 'reset', got {second_moments!r}")
+    gradient = lambda T: (_t(T.matrix), _t(T.inverse))
+    by_path = {
+        tuple(path): (np.shape(leaf), side)
+        for (path, leaf), side in zip(
+            jax.tree.flatten_with_path(params)[0], _sides(params, transforms, rules), strict=True
+        )
+    }
+    new, (leaves, structure) = [], jax.tree.flatten_with_path(opt_state)
+    for path, leaf in leaves:
+        split = _of_parameter(tuple(path), np.shape(leaf), by_path)
+        factors = _factors(by_path[tuple(path[split:])][1], transforms, gradient) if split else (None, None)
+        if all(factor is None for factor in factors):
+            new.append(leaf)
+        elif any(_name(entry) in first_moments for entry in path[:split]):
+            new.append(_folded(jax.tree_util.keystr(path), leaf, factors, "float64"))
+        elif second_moments == "error":
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} of the optimizer state is no first moment, and a transform applies to "
+                "its parameter; use SGD, momentum or Muon there, second_moments='keep' or 'reset', or name its field "
+                "in first_moments if it is one"
+            )
+        else:
+            new.append(leaf if second_moments == "keep" else leaf * 0)
+    return jax.tree.unflatten(structure, new)
+
+
+def _of_parameter(path: tuple, shape: tuple[int, ...], by_path: dict) -> int | None:
+    """Where the path of a parameter begins within a path of the optimizer state, if it ends in one."""
+    for start in range(1, len(path) + 1):
+        if path[start:] in by_path and by_path[path[start:]][0] == shape:
+            return start
+    return None
+
+
+def _name(entry: Any) -> Any:
+    return getattr(entry, "name", getattr(entry, "key", None))
+
+
+def _sides(params: PyTree, transforms: Mapping[Hashable, Transform], rules: Rules) -> list[Sides]:
+    named = {name for _, side in rules for name in side}
+    if unknown := [name for name in transforms if name not in named]:
+        raise ValueError(f"no rule names the transforms {unknown}; the rules name {sorted(map(str, named - {None}))}")
+    labels = trees.label_tree(params, rules, default=Sides())
+    return [Sides(*side) for side in jax.tree.structure(params).flatten_up_to(labels)]
+
+
+def _factors(side: Sides, transforms: Mapping[Hashable, Transform], pair: Callable) -> tuple:
+    left, right = (transforms.get(name) for name in side)
+    return None if left is None else pair(left)[0], None if right is None else pair(right)[1]
+
+
+def _folded(name: str, leaf: Any, factors: tuple, precision: str) -> Any:
+    """L W R of one parameter; on devices, part by part."""
+    if all(factor is None for factor in factors):
+        return leaf
+    _check_sizes(name, np.shape(leaf), factors)
+    if not isinstance(leaf, jax.Array):
+        return _product(np.asarray(leaf), factors, precision, ())
+    parts, arrays = {}, []
+    for shard in leaf.addressable_shards:
+        if shard.data.shape[-2:] != leaf.shape[-2:]:
+            raise ValueError(
+                f"{name!r} is split along its last two axes, {leaf.sharding}; gather it before the transform"
+            )
+        where = str(shard.index)
+        if where not in parts:
+            parts[where] = _product(np.asarray(shard.data), factors, precision, shard.index)
+        arrays.append(jax.device_put(parts[where], shard.device))
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
+
+
+def _check_sizes(name: str, shape: tuple[int, ...], factors: tuple) -> None:
+    for factor, axis in zip(factors, (-2, -1), strict=True):
+        if factor is None:
+            continue
+        vector = len(shape) == factor.ndim - 1 and axis == -1
+        batch = factor.shape[:-2]
+        if len(shape) < factor.ndim - vector or shape[axis] != factor.shape[-1] or shape[: len(batch)] != batch:
+            raise ValueError(f"a transform {factor.shape} does not fit axis {axis} of {name!r} with shape {shape}")
+
+
+def _product(W: np.ndarray, factors: tuple, precision: str, index: tuple) -> np.ndarray:
+    def factor(T: np.ndarray) -> np.ndarray:
+        T = T[tuple(index[: T.ndim - 2])]
+        T = T if precision == "float64" else T.astype(W.dtype).astype(compute)
+        return T.reshape(*T.shape[:-2], *(1,) * (len(shape) - T.ndim), *T.shape[-2:])
+
+    compute = np.float64 if precision == "float64" or W.dtype == np.float64 else np.float32
+    left, right = factors
+    vector = right is not None and W.ndim == right.ndim - 1
+    X = (W[..., None, :] if vector else W).astype(compute)
+    shape = X.shape
+    X = X if left is None else factor(left) @ X
+    X = X if right is None else X @ factor(right)
+    return (X[..., 0, :] if vector else X).astype(W.dtype)
+
+
+def master_copy(params: PyTree) -> PyTree:
+    """The parameters in float64 on the host: what `morph` folds into when they are served in a lower precision.
+
+    Args:
+      params: any tree of floating arrays.
+
+    Returns:
+      A tree of NumPy arrays.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> master_copy({"w": jnp.ones(2, jnp.bfloat16)})["w"].dtype
+      dtype('float64')
+
+    Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
+    """
+    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), params)
+
+
+def cast_like(master: PyTree, params: PyTree) -> PyTree:
+    """The master copy in the dtypes, and on the devices, of the parameters.
+
+    Args:
+      master: of `master_copy`, with transforms folded in.
+      params: what it serves as.
+
+    Returns:
+      A tree like `params`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"w": jnp.ones(2, jnp.bfloat16)}
+      >>> cast_like(master_copy(params), params)["w"].dtype.name
+      'bfloat16'
+
+    Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
+    """
+
+    def cast(new: np.ndarray, leaf: Any) -> Any:
+        new = new.astype(leaf.dtype)
+        return jax.device_put(new, leaf.sharding) if isinstance(leaf, jax.Array) else new
+
+    return jax.tree.map(cast, master, params)
