@@ -6,23 +6,6 @@ arrives $\ell$ seconds after its last bit has left. Stages send without waiting 
 
 BibTeX:
 
-@inproceedings{huang2019gpipe,
-  title = {{GPipe}: Efficient Training of Giant Neural Networks using Pipeline Parallelism},
-  author = {Huang, Yanping and Cheng, Youlong and Bapna, Ankur and Firat, Orhan and Chen, Mia Xu and Chen, Dehao and
-    Lee, HyoukJoong and Ngiam, Jiquan and Le, Quoc V. and Wu, Yonghui and Chen, Zhifeng},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2019},
-}
-
-@inproceedings{narayanan2021efficient,
-  title = {Efficient Large-Scale Language Model Training on {GPU} Clusters Using {Megatron-LM}},
-  author = {Narayanan, Deepak and Shoeybi, Mohammad and Casper, Jared and LeGresley, Patrick and Patwary, Mostofa and
-    Korthikanti, Vijay and Vainbrand, Dmitri and Kashinkunti, Prethvi and Bernauer, Julie and Catanzaro, Bryan and
-    Phanishayee, Amar and Zaharia, Matei},
-  booktitle = {International Conference for High Performance Computing, Networking, Storage and Analysis},
-  year = {2021},
-}
-
 @inproceedings{ramasinghe2025protocol,
   title = {Protocol Models: Scaling Decentralized Training with Communication-Efficient Model Parallelism},
   author = {Ramasinghe, Sameera and Ajanthan, Thalaiyasingam and Avraham, Gil and Zuo, Yan and Long, Alexander},
@@ -33,12 +16,15 @@ BibTeX:
 }
 """
 
-import itertools
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+
+from jaxlib_methods.parallel._schedules import BACKWARD, FORWARD, check_schedule, schedule_table
 
 PyTree = Any
 Seconds = float | int | Sequence[float | int]
@@ -75,7 +61,8 @@ class StageCosts(NamedTuple):
     """What a stage costs for one microbatch; seconds are one number for all stages, or one for each.
 
     Args:
-      forward: seconds of the forward pass, f.
+      forward: seconds of the forward pass, f; 0 for the last stage of this library's pipelines, which computes it as a
+        part of its backward pass.
       backward: seconds of the backward pass, b, with the recomputation where there is one.
       forward_bytes: what a boundary carries towards the last stage; `link_bytes` reads it from the compiled program.
       backward_bytes: what it carries back.
@@ -163,17 +150,17 @@ def predict_step(
     costs: StageCosts,
     link: Link,
     *,
-    stages: int,
+    num_stages: int,
     schedule: str = "gpipe",
-    microbatches: int = 1,
+    num_microbatches: int = 1,
     repeats: int = 1,
-    replicas: int = 1,
+    num_replicas: int = 1,
+    blocking: bool = False,
 ) -> StepTime:
-    r"""Step time of a pipeline.
+    r"""Step time of a pipeline: each stage runs its list of passes in order, each as soon as its input is there.
 
-    Synchronous schedules are evaluated operation by operation: stage j runs its list of passes in order, each as soon
-    as its input is there. Asynchronous 1F1B with $P - 1 - j$ passes of warm-up has no end to a step, and its period is
-    the largest mean of a cycle of dependencies,
+    Asynchronous 1F1B, with $P - 1 - j$ passes of warm-up, has no end to a step. Its period is the largest mean of a
+    cycle of dependencies,
 
     $$\max\Big(t,\ \max_{j \le k}
       \frac{\sum_{i=j}^{k} (f_i + b_i) + (k - j) (t^f + t^b + 2 \ell)}{k - j + 1}\Big),$$
@@ -181,55 +168,78 @@ def predict_step(
     because stage j has k - j + 1 more microbatches under way than stage k + 1: transfers are not hidden entirely, equal
     stages wait $(t^f + t^b + 2 \ell) (P - 1) / P$ for each microbatch.
 
+    `blocking=True` is the program of `synchronous_pipeline` and `asynchronous_pipeline` over gloo, slot by slot:
+    the transfers of a slot follow its pass, first those forward and then those backward, also where a pass was idle,
+    and nothing is computed meanwhile. A transfer is a rendezvous: it starts when the sender has reached it and knows
+    that the receiver has ($\ell$ later), keeps the sender for t and the receiver for $t + \ell$.
+
     Args:
       costs: of one microbatch, and of the update.
       link: of every boundary; "circular" closes the ring with another one.
-      stages: P.
+      num_stages: P.
       schedule: "gpipe" (all forward, then all backward in the reverse order), "1f1b", "circular" (GPipe in which every
-        device holds `repeats` parts of its layers and the microbatches go round so many times) or "async" (an update
-        for each microbatch).
-      microbatches: of one update; 1 for "async".
-      repeats: of "circular".
-      replicas: pipelines side by side, whose gradients a ring all-reduce over the same kind of link sums up; nothing
-        overlaps with it.
+        device holds `repeats` parts of its layers and the microbatches go round so many times) or "async" (1F1B with
+        an update for each microbatch).
+      num_microbatches: M, of one update; 1 for "async".
+      repeats: R, of "circular".
+      num_replicas: pipelines side by side, whose gradients a ring all-reduce over the same kind of link sums up;
+        nothing overlaps with it.
+      blocking: whether transfers wait for each other and computation waits for them.
 
     Returns:
       The times.
 
     Raises:
-      ValueError: for an unknown schedule, a size below 1, or costs of another number of stages.
+      ValueError: for an unknown schedule, numbers that do not fit it, or costs of another number of stages.
 
     Example:
       >>> costs = StageCosts(forward=1.0, backward=2.0, forward_bytes=0, backward_bytes=0)
-      >>> predict_step(costs, Link(1e9), stages=4, microbatches=12).utilisation  # 12 / (12 + 4 - 1)
+      >>> predict_step(costs, Link(1e9), num_stages=4, num_microbatches=12).utilisation  # 12 / (12 + 4 - 1)
       0.8
-      >>> predict_step(costs, Link(1e9), stages=4, schedule="async").step
+      >>> predict_step(costs, Link(1e9), num_stages=4, schedule="async").step
       3.0
 
-    Source: GPipe: Huang et al. (NeurIPS 2019) [huang2019gpipe]; 1F1B and interleaving: Narayanan et al. (SC 2021)
-    [narayanan2021efficient]; the period of the asynchronous pipeline: this library.
+    Source: GPipe: Huang et al. (NeurIPS 2019), arXiv:1811.06965 [huang2019gpipe]; 1F1B and rounds: Narayanan et al.
+    (SC 2021), arXiv:2104.04473 [narayanan2021efficient]; the period of the asynchronous pipeline: this library.
     """
-    _check(schedule, stages, microbatches, repeats, replicas)
+    asynchronous = schedule == "async"
+    if asynchronous and num_microbatches != 1:
+        raise ValueError(
+            f"the asynchronous schedule updates after every microbatch, got num_microbatches={num_microbatches}"
+        )
+    if num_replicas < 1:
+        raise ValueError(f"num_replicas must be at least 1, got {num_replicas}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}")
+    slots = "1f1b" if asynchronous else schedule
+    check_schedule(slots, num_stages, num_microbatches, repeats)
     forward, backward, update = (
-        _per_stage(value, stages, name)
+        _per_stage(value, num_stages, name)
         for name, value in (("forward", costs.forward), ("backward", costs.backward), ("update", costs.update))
     )
-    reduced = all_reduce_time(costs.gradient_bytes, replicas, link)
-    update = [seconds + reduced for seconds in update]
-    sent = [link.seconds(size) if stages > 1 else 0.0 for size in (costs.forward_bytes, costs.backward_bytes)]
-    if schedule == "async":
-        backward = [b + u for b, u in zip(backward, update, strict=True)]
-        step = _period(forward, backward, sent, link.latency)
-        busy = [f + b - reduced for f, b in zip(forward, backward, strict=True)]
-        return _step_time(step, max(busy), max(sent))
-    ends = _finish(_orders(schedule, stages, microbatches, repeats), forward, backward, sent, link.latency, repeats)
-    busy = [microbatches * (f + b) + u - reduced for f, b, u in zip(forward, backward, update, strict=True)]
-    step = max(end + u for end, u in zip(ends, update, strict=True))
-    return _step_time(step, max(busy), max(sent) * microbatches * repeats)
+    P, M = num_stages, num_microbatches
+    reduced = all_reduce_time(costs.gradient_bytes, num_replicas, link)
+    compute = max(M * (f + b) + u for f, b, u in zip(forward, backward, update, strict=True))
+    sent = (link.seconds(costs.forward_bytes), link.seconds(costs.backward_bytes)) if P > 1 else (0.0, 0.0)
+    after = [u + reduced for u in update]
+    finish = functools.partial(_finish_blocking, alternating=slots == "1f1b") if blocking else _finish
+    if asynchronous:
+        backward = [b + u for b, u in zip(backward, after, strict=True)]
+        if blocking:
+            ends = [
+                finish(schedule_table(slots, P, m), forward, backward, sent, link.latency, 1)[0]
+                for m in (_SETTLED, 2 * _SETTLED)
+            ]
+            step = (ends[1] - ends[0]) / _SETTLED
+        else:
+            step = _period(forward, backward, sent, link.latency)
+    else:
+        ends = finish(schedule_table(slots, P, M, repeats), forward, backward, sent, link.latency, repeats)
+        step = max(end + u for end, u in zip(ends, after, strict=True))
+    return StepTime(step, compute, max(sent) * M * repeats, compute / step if step > 0 else 1.0)
 
 
-def _step_time(step: float, compute: float, link: float) -> StepTime:
-    return StepTime(step, compute, link, compute / step if step > 0 else 1.0)
+_SETTLED = 120  # updates after which a period has settled, a multiple of the lengths of short cycles
 
 
 def largest_pipeline(
@@ -237,7 +247,7 @@ def largest_pipeline(
     link: Link,
     *,
     schedule: str = "async",
-    microbatches: int = 1,
+    num_microbatches: int = 1,
     utilisation: float | int = 0.9,
     most: int = 1024,
     **options: Any,
@@ -250,21 +260,20 @@ def largest_pipeline(
       costs: of one stage; seconds are one number.
       link: of every boundary.
       schedule: as for `predict_step`.
-      microbatches: of one update.
+      num_microbatches: M, of one update.
       utilisation: the bound, in (0, 1].
       most: where the search ends.
       **options: further options of `predict_step`.
 
     Returns:
-      P; 0 if even one stage is below the bound (its update and its replicas' all-reduce wait), and `most` if more
-      stages might do.
+      P; 0 if even one stage is below the bound (the replicas' all-reduce waits), and `most` if more stages might do.
 
     Raises:
       ValueError: as `predict_step`, and for a bound outside (0, 1].
 
     Example:
       >>> costs = StageCosts(forward=1.0, backward=2.0, forward_bytes=1e6, backward_bytes=1e6)
-      >>> largest_pipeline(costs, Link(1e9), schedule="gpipe", microbatches=63)
+      >>> largest_pipeline(costs, Link(1e9), schedule="gpipe", num_microbatches=63)
       7
       >>> largest_pipeline(costs, Link(80e6)), largest_pipeline(costs, Link(40e6))
       (1024, 6)
@@ -273,10 +282,13 @@ def largest_pipeline(
     """
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation must lie in (0, 1], got {utilisation}")
-    enough = lambda stages: (
-        predict_step(costs, link, stages=stages, schedule=schedule, microbatches=microbatches, **options).utilisation
-        >= utilisation - 1e-12
-    )
+
+    def enough(num_stages: int) -> bool:
+        found = predict_step(
+            costs, link, num_stages=num_stages, schedule=schedule, num_microbatches=num_microbatches, **options
+        )
+        return found.utilisation >= utilisation - 1e-12
+
     if not enough(1):
         return 0
     low, high = 1, 2  # utilisation never grows with P
@@ -352,76 +364,91 @@ def stage_costs(
 
 # ------------------------------------------------------------------------------ the dependencies
 
-Pass = tuple[bool, int, int]  # backward, repeat, microbatch
+Pass = tuple[bool, int, int]  # backward, round, microbatch
 
 
-def _orders(schedule: str, P: int, M: int, repeats: int) -> list[list[Pass]]:
-    """The passes of every stage in the order in which it runs them."""
-    if schedule == "1f1b":
-        orders = []
+def _finish(
+    table: np.ndarray, forward: list[float], backward: list[float], sent: tuple[float, float], latency: float, R: int
+) -> list[float]:
+    """When each stage has finished its list: the recurrence end = max(stage free, input there) + seconds."""
+    P = table.shape[1]
+    ends, link_free = [0.0] * P, [[0.0] * P, [0.0] * P]  # of the links that leave a stage forward and backward
+    arrived: dict[tuple[int, Pass], float] = {}  # at which the output of a pass is where it is needed
+    waiting = [iter(_passes(table[:, j], R)) for j in range(P)]
+    upcoming = [next(passes, None) for passes in waiting]
+    while any(upcoming):
         for j in range(P):
-            warm_up = min(P - 1 - j, M)
-            order: list[Pass] = [(False, 0, m) for m in range(warm_up)]
-            for m in range(M):
-                order += [(False, 0, m + warm_up)] * (m + warm_up < M) + [(True, 0, m)]
-            orders.append(order)
-        return orders
-    rounds = list(itertools.product(range(repeats if schedule == "circular" else 1), range(M)))
-    return [[(False, *at) for at in rounds] + [(True, *at) for at in reversed(rounds)]] * P
+            while work := upcoming[j]:
+                source = _source(j, work, P, R)
+                if source is not None and source not in arrived:
+                    break
+                is_backward, r, _ = work
+                start = max(ends[j], 0.0 if source is None else arrived[source])
+                ends[j] = start + (backward if is_backward else forward)[j] / R
+                if P == 1 or (j == P - 1 and not is_backward and r == R - 1):  # its own next pass needs it
+                    arrived[j, work] = ends[j]
+                else:
+                    left = max(ends[j], link_free[is_backward][j]) + sent[is_backward]
+                    link_free[is_backward][j] = left
+                    arrived[j, work] = left + latency
+                upcoming[j] = next(waiting[j], None)
+    return ends
 
 
-def _source(stage: int, work: Pass, P: int, repeats: int) -> tuple[int, Pass] | None:
+def _passes(column: np.ndarray, R: int) -> Iterator[Pass]:
+    """The passes of a stage in the order in which it runs them, from its slots of `schedule_table`."""
+    rounds: dict[tuple[int, int], int] = {}
+    for work, m in column.tolist():
+        if work:
+            r = rounds[work, m] = rounds.get((work, m), -1) + 1
+            yield (True, R - 1 - r, m) if work == BACKWARD else (False, r, m)
+
+
+def _source(stage: int, work: Pass, P: int, R: int) -> tuple[int, Pass] | None:
     """The stage and the pass that a pass gets its input from; None: from the data."""
-    backward, r, m = work
-    if backward:
+    is_backward, r, m = work
+    if is_backward:
         if stage == P - 1:
-            return (stage, (False, r, m)) if r == repeats - 1 else (0, (True, r + 1, m))
+            return (stage, (False, r, m)) if r == R - 1 else (0, (True, r + 1, m))
         return stage + 1, work
     if stage == 0:
         return None if r == 0 else (P - 1, (False, r - 1, m))
     return stage - 1, work
 
 
-def _finish(
-    orders: list[list[Pass]],
+def _finish_blocking(
+    table: np.ndarray,
     forward: list[float],
     backward: list[float],
-    sent: list[float],
+    sent: tuple[float, float],
     latency: float,
-    repeats: int,
+    R: int,
+    *,
+    alternating: bool,
 ) -> list[float]:
-    """When each stage has finished its list: the recurrence end = max(stage free, input there) + seconds."""
-    P = len(orders)
-    repeats = max(r for _, r, _ in orders[0]) + 1
-    ends = [0.0] * P
-    link_free = [[0.0] * P, [0.0] * P]  # of each stage's outgoing link: forward, backward
-    arrived: dict[tuple[int, Pass], float] = {}  # of a pass's output, where it is needed
-    waiting = [iter(order) for order in orders]
-    upcoming: list[Pass | None] = [next(w) for w in waiting]
-    moved = True
-    while moved:
-        moved = False
-        for j in range(P):
-            while (work := upcoming[j]) is not None:
-                source = _source(j, work, P, repeats)
-                if source is not None and source not in arrived:
-                    break
-                ready = max(ends[j], arrived.get(source, 0.0))
-                is_backward = work[0]
-                ends[j] = ready + (backward if is_backward else forward)[j] / repeats
-                local = P == 1 or (j == P - 1 and work[:2] == (False, repeats - 1))
-                if local:
-                    arrived[j, work] = ends[j]
-                else:
-                    leaves = max(ends[j], link_free[is_backward][j]) + sent[is_backward]
-                    link_free[is_backward][j] = leaves
-                    arrived[j, work] = leaves + latency
-                upcoming[j] = next(waiting[j], None)
-                moved = True
-    return ends
+    """The same where every slot ends with its transfers, forward and then backward, each a rendezvous."""
+    slots, P = table.shape[:2]
+    ring = R > 1 and P > 1
+    now = [0.0] * P
+    for s, row in enumerate(table[:, :, 0].tolist()):
+        for j, work in enumerate(row):
+            now[j] += {FORWARD: forward[j], BACKWARD: backward[j]}.get(work, 0.0) / R
+        is_forward = [(s - j) % 2 == 0 if alternating else 2 * s < slots for j in range(P)]
+        for back in (False, True):
+            step = -1 if back else 1
+            senders = [j for j in range(P) if is_forward[j] != back and 0 <= j + step < P]
+            senders += [0 if back else P - 1] if ring and is_forward[0] != back else []
+            before, after = now, list(now)
+            for j in senders:
+                target = (j + step) % P
+                start = max(before[j], before[target] + latency)
+                after[j] = max(after[j], start + sent[back])
+                after[target] = max(after[target], start + sent[back] + latency)
+            now = after
+    return now
 
 
-def _period(forward: list[float], backward: list[float], sent: list[float], latency: float) -> float:
+def _period(forward: list[float], backward: list[float], sent: tuple[float, float], latency: float) -> float:
     """The largest mean over the cycles of asynchronous 1F1B: down from stage j to k, and back up."""
     around = sum(sent) + 2 * latency
     step = max(sent)
@@ -433,25 +460,8 @@ def _period(forward: list[float], backward: list[float], sent: list[float], late
     return step
 
 
-def _check(schedule: str, stages: int, microbatches: int, repeats: int, replicas: int) -> None:
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    for name, value in (
-        ("stages", stages),
-        ("microbatches", microbatches),
-        ("repeats", repeats),
-        ("replicas", replicas),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if repeats > 1 and schedule != "circular":
-        raise ValueError(f"repeats are of the circular schedule, got {repeats} with {schedule!r}")
-    if microbatches > 1 and schedule == "async":
-        raise ValueError(f"the asynchronous schedule updates after every microbatch, got microbatches={microbatches}")
-
-
-def _per_stage(value: Seconds, stages: int, name: str) -> list[float]:
-    values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * stages
-    if len(values) != stages:
-        raise ValueError(f"{name} must be one number or one for each of the {stages} stages, got {len(values)}")
+def _per_stage(value: Seconds, num_stages: int, name: str) -> list[float]:
+    values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * num_stages
+    if len(values) != num_stages:
+        raise ValueError(f"{name} must be one number or one for each of the {num_stages} stages, got {len(values)}")
     return values
