@@ -183,5 +183,14 @@ def _like(template: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
 def _digest(leaves: dict[str, jax.Array], history: list[dict[str, Any]]) -> str:
     digest = hashlib.sha256(json.dumps(history).encode())
     for name in sorted(leaves):
-        digest.update(np.ascontiguousarray(leaves[name]))
+        digest.update(np.ascontiguousarray(_on_host(leaves[name])))
     return digest.hexdigest()
+
+
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    """The whole array on every process, also where each holds a part of it."""
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))

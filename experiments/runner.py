@@ -167,6 +167,8 @@ def _main(name: str, options: Any, arguments: list[str], command: str) -> int:
 
     module = load(name)
     config = parse_config(module, arguments, smoke=options.smoke, name=name)
+    if hasattr(module, "prepare"):  # before JAX looks for devices
+        module.prepare(config)
     stem = module.__name__.rpartition(".")[2]
     workdir = pathlib.Path(options.workdir or f"runs/{stem}" + ("-smoke" if options.smoke else ""))
     result = run(module, config, workdir, smoke=options.smoke, command=command)
