@@ -107,6 +107,20 @@ def batch_indices(key: jax.Array, steps: jax.Array, size: int, batch_size: int) 
     return jax.vmap(one_step)(steps.astype(jnp.int32))
 
 
+def stream_indices(key: jax.Array, steps: jax.Array, size: int, batch_size: int) -> jax.Array:
+    """As `batch_indices`, from an endless stream of shuffled epochs: batches straddle epochs, none is left out."""
+    if not 0 < batch_size <= size:
+        raise DataError(f"batch_size must lie in [1, {size}], the number of training examples, got {batch_size}")
+
+    def one_step(step: jax.Array) -> jax.Array:
+        places = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+        epochs = places // size
+        rows = lambda epoch: shuffled(jax.random.fold_in(key, epoch), places % size, size)
+        return jnp.where(epochs == epochs[0], rows(epochs[0]), rows(epochs[0] + 1))
+
+    return jax.vmap(one_step)(steps.astype(jnp.int32))
+
+
 def gather(data: OnDevice, indices: jax.Array) -> PyTree:
     """The rows `indices` int32 [batch] of the split, the batch spread over the mesh; for use inside jit.
 
