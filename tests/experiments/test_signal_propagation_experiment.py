@@ -14,7 +14,7 @@ def test_smoke_run_repairs_what_pruning_destroyed(tmp_path):
     config = signal_propagation.Config(**signal_propagation.SMOKE)
     metrics = runner.run(signal_propagation, config, tmp_path, smoke=True)["metrics"]
     means = {
-        name: metrics[f"singular values mean tanh L=5 orthogonal {name}"] for name in ("dense", "snip", "snip repaired")
+        name: metrics[f"singular_values tanh L=5 orthogonal {name}"] for name in ("dense", "snip", "snip repaired")
     }
     assert means["snip"] < 0.5 * means["dense"] and means["snip repaired"] > 2 * means["snip"]
     assert metrics["test_error tanh L=5 orthogonal dense"] < 40
