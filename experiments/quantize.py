@@ -225,9 +225,14 @@ def _batch_size(config: Config) -> int:
     return config.batch_size or (128 if config.recipe == "paper" else 100)
 
 
-def build_network(config: Config, dataset: data.Dataset) -> Network:
+def statistics(dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation that normalise the images: of all pixels where they are grey, else by channel."""
     grey = dataset.train.images.shape[-1] == 1
-    mean, std = (data.global_statistics if grey else data.channel_statistics)(dataset.train.images)
+    return (data.global_statistics if grey else data.channel_statistics)(dataset.train.images)
+
+
+def build_network(config: Config, dataset: data.Dataset) -> Network:
+    mean, std = statistics(dataset)
 
     def build(key: jax.Array) -> nnx.Module:
         arguments = {"input_shape": dataset.train.images.shape[1:], "rngs": nnx.Rngs(params=key)}
@@ -273,6 +278,7 @@ def _task(config: Config, dataset: data.Dataset, network: Network, name: str) ->
             return quantization.weights_of(variables, lattice)
         return quantization.project(variables, lattice, beta)
 
+    @jax.jit
     def init(key: jax.Array) -> tuple[PyTree, _ModelState]:
         params, state = network.init(key)
         state = _ModelState(jnp.zeros((), jnp.int32), state)

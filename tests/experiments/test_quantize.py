@@ -4,18 +4,28 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, quantize, runner
+from experiments import attack_quantized, data, quantize, runner
+from experiments.errors import DataError
 from jaxlib_methods import trees
 from jaxlib_methods.quantization import _lattice as quantization
 
 
-def test_a_short_run_leaves_results_figures_and_networks_in_bits(tmp_path):
-    config = quantize.Config(methods=("float", "pmf", "md_tanh"), steps=20, evaluate_every=20)
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """The folder and the result of a run that is also attacked."""
+    folder = tmp_path_factory.mktemp("quantize")
+    # A prime batch stays on one device: eight fake ones on two cores mostly wait for one another.
+    config = quantize.Config(methods=("float", "pmf", "md_tanh"), steps=20, evaluate_every=20, batch_size=97)
     with jax.numpy_dtype_promotion("standard"):  # optax.adam's counter needs it
-        result = runner.run(quantize, config, tmp_path, smoke=True)
+        return folder, runner.run(quantize, config, folder, smoke=True)
+
+
+def test_a_short_run_leaves_results_figures_and_networks_in_bits(short_run):
+    tmp_path, result = short_run
     assert tuple(result) == runner.RESULT_KEYS
     metrics = result["metrics"]
     assert {"test_error float", "test_error pmf", "label_share pmf", "label_share md_tanh"} < set(metrics)
@@ -27,6 +37,54 @@ def test_a_short_run_leaves_results_figures_and_networks_in_bits(tmp_path):
     assert [record["step"] for record in history] == list(range(1, 21))
     betas = [record["beta"] for record in history]
     assert betas == sorted(betas) and betas[0] == 1.0 and betas[-1] == pytest.approx(1000 ** (19 / 50), rel=1e-3)
+
+
+def test_the_networks_of_a_run_are_attacked(short_run, tmp_path):
+    options = {"methods": ("pmf",), "attacks": ("pgd",), "epsilons": (0.0, 0.3), "images": 90, "batch_size": 80}
+    config = attack_quantized.Config(networks=str(short_run[0]), steps=3, **options)
+    result = runner.run(attack_quantized, config, tmp_path, smoke=True)
+    metrics = result["metrics"]
+    names = [f"adversarial_accuracy pmf pgd{end}" for end in ("", "++ njs", "++ hns")]
+    assert {"accuracy pmf", "vanished pmf", "logit_gap pmf", "singular_value pmf", *names} == set(metrics)
+    curves = json.loads((tmp_path / "curves.json").read_text())["pmf seed 0"]
+    assert curves["epsilon"] == [0.0, 0.1, 0.3]
+    for name, scaling in zip(names, attack_quantized.SCALINGS, strict=True):
+        curve = curves[f"pgd {scaling}"]
+        assert curve[0] == metrics["accuracy pmf"] and curve == sorted(curve, reverse=True)
+        assert curve[1] == metrics[name] and curve[2] < curve[0]
+    dataset = data.load("digits", None, 0.1)
+    network = quantize.build_network(quantize.Config(), dataset)
+    params, batch_norm = quantize.load_trained(short_run[0] / "cases" / "pmf-seed0", network)
+    logits, _ = network.apply(params, batch_norm, jnp.asarray(dataset.test.images[:90]), False)
+    assert 100 * np.mean(logits.argmax(1) == dataset.test.labels[:90]) == pytest.approx(metrics["accuracy pmf"])
+    assert (tmp_path / "success.png").stat().st_size > 5000
+
+
+def test_networks_that_do_not_fit_are_named(short_run, tmp_path):
+    dataset = data.load("digits")
+    attack = lambda **options: attack_quantized.train(attack_quantized.Config(**options), tmp_path)
+    with pytest.raises(DataError, match="is no run of the experiment quantize"):
+        attack(networks=str(tmp_path))
+    with pytest.raises(DataError, match="has model 'lenet300', not 'alexnet_s'"):
+        attack(networks=str(short_run[0]), model="alexnet_s")
+    with pytest.raises(DataError, match="there is no network"):
+        quantize.load_trained(tmp_path, quantize.build_network(quantize.Config(), dataset))
+    np.savez(tmp_path / "network.npz", a=np.zeros(3))
+    with pytest.raises(DataError, match="holds another network"):
+        quantize.load_trained(tmp_path, quantize.build_network(quantize.Config(), dataset))
+    with pytest.raises(ValueError, match="epsilon must be positive"):
+        attack_quantized.Config(epsilon=0.0)
+    with pytest.raises(ValueError, match="attacks is empty"):
+        attack_quantized.Config(attacks=())
+
+
+def test_published_attacks_stand_beside_the_runs_they_belong_to():
+    options = {"dataset": "cifar10", "model": "resnet18", "epsilon": 0.03137}
+    paper = attack_quantized.PAPER(attack_quantized.Config(**options))
+    assert paper["adversarial_accuracy md_tanh_s pgd"] == 26.98
+    assert paper["adversarial_accuracy md_tanh_s fgsm++ hns"] == 2.51
+    assert paper["adversarial_accuracy float pgd_l2++ njs"] == 0.09
+    assert attack_quantized.PAPER(attack_quantized.Config(**(options | {"epsilon": 0.1}))) == {}
 
 
 def test_published_numbers_stand_beside_the_runs_they_belong_to():
