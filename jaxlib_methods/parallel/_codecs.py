@@ -347,7 +347,7 @@ def delta_codec(bits: int | None, slots: int) -> Codec:
         raise ValueError(f"slots must be at least 1, got {slots}")
     levels = 2 ** (bits - 1) - 1 if bits else 0
 
-    def init(x: jax.Array) -> DeltaState:
+    def init(x: jax.Array | jax.ShapeDtypeStruct) -> DeltaState:
         return DeltaState(jnp.zeros((slots, *x.shape), x.dtype), jnp.zeros((), jnp.int32))
 
     def rebuild(arrays: dict[str, jax.Array], cached: jax.Array) -> jax.Array:

@@ -48,14 +48,17 @@ class Subspace(NamedTuple):
     PE: jax.Array | None = None
 
 
-def random_subspace(key: jax.Array, *, vocab_size: int, width: int, rank: int, dtype: str = "float32") -> Subspace:
-    """U from the QR decomposition of a normal matrix and T_fixed standard normal: the same on every stage.
+def random_subspace(
+    key: jax.Array, *, vocab_size: int, width: int, rank: int, embedding_std: float = 1.0, dtype: str = "float32"
+) -> Subspace:
+    """U from the QR decomposition of a normal matrix and T_fixed normal: the same on every stage.
 
     Args:
       key: typed key, the same on every stage.
       vocab_size: V.
       width: d.
       rank: k, at most d.
+      embedding_std: standard deviation of T_fixed; 1 is the official code's.
       dtype: of both; "bfloat16" halves the memory of T_fixed, and every stage rounds it alike.
 
     Returns:
@@ -76,7 +79,8 @@ def random_subspace(key: jax.Array, *, vocab_size: int, width: int, rank: int, d
         raise ValueError(f"rank must lie between 1 and the width {width}, got {rank}")
     basis_key, table_key = jax.random.split(key)
     U = _qf(jax.random.normal(basis_key, (width, rank)))
-    return Subspace(U.astype(dtype), jax.random.normal(table_key, (vocab_size, width)).astype(dtype))
+    T_fixed = embedding_std * jax.random.normal(table_key, (vocab_size, width))
+    return Subspace(U.astype(dtype), T_fixed.astype(dtype))
 
 
 def fixed_embedding(ids: jax.Array, subspace: Subspace) -> jax.Array | None:
