@@ -77,6 +77,13 @@ def _sparsemax(x: jax.Array, beta: jax.Array) -> jax.Array:
         return jnp.concatenate([u, 1 - u])
     # What lies more than 1 below the maximum is outside the support, so the cut at 2 changes nothing but overflow.
     z = jnp.maximum(beta * (x - jnp.max(x, axis=0, keepdims=True)), jnp.asarray(-2, x.dtype))
+    if len(z) <= 4:  # elementwise: of the thresholds of all candidate supports {j: z_j >= z_l} the largest is the one
+        thresholds = []
+        for least in z:
+            inside = [z_j >= least for z_j in z]
+            total = sum(jnp.where(i, z_j, jnp.zeros_like(z_j)) for i, z_j in zip(inside, z, strict=True))
+            thresholds.append((total - 1) / sum(i.astype(z.dtype) for i in inside))
+        return jnp.maximum(z - functools.reduce(jnp.maximum, thresholds)[None], 0)
     project = optax.projections.projection_simplex
     for _ in range(x.ndim - 1):
         project = jax.vmap(project, in_axes=-1, out_axes=-1)

@@ -116,8 +116,9 @@ def test_pmf_6_sparsemax_values(x, expected):
     close(qn.sparsemax_projection(jnp.array(x, jnp.float32)), expected, atol=1e-6)
 
 
-def test_pmf_6_the_closed_form_for_two_labels_is_the_simplex_projection():
-    x = jax.random.normal(jax.random.key(0), (2, 30))
+@pytest.mark.parametrize("d", [2, 3, 4, 6])
+def test_pmf_6_the_closed_forms_for_few_labels_are_the_simplex_projection(d):
+    x = jax.random.normal(jax.random.key(0), (d, 30)).at[1, :5].set(0.25).at[0, :5].set(0.25)  # ties as well
     with jax.numpy_dtype_promotion("standard"):
         expected = jax.vmap(optax.projections.projection_simplex, 1, 1)(2.5 * x)
     close(qn.sparsemax_projection(x, 2.5), expected, atol=1e-6)
