@@ -118,6 +118,11 @@ from jaxlib_methods.parallel._robust_aggregation import multi_krum as multi_krum
 from jaxlib_methods.parallel._robust_aggregation import trimmed_mean as trimmed_mean
 from jaxlib_methods.parallel._schedules import bubble_fraction as bubble_fraction
 from jaxlib_methods.parallel._schedules import schedule_table as schedule_table
+from jaxlib_methods.parallel._sentinel import Verdicts as Verdicts
+from jaxlib_methods.parallel._sentinel import VerifiedPipeline as VerifiedPipeline
+from jaxlib_methods.parallel._sentinel import VerifiedState as VerifiedState
+from jaxlib_methods.parallel._sentinel import guard_model as guard_model
+from jaxlib_methods.parallel._sentinel import verification_hook as verification_hook
 from jaxlib_methods.parallel._stages import StageModel as StageModel
 from jaxlib_methods.parallel._stages import join_stages as join_stages
 from jaxlib_methods.parallel._stages import sequential_loss as sequential_loss
@@ -169,6 +174,9 @@ __all__ = [
     "SynchronousState",
     "Traffic",
     "Transform",
+    "Verdicts",
+    "VerifiedPipeline",
+    "VerifiedState",
     "Verifier",
     "VerifierState",
     "adaptive",
@@ -197,6 +205,7 @@ __all__ = [
     "geometric_median",
     "gradient_moment",
     "grassmann_step",
+    "guard_model",
     "identity_codec",
     "init_attacks",
     "init_verifier",
@@ -237,6 +246,7 @@ __all__ = [
     "transform_momentum",
     "trimmed_mean",
     "tukey_fence",
+    "verification_hook",
     "verify",
     "verify_summaries",
 ]

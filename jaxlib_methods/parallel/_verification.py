@@ -225,21 +225,37 @@ def verify_summaries(
 
     Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
     """
-    t = state.count
+    judged = judge(state, summaries, taint, options)
+    return learn(state, judged, taint, options), ~judged.rejected
+
+
+class Judged(NamedTuple):
+    """The decision on the messages of a step, and what is learned from it."""
+
+    summaries: jax.Array  # float32 (R, N', D), finite
+    distances: jax.Array  # float32 (R, 4)
+    rejected: jax.Array  # bool (R,)
+
+
+def judge(state: VerifierState, summaries: jax.Array, taint: jax.Array, options: Verifier) -> Judged:
+    """The decision alone: it is all that the next stage waits for."""
     finite = jnp.all(jnp.isfinite(summaries), axis=(1, 2))
     summaries = jnp.where(finite[:, None, None], summaries, 0.0)
     distances = message_distances(summaries, state.reference, state.projections)
-    armed = (t >= options.warmup_steps) & state.started
-    rejected = ~finite | (armed & ~taint & _outvoted(distances, state.fences, options))
-    learn = ~rejected & ~taint
+    armed = (state.count >= options.warmup_steps) & state.started
+    return Judged(summaries, distances, ~finite | (armed & ~taint & _outvoted(distances, state.fences, options)))
 
-    mean = jnp.sum(jnp.where(learn[:, None, None], summaries, 0.0), axis=0) / jnp.maximum(
-        jnp.sum(learn.astype(jnp.float32)), 1
-    )
+
+def learn(state: VerifierState, judged: Judged, taint: jax.Array, options: Verifier) -> VerifierState:
+    """The state after the step: reference, window and fences from accepted messages, violations from the others."""
+    t, (summaries, distances, rejected) = state.count, judged
+    accepted = ~rejected & ~taint
+    total = jnp.sum(jnp.where(accepted[:, None, None], summaries, 0.0), axis=0)
+    mean = total / jnp.maximum(jnp.sum(accepted.astype(jnp.float32)), 1)
     beta = jnp.where(state.started, options.decay, 0.0).astype(jnp.float32)
-    reference = jnp.where(jnp.any(learn), beta * state.reference + (1 - beta) * mean, state.reference)
+    reference = jnp.where(jnp.any(accepted), beta * state.reference + (1 - beta) * mean, state.reference)
 
-    kept = jnp.where((learn & state.started)[:, None], distances, jnp.nan)
+    kept = jnp.where((accepted & state.started)[:, None], distances, jnp.nan)
     window = state.window.at[t % options.window].set(kept)
     factor, fences = _fences(state, window, options)
 
@@ -249,14 +265,14 @@ def verify_summaries(
     return state._replace(
         count=t + 1,
         reference=reference,
-        started=state.started | jnp.any(learn),
+        started=state.started | jnp.any(accepted),
         window=window,
         fence_factor=factor,
         fences=fences,
         flags=flags & ~banned[None],
         violations=jnp.where(banned, 0, state.violations + violation.astype(jnp.int32)),
         bans=state.bans + banned.astype(jnp.int32),
-    ), ~rejected
+    )
 
 
 def _outvoted(distances: jax.Array, fences: jax.Array, options: Verifier) -> jax.Array:

@@ -1,0 +1,355 @@
+r"""SENTINEL in a pipeline: hooks for the boundaries of a mesh, and the same protocol with all workers on one device.
+
+Taint travels in band. The activations of a guarded model are (x, weight): the weight of each example is 1, and a
+verifier that rejects the activations of a micro-batch sets it to 0, which the head multiplies the loss with and hands
+back, as 1 - weight, in the cotangent of the weight. So the verifiers of both directions know what follows of a rejected
+message, whatever schedule the pipeline runs and however it takes gradients. Attacks touch x alone: verifiers talk to
+verifiers.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlib_methods.parallel._attacks import Attack, AttackState, check_attacks, init_attacks, tamper
+from jaxlib_methods.parallel._hooks import BoundaryHook, HookInfo
+from jaxlib_methods.parallel._mesh import mesh_sizes
+from jaxlib_methods.parallel._message_distances import expand_reference, message_summary
+from jaxlib_methods.parallel._stages import StageModel, StageTree, run_stage, stage_vjp
+from jaxlib_methods.parallel._verification import (
+    Judged,
+    Verifier,
+    VerifierState,
+    init_verifier,
+    judge,
+    learn,
+    verify_summaries,
+)
+
+PyTree = Any
+
+
+def guard_model(model: StageModel) -> StageModel:
+    """The model with a weight for each example of its activations, which verification needs.
+
+    Args:
+      model: with activations that are one array (B, ..., D).
+
+    Returns:
+      The model on pairs (x, weight (B,)), of the same parameters: the blocks pass the weight through, and the head's
+      loss is multiplied by its mean. The cotangent that the head sends for the weight is 1 - weight, no gradient.
+
+    Example:
+      >>> model = StageModel(lambda E, i: E[i], lambda w, x: x @ w, lambda w, x, y: jnp.mean((x @ w - y) ** 2))
+      >>> x, weight = guard_model(model).embed(jnp.ones((5, 2)), jnp.array([0, 3]))
+      >>> float(guard_model(model).head(jnp.ones(2), (x, weight), jnp.zeros(2)))
+      4.0
+
+    Source: this library.
+    """
+
+    def embed(params: PyTree, inputs: PyTree) -> tuple[jax.Array, jax.Array]:
+        x = model.embed(params, inputs)
+        first = x.reshape(x.shape[0], -1)[:, 0]
+        return x, jnp.where(first == first, jnp.float32(1), jnp.float32(1))  # varies over the mesh as x does
+
+    def block(params: PyTree, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return model.block(params, x[0]), x[1]
+
+    def head(params: PyTree, x: tuple[jax.Array, jax.Array], targets: PyTree) -> jax.Array:
+        return _weighted(model.head(params, x[0], targets), x[1])
+
+    return StageModel(embed, block, head)
+
+
+@jax.custom_vjp
+def _weighted(loss: jax.Array, weight: jax.Array) -> jax.Array:
+    return loss * jnp.mean(weight)
+
+
+def _weighted_forward(loss: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _weighted(loss, weight), weight
+
+
+def _weighted_backward(weight: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return cotangent * jnp.mean(weight), 1 - weight
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
+# ------------------------------------------------------------------------------ on a mesh
+
+
+def verification_hook(
+    options: Verifier | None,
+    mesh: jax.sharding.Mesh,
+    direction: str,
+    *,
+    key: jax.Array,
+    attacks: Sequence[Attack] = (),
+) -> BoundaryHook:
+    """Verification at every boundary of a pipeline of a `guard_model`, and attacks for it to find.
+
+    The devices of a stage exchange the summaries of what they have received, (N, D) floats each, over the axis "data";
+    all come to the same decision. A banned worker's slot goes to an honest newcomer: its attacks stop.
+
+    Args:
+      options: of the verifiers; None: there are none, and the attacks go through.
+      mesh: of the pipeline.
+      direction: "forward" for its `forward_hook`, "backward" for its `backward_hook`.
+      key: typed key of the projections, which all verifiers share, and of the attacks.
+      attacks: what malicious workers do; the steps of an attack are messages of its worker.
+
+    Returns:
+      The hook. Its states hold a `VerifierState` on each device, where `trees.find_states` finds it.
+
+    Raises:
+      ValueError: for an unknown direction, and attacks on workers that do not exist.
+
+    Example:
+      >>> from jaxlib_methods.parallel import make_mesh
+      >>> hook = verification_hook(Verifier(), make_mesh(1), "forward", key=jax.random.key(0))
+
+    Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
+    """
+    if direction not in ("forward", "backward"):
+        raise ValueError(f"direction must be 'forward' or 'backward', got {direction!r}")
+    stages, replicas = mesh_sizes(mesh)
+    attacks = check_attacks(attacks, stages, replicas)
+    from_stage = -1 if direction == "forward" else 1  # the sender, seen from the receiver
+
+    def init(shapes: PyTree) -> tuple[VerifierState | None, AttackState]:
+        x, _ = _pair(shapes)
+        verifier = None if options is None else init_verifier(options, replicas, x.shape, key)
+        return verifier, init_attacks(attacks, x)
+
+    def send(x: PyTree, state: PyTree, info: HookInfo) -> tuple[PyTree, PyTree]:
+        return x, state
+
+    def receive(message: PyTree, state: PyTree, info: HookInfo) -> tuple[PyTree, PyTree]:
+        (x, weight), (verifier, attack) = _pair(message), state
+        replica = jax.lax.axis_index("data")
+        sender = info.stage + from_stage
+        worker = functools.reduce(jax.random.fold_in, (sender, replica, attack.count), key)
+        banned = jnp.bool_(False) if verifier is None else verifier.bans[replica] > 0
+        attack, x = tamper(
+            attacks,
+            attack,
+            x,
+            worker,
+            stage=sender,
+            replica=replica,
+            direction=direction,
+            banned=banned,
+            verifier=verifier,
+        )
+        if verifier is not None:
+            tainted = weight[0] == 0 if direction == "forward" else weight[0] > 0
+            summary = message_summary(x, options.reduce_axes)
+            gathered = jax.lax.all_gather((summary, tainted), "data")
+            reference = verifier.reference
+            verifier, accept = verify_summaries(verifier, *gathered, options)
+            accept = accept[replica]
+            x = jnp.where(accept, x, expand_reference(reference, x.shape, options.reduce_axes).astype(x.dtype))
+            weight = jnp.where(accept, weight, 0.0 if direction == "forward" else 1.0)
+        return jax.tree.unflatten(jax.tree.structure(message), [x, weight]), (verifier, attack)
+
+    return BoundaryHook(init, send, receive)
+
+
+def _pair(tree: PyTree) -> list[Any]:
+    leaves = jax.tree.leaves(tree)
+    if len(leaves) != 2 or leaves[1].shape != leaves[0].shape[:1]:
+        raise ValueError(
+            f"verification needs activations (x, weight), got {tree}; build the pipeline of guard_model(model)"
+        )
+    return leaves
+
+
+# ------------------------------------------------------------------------------ all workers on one device
+
+
+class VerifiedState(NamedTuple):
+    """Verifiers and attackers of S - 1 boundaries, in a leading axis: boundary s joins the stages s and s + 1.
+
+    Source: this library.
+    """
+
+    forward: VerifierState | None  # arrays [S - 1, ...]
+    backward: VerifierState | None
+    forward_attacks: AttackState  # arrays [S - 1, R, ...]
+    backward_attacks: AttackState
+
+
+class Verdicts(NamedTuple):
+    """What the verifiers said in a step; row s is boundary s.
+
+    Source: this library.
+    """
+
+    forward: jax.Array  # bool [S - 1, R]: accepted activations, of stage s
+    backward: jax.Array  # bool [S - 1, R]: accepted gradients, of stage s + 1
+
+
+class VerifiedPipeline(NamedTuple):
+    """A pipeline of S stages and R replicas on one device, as SENTINEL sees it.
+
+    Args:
+      model: the plain one.
+      replicas: R.
+      forward: options of the verifiers of activations; None: there are none.
+      backward: of gradients.
+      attacks: what malicious workers do.
+      cascade: whether what is rejected is replaced and its taint handed on. Without, it goes on as it is, and the
+        workers who are fed with it are blamed.
+
+    Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
+    """
+
+    model: StageModel
+    replicas: int
+    forward: Verifier | None = Verifier()
+    backward: Verifier | None = Verifier(decay=0.8)
+    attacks: tuple[Attack, ...] = ()
+    cascade: bool = True
+
+    def init(self, stages: Sequence[StageTree], inputs: PyTree, key: jax.Array) -> VerifiedState:
+        """The state before the first step.
+
+        Args:
+          stages: the trees of the stages.
+          inputs: of one replica's micro-batch, (B, ...), or their shapes.
+          key: typed key of the projections.
+
+        Raises:
+          ValueError: for attacks on workers that do not exist.
+        """
+        check_attacks(self.attacks, len(stages), self.replicas)
+        whole = {"embed": stages[0]["embed"], "blocks": ()}
+        x = jax.eval_shape(lambda inputs: run_stage(self.model, whole, inputs), inputs)
+        stack = lambda tree, *sizes: jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*sizes, *leaf.shape)), tree)
+        count, attacks = len(stages) - 1, init_attacks(self.attacks, x)
+        verifiers = lambda options: (
+            None if options is None else stack(init_verifier(options, self.replicas, x.shape, key), count)
+        )
+        attackers = stack(attacks, count, self.replicas)
+        return VerifiedState(verifiers(self.forward), verifiers(self.backward), attackers, attackers)
+
+    def value_and_grad(
+        self, stages: Sequence[StageTree], inputs: PyTree, targets: PyTree, state: VerifiedState, key: jax.Array
+    ) -> tuple[jax.Array, list[StageTree], VerifiedState, Verdicts]:
+        """Losses and gradients of one micro-batch a replica; to be jitted.
+
+        Args:
+          stages: the trees of the stages.
+          inputs: (R, B, ...).
+          targets: (R, B, ...).
+          state: of `init`.
+          key: typed key of the step, for the attacks.
+
+        Returns:
+          (losses (R,), 0 for what was rejected on its way; gradients of the stages, (R, ...) each; state; verdicts).
+        """
+        S, model = len(stages), guard_model(self.model)
+        forward = _Boundaries(self, "forward", state.forward, state.forward_attacks, key)
+        backward = _Boundaries(self, "backward", state.backward, state.backward_attacks, key)
+        banned = [self._banned(state, s) for s in range(S)]
+        kept = [inputs]
+        for s in range(S - 1):
+            x, weight = jax.vmap(lambda x, stage=stages[s]: run_stage(model, stage, x))(kept[-1])
+            x, taint = forward.cross(s, s, x, weight[:, 0] == 0, banned[s])
+            kept.append((x, jnp.where(taint[:, None], jnp.float32(0), weight)))
+        vjp = lambda stage: jax.vmap(lambda x, y, cotangent: stage_vjp(model, stage, x, y, cotangent))
+        last = jax.vmap(lambda x, y: stage_vjp(model, stages[-1], x, y, None))
+        losses, gradient, cotangent = last(kept[-1], targets)
+        gradients = [gradient]
+        for s in reversed(range(S - 1)):
+            g, weight = cotangent
+            g, taint = backward.cross(s, s + 1, g, weight[:, 0] > 0, banned[s + 1])
+            weight = jnp.where(taint[:, None], jnp.float32(1), weight)
+            _, gradient, cotangent = vjp(stages[s])(kept[s], targets, [g, weight])
+            gradients.append(gradient)
+        verdicts = Verdicts(forward.accepted(), backward.accepted())
+        state = VerifiedState(forward.learned(), backward.learned(), forward.tampered(), backward.tampered())
+        return losses, gradients[::-1], state, verdicts
+
+    def _banned(self, state: VerifiedState, stage: int) -> jax.Array:
+        """Whether the verifier behind or before a stage has banned its worker: a newcomer is honest."""
+        bans = jnp.zeros(self.replicas, jnp.int32)
+        if state.forward is not None and stage < state.forward.bans.shape[0]:
+            bans += state.forward.bans[stage]
+        if state.backward is not None and stage > 0:
+            bans += state.backward.bans[stage - 1]
+        return bans > 0
+
+
+class _Boundaries:
+    """The boundaries in one direction, crossed one after the other; what was learned is put together at the end."""
+
+    def __init__(
+        self,
+        pipeline: VerifiedPipeline,
+        direction: str,
+        verifiers: VerifierState | None,
+        attacks: AttackState,
+        key: jax.Array,
+    ):
+        self.pipeline, self.direction, self.verifiers, self.attacks = pipeline, direction, verifiers, attacks
+        self.options = getattr(pipeline, direction)
+        self.key = jax.random.fold_in(key, direction == "backward")
+        self.seen: dict[int, tuple[AttackState, Judged, jax.Array]] = {}
+
+    def cross(
+        self, boundary: int, sender: int, x: jax.Array, taint: jax.Array, banned: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Messages (R, B, ...) as they leave a boundary, and the taint of their micro-batches."""
+        at = functools.partial(jax.tree.map, lambda leaf: leaf[boundary])
+        verifier, key = at(self.verifiers), jax.random.fold_in(self.key, boundary)
+        send = lambda attack, x, replica, banned: tamper(
+            self.pipeline.attacks,
+            attack,
+            x,
+            jax.random.fold_in(key, replica),
+            stage=sender,
+            replica=replica,
+            direction=self.direction,
+            banned=banned,
+            verifier=verifier,
+        )
+        numbers = jnp.arange(self.pipeline.replicas, dtype=jnp.int32)
+        attack, x = jax.vmap(send)(at(self.attacks), x, numbers, banned)
+        if verifier is None:
+            accept = jnp.ones(self.pipeline.replicas, bool)
+            judged = Judged(x, x, ~accept)
+        else:
+            axes = self.options.reduce_axes
+            summaries = jax.vmap(lambda message: message_summary(message, axes))(x)
+            judged = judge(verifier, summaries, taint, self.options)
+        self.seen[boundary] = attack, judged, taint
+        if verifier is None or not self.pipeline.cascade:
+            return x, jnp.zeros_like(taint)
+        replacement = expand_reference(verifier.reference, x.shape[1:], axes).astype(x.dtype)
+        rejected = judged.rejected
+        return jnp.where(rejected.reshape(-1, *(1,) * (x.ndim - 1)), replacement[None], x), taint | rejected
+
+    def accepted(self) -> jax.Array:
+        return jnp.stack([~self.seen[s][1].rejected for s in range(len(self.seen))])
+
+    def tampered(self) -> AttackState:
+        return _stack([self.seen[s][0] for s in range(len(self.seen))])
+
+    def learned(self) -> VerifierState | None:
+        if self.verifiers is None:
+            return None
+        judged, taint = _stack([self.seen[s][1:] for s in range(len(self.seen))])
+        return jax.vmap(lambda state, judged, taint: learn(state, judged, taint, self.options))(
+            self.verifiers, judged, taint
+        )
+
+
+def _stack(items: Sequence[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *items)

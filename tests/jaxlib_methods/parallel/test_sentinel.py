@@ -1,0 +1,164 @@
+"""Verification inside of pipelines: on one device, where cascades are studied, and on a mesh of eight fake devices."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlib_methods import trees
+from jaxlib_methods.parallel import (
+    Attack,
+    VerifiedPipeline,
+    Verifier,
+    VerifierState,
+    guard_model,
+    make_mesh,
+    shard_batch,
+    split_stages,
+    synchronous_pipeline,
+    verification_hook,
+)
+from tests.jaxlib_methods.parallel.pipeline_problems import assert_trees_equal, chain, tokens
+
+S, R = 6, 5
+OPTIONS = Verifier(warmup_steps=30, window=20, directions=8, fence_factor=6.0)  # wide: no false alarms in short tests
+MODEL, PARAMS = chain(layers=S)
+STAGES = split_stages(PARAMS, S)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(pipeline, state, stages, inputs, targets, start):
+    """Steps at fixed parameters: what the verifiers see is i.i.d."""
+
+    def one(state, step):
+        x, y, t = step
+        losses, gradients, state, verdicts = pipeline.value_and_grad(stages, x, y, state, jax.random.fold_in(KEY, t))
+        finite = jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradients)])
+        return state, (losses, verdicts, jnp.all(finite))
+
+    numbers = start + jnp.arange(inputs.shape[0], dtype=jnp.int32)
+    return jax.lax.scan(one, state, (inputs, targets, numbers))
+
+
+KEY = jax.random.key(0)
+
+
+def simulate(attacks=(), steps=45, **options):
+    pipeline = VerifiedPipeline(
+        **{"model": MODEL, "replicas": R, "forward": OPTIONS, "backward": OPTIONS, "attacks": tuple(attacks)} | options
+    )
+    inputs, targets = (a.reshape(steps, R, 8, 3) for a in tokens(steps, examples=8 * R, length=3))
+    state = pipeline.init(STAGES, inputs[0, 0], KEY)
+    return run(pipeline, state, STAGES, inputs, targets, jnp.int32(0))
+
+
+def violations(state, direction):
+    verifiers = getattr(state, direction)
+    return np.asarray(verifiers.violations + 5 * verifiers.bans)
+
+
+def test_the_worker_who_attacks_is_found_and_not_those_behind_him():
+    attack = Attack("scale", stage=2, replica=1, direction="forward", value=-1.0, start=40)
+    state, (losses, verdicts, finite) = simulate([attack])
+    expected = np.zeros((S - 1, R), int)
+    expected[2, 1] = 5
+    np.testing.assert_array_equal(violations(state, "forward"), expected)
+    np.testing.assert_array_equal(violations(state, "backward"), 0)
+    assert state.forward.bans[2, 1] == 1
+    assert verdicts.forward[:40].all() and not verdicts.forward[40:, 2, 1].any()
+    assert (losses[40:, 1] == 0).all() and (losses[:40] > 0).all() and (losses[40:, 0] > 0).all() and finite.all()
+
+
+def test_without_the_taint_honest_workers_behind_an_attacker_are_blamed():
+    attack = Attack("scale", stage=2, replica=1, direction="forward", value=-1.0, start=40)
+    state, _ = simulate([attack], cascade=False, steps=44)
+    blamed = violations(state, "forward")
+    assert blamed[2, 1] == 4 and (blamed[3:, 1] > 0).any() and not np.delete(blamed, 1, axis=1).any()
+
+
+def test_false_gradients_are_found_where_they_are_sent_and_what_is_not_finite_is_contained():
+    attacks = [
+        Attack("constant", stage=3, replica=4, direction="backward", value=float("nan"), start=35),
+        Attack("constant", stage=1, replica=2, direction="forward", value=float("inf"), start=37),
+    ]
+    state, (losses, _, finite) = simulate(attacks)
+    assert finite.all() and np.isfinite(losses).all()
+    backward, forward = violations(state, "backward"), violations(state, "forward")
+    assert backward[2, 4] == 5 and backward.sum() == 5  # the boundary between stages 2 and 3
+    assert forward[1, 2] == 5 and forward.sum() == 5
+    _, (_, _, finite) = simulate(attacks, forward=None, backward=None)
+    assert finite[:35].all() and not finite[35:].any()
+
+
+def test_banned_workers_are_replaced_and_the_newcomers_behave():
+    attack = Attack("constant", stage=2, replica=1, value=1.0, start=35)
+    _, (_, verdicts, _) = simulate([attack])
+    assert not verdicts.forward[35:40, 2, 1].any() and verdicts.forward[40:].all()
+    assert verdicts.backward.all()  # the forward verdict taints the micro-batch; then the worker is banned
+
+
+# ------------------------------------------------------------------------------ on a mesh
+
+
+def mesh_run(attacks=(), options=OPTIONS, guard=True, steps=36, kind="1f1b"):
+    """Two stages of two blocks each, four replicas: (losses, stages, bans of the receivers by direction)."""
+    model, params = chain(layers=4)
+    stages, mesh = split_stages(params, 2), make_mesh(2, 4)
+    hooks = {}
+    if guard:
+        hooks = {
+            f"{direction}_hook": verification_hook(options, mesh, direction, key=KEY, attacks=attacks)
+            for direction in ("forward", "backward")
+        }
+    x, y = tokens(2 * steps, examples=16)
+    pipe = synchronous_pipeline(
+        guard_model(model) if guard else model, stages, optax.sgd(0.01), mesh, (x[0], y[0]), num_microbatches=2, **hooks
+    )
+    state, losses = pipe.init(stages), []
+    for step in range(steps):
+        state, out = pipe.step(state, *shard_batch(mesh, (x[2 * step : 2 * step + 2], y[2 * step : 2 * step + 2])))
+        losses.append(np.asarray(out.loss))
+    return np.array(losses), pipe.stages(state), trees.find_states(state, VerifierState)
+
+
+@pytest.fixture(scope="module")
+def unguarded():
+    return mesh_run(guard=False)
+
+
+def test_with_infinite_thresholds_training_is_that_without_verification_to_the_bit(unguarded):
+    losses, stages, _ = mesh_run(options=dataclasses.replace(OPTIONS, threshold=math.inf))
+    np.testing.assert_array_equal(losses, unguarded[0])
+    assert_trees_equal(stages, unguarded[1])
+
+
+def test_on_a_mesh_attackers_of_both_directions_are_banned_and_training_goes_on(unguarded):
+    attacks = [
+        Attack("scale", stage=0, replica=2, direction="forward", value=-1.0, start=50),
+        Attack("constant", stage=1, replica=0, direction="backward", value=float("nan"), start=52),
+    ]
+    losses, stages, states = mesh_run(attacks)
+    bans = [np.asarray(state.bans) for state in states]  # ends x [P, D, R]: the forward boundary's, then the backward's
+    assert [b.any() for b in bans] == [False, True, False, True]
+    np.testing.assert_array_equal(bans[1][1], np.tile([0, 0, 1, 0], (4, 1)))  # all replicas of stage 1 agree
+    np.testing.assert_array_equal(bans[3][0], np.tile([1, 0, 0, 0], (4, 1)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stages))
+    np.testing.assert_allclose(losses[:25], unguarded[0][:25], rtol=1e-6)
+    np.testing.assert_allclose(losses[-2:], unguarded[0][-2:], rtol=0.05)
+
+
+def test_wrong_hooks_are_refused():
+    mesh = make_mesh(2, 4)
+    with pytest.raises(ValueError, match="direction must be 'forward' or 'backward', got 'both'"):
+        verification_hook(OPTIONS, mesh, "both", key=KEY)
+    with pytest.raises(ValueError, match="on a stage that does not exist: the pipeline has 2"):
+        verification_hook(OPTIONS, mesh, "forward", key=KEY, attacks=[Attack("bias", stage=2, replica=0)])
+    with pytest.raises(ValueError, match="build the pipeline of guard_model"):
+        verification_hook(OPTIONS, mesh, "forward", key=KEY).init(jax.ShapeDtypeStruct((2, 3), jnp.float32))
+    with pytest.raises(ValueError, match="on a replica that does not exist: the pipeline has 5"):
+        simulate([Attack("bias", stage=2, replica=5)])
