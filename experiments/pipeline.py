@@ -67,11 +67,11 @@ class Config(language_model.Options):
     validation_windows: int = 48
     evaluate_every: int = 40  # microbatches; a multiple of gpipe's four
     checkpoint_every: int = 200
-    seeds: int = 2
+    seeds: int = 3
     stages: tuple[int, ...] = (4, 8)  # P
     replicas: int = 1  # pipelines side by side, which share a microbatch
     methods: tuple[Method, ...] = ("gpipe", "pipedream", "nesterov", "nesterov_no_stash", "pipemare")
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # the first seed tries all of them
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)  # the first seed tries all of them
     warmup: float = 0.2  # share of the steps; the paper's is 0.06 of over a hundred times as many
     b1: float = 0.99  # of nesterov
     weight_decay: float = 0.01
