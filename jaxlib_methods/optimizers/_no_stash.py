@@ -51,13 +51,14 @@ class DiscrepancyCorrectionState(NamedTuple):
     shift: PyTree  # like the parameters: tau delta_t; None where tau = 0
 
 
-def scale_by_delay(tau: Tau, anneal_steps: int | jax.Array = 7000) -> optax.GradientTransformationExtraArgs:
+def scale_by_delay(tau: Tau | jax.Array, anneal_steps: int | jax.Array = 7000) -> optax.GradientTransformationExtraArgs:
     r"""The learning-rate correction: divides by $\tau^{\rho_t}$ with $\rho_t = 1 - \min(t / T_c, 1)$ where tau > 0.
 
     It comes after the rule and the weight decay, so that the decay shrinks with the learning rate.
 
     Args:
-      tau: the delay of all parameters, or (regex, delay) rules, as `keep_param_history` takes it.
+      tau: the delay of all parameters, or (regex, delay) rules, as `keep_param_history` takes it; or an integer scalar
+        array, which may be traced, for a program in which the stages of a pipeline differ.
       anneal_steps: T_c, after which nothing is corrected.
 
     Returns:
@@ -79,12 +80,12 @@ def scale_by_delay(tau: Tau, anneal_steps: int | jax.Array = 7000) -> optax.Grad
     Source: Yang et al. (MLSys 2021), arXiv:1910.05124, learning rate rescheduling [yang2021pipemare]; Ajanthan et al.
       (ICML 2025), arXiv:2505.01099, official code [ajanthan2025nesterov].
     """
-    tau = delays.checked_delays(tau)
+    tau = _checked_or_traced(tau)
     if isinstance(anneal_steps, int) and anneal_steps < 1:
         raise ValueError(f"anneal_steps must be at least 1, got {anneal_steps}")
 
     def init(params: PyTree) -> ScaleByDelayState:
-        delays.delay_of_each_leaf(params, tau)
+        _delay_of_each_leaf(params, tau)
         return ScaleByDelayState(jnp.zeros((), jnp.int32))
 
     def update(
@@ -93,17 +94,22 @@ def scale_by_delay(tau: Tau, anneal_steps: int | jax.Array = 7000) -> optax.Grad
         del params, extra_args
         rho = 1 - jnp.minimum(state.count.astype(jnp.float32) / jnp.asarray(anneal_steps, jnp.float32), 1)
         leaves, structure = jax.tree.flatten(updates)
-        factor = lambda delay: jnp.exp(-rho * math.log(delay))
+
+        def factor(delay: int | jax.Array) -> jax.Array:
+            if isinstance(delay, int):
+                return jnp.exp(-rho * math.log(delay))
+            return jnp.exp(-rho * jnp.log(jnp.maximum(delay, 1).astype(jnp.float32)))  # 1 at a traced tau of 0
+
         scaled = [
-            u if delay == 0 else u * factor(delay).astype(u.dtype)
-            for u, delay in zip(leaves, delays.delay_of_each_leaf(updates, tau), strict=True)
+            u if _is_zero(delay) else u * factor(delay).astype(u.dtype)
+            for u, delay in zip(leaves, _delay_of_each_leaf(updates, tau), strict=True)
         ]
         return structure.unflatten(scaled), ScaleByDelayState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def discrepancy_correction(tau: Tau, decay: float = math.exp(-2)) -> optax.GradientTransformationExtraArgs:
+def discrepancy_correction(tau: Tau | jax.Array, decay: float = math.exp(-2)) -> optax.GradientTransformationExtraArgs:
     r"""Estimates the weights of the forward pass for a backward pass without stash: $w_t - \tau \delta_t$.
 
     delta is an average of the increments, $\delta_{t+1} = D^{1/\tau} \delta_t + (1 - D^{1/\tau}) (w_{t+1} - w_t)$. The
@@ -111,7 +117,7 @@ def discrepancy_correction(tau: Tau, decay: float = math.exp(-2)) -> optax.Gradi
     gives the weights. Here tau is the forward delay minus the backward delay.
 
     Args:
-      tau: the delay of all parameters, or (regex, delay) rules, as `keep_param_history` takes it.
+      tau: as `scale_by_delay` takes it.
       decay: D, in (0, 1): how much of an increment is left of it after tau steps.
 
     Returns:
@@ -133,15 +139,15 @@ def discrepancy_correction(tau: Tau, decay: float = math.exp(-2)) -> optax.Gradi
 
     Source: Yang et al. (MLSys 2021), arXiv:1910.05124, discrepancy correction [yang2021pipemare].
     """
-    tau = delays.checked_delays(tau)
+    tau = _checked_or_traced(tau)
     if not 0 < decay < 1:
         raise ValueError(f"decay must lie in (0, 1), got {decay}")
 
     def init(params: PyTree) -> DiscrepancyCorrectionState:
         leaves, structure = jax.tree.flatten(params)
-        each = zip(leaves, delays.delay_of_each_leaf(params, tau), strict=True)
+        each = zip(leaves, _delay_of_each_leaf(params, tau), strict=True)
         return DiscrepancyCorrectionState(
-            structure.unflatten([jnp.zeros_like(p) if delay else None for p, delay in each])
+            structure.unflatten([None if _is_zero(delay) else jnp.zeros_like(p) for p, delay in each])
         )
 
     def update(
@@ -149,14 +155,18 @@ def discrepancy_correction(tau: Tau, decay: float = math.exp(-2)) -> optax.Gradi
     ) -> tuple[PyTree, DiscrepancyCorrectionState]:
         del params, extra_args
 
-        def average(u: jax.Array, shift: jax.Array | None, delay: int) -> jax.Array | None:
+        def average(u: jax.Array, shift: jax.Array | None, delay: int | jax.Array) -> jax.Array | None:
             if shift is None:
                 return None
-            keep = decay ** (1 / delay)
+            if isinstance(delay, jax.Array):
+                delay = delay.astype(shift.dtype)  # at a traced tau of 0 the shift stays 0
+                keep = decay ** (1 / jnp.maximum(delay, 1))
+            else:
+                keep = decay ** (1 / delay)
             return keep * shift + (1 - keep) * delay * u.astype(shift.dtype)
 
         leaves, structure = jax.tree.flatten(updates)
-        shifts = map(average, leaves, structure.flatten_up_to(state.shift), delays.delay_of_each_leaf(updates, tau))
+        shifts = map(average, leaves, structure.flatten_up_to(state.shift), _delay_of_each_leaf(updates, tau))
         return updates, DiscrepancyCorrectionState(structure.unflatten(shifts))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -192,7 +202,7 @@ def discrepancy_corrected(opt_state: PyTree, params: PyTree) -> PyTree:
 
 def pipemare(
     inner: optax.GradientTransformation,
-    tau: Tau,
+    tau: Tau | jax.Array,
     anneal_steps: int | jax.Array = 7000,
     decay: float = math.exp(-2),
 ) -> optax.GradientTransformationExtraArgs:
@@ -203,7 +213,7 @@ def pipemare(
 
     Args:
       inner: the optimizer with its weight decay and learning rate.
-      tau: the delay of all parameters, or (regex, delay) rules, as `keep_param_history` takes it.
+      tau: as `scale_by_delay` takes it.
       anneal_steps: T_c of the learning-rate correction.
       decay: D of the discrepancy correction.
 
@@ -227,7 +237,7 @@ def pipemare(
 
 def no_stash_nesterov(
     learning_rate: optax.ScalarOrSchedule,
-    tau: Tau,
+    tau: Tau | jax.Array,
     num_stages: int,
     anneal_steps: int | jax.Array = 7000,
     weight_decay: jax.typing.ArrayLike = 0.01,
@@ -241,7 +251,7 @@ def no_stash_nesterov(
 
     Args:
       learning_rate: eta, a number or a schedule.
-      tau: the delay of all parameters, or (regex, delay) rules, as `keep_param_history` takes it.
+      tau: as `scale_by_delay` takes it.
       num_stages: P.
       anneal_steps: T_c of rho_t = 1 - min(t / T_c, 1).
       weight_decay: decoupled, as in `delayed_nesterov`.
@@ -262,7 +272,12 @@ def no_stash_nesterov(
 
     Source: Ajanthan, Ramasinghe, Zuo, Avraham, Long (ICML 2025), arXiv:2505.01099 [ajanthan2025nesterov].
     """
-    tau = delays.checked_delays(tau)
+    tau = _checked_or_traced(tau)
+    if isinstance(tau, jax.Array):
+        b1 = 0.9 + 0.09 / num_stages * tau.astype(jnp.float32)
+        return optax.chain(
+            delayed_nesterov(learning_rate, b1=b1, weight_decay=weight_decay), scale_by_delay(tau, anneal_steps)
+        )
     present = [tau] if isinstance(tau, int) else [delay for _, delay in tau]
     if max(present) >= num_stages:
         raise ValueError(f"a pipeline of {num_stages} stages has delays up to {num_stages - 1}, got {max(present)}")
@@ -275,3 +290,21 @@ def no_stash_nesterov(
         for delay in present
     }
     return optax.chain(optax.partition(of_delay, labels), scale_by_delay(tau, anneal_steps))
+
+
+def _checked_or_traced(tau: Tau | jax.Array) -> Tau | jax.Array:
+    if not isinstance(tau, jax.Array):
+        return delays.checked_delays(tau)
+    if tau.ndim or not jnp.issubdtype(tau.dtype, jnp.integer):
+        raise ValueError(f"tau as an array must be an integer scalar, got {tau.dtype}{list(tau.shape)}")
+    return tau
+
+
+def _delay_of_each_leaf(params: PyTree, tau: Tau | jax.Array) -> list[Any]:
+    if isinstance(tau, jax.Array):
+        return [tau] * len(jax.tree.leaves(params))
+    return delays.delay_of_each_leaf(params, tau)
+
+
+def _is_zero(delay: int | jax.Array) -> bool:
+    return isinstance(delay, int) and delay == 0

@@ -269,5 +269,5 @@ def read(ring: jax.Array, slot: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(ring, slot, 0, keepdims=False)
 
 
-def write(ring: jax.Array, value: jax.Array, slot: jax.Array) -> jax.Array:
+def write(ring: jax.Array, value: jax.Array, slot: jax.Array | int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(ring, value, slot, 0)

@@ -11,6 +11,8 @@ from flax import nnx
 from jaxlib_methods.models import GPT, GPTConfig, gpt_stages, split_gpt_params
 from jaxlib_methods.optimizers import delayed_nesterov
 from jaxlib_methods.parallel import StageModel, sequential_loss
+from jaxlib_methods.parallel._engine import update_stage
+from jaxlib_methods.parallel._stages import run_stage, stage_vjp
 
 CONFIG = GPTConfig(vocab_size=64, block_size=16, layers=4, width=32, heads=2)
 
@@ -62,6 +64,39 @@ def optimizer():
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def value_and_grad(model, stages, inputs, targets, repeats=1):
     return jax.value_and_grad(lambda stages: sequential_loss(model, stages, inputs, targets, repeats))(stages)
+
+
+def run_slots(model, stages, optimizer_of, inputs, targets, *, stash=True, predict_backward=None):
+    """Asynchronous 1F1B one slot after the other, with queues: trees of the stages after all updates, and losses.
+
+    F of micro-batch m on stage j is in slot 2 m + j, B and the stage's update in slot 2 m + 2 P - 1 - j.
+    """
+    P, count = len(stages), len(inputs)
+    forward = jax.jit(functools.partial(run_stage, model))
+    backward = jax.jit(functools.partial(stage_vjp, model))
+    params, losses = list(stages), {}
+    optimizers = [optimizer_of(P - 1 - j) for j in range(P)]
+    opt_states = [opt.init(tree) for opt, tree in zip(optimizers, stages, strict=True)]
+    updates = [jax.jit(functools.partial(update_stage, opt)) for opt in optimizers]
+    activations, cotangents, kept = {}, {}, {}
+    for slot in range(2 * count + 2 * P):
+        for j in range(P):
+            m, odd = divmod(slot - j, 2)
+            if not odd and 0 <= m < count:
+                x = inputs[m] if j == 0 else activations.pop((m, j))
+                kept[m, j] = x, params[j]
+                if j < P - 1:
+                    activations[m, j + 1] = forward(params[j], x)
+            m, odd = divmod(slot - (2 * P - 1 - j), 2)
+            if not odd and 0 <= m < count:
+                x, version = kept.pop((m, j))
+                if not stash:
+                    version = params[j] if predict_backward is None else predict_backward(opt_states[j], params[j])
+                target = targets[m] if j == P - 1 else None
+                loss, grads, cotangents[m, j - 1] = backward(version, x, target, cotangents.pop((m, j), None))
+                params[j], opt_states[j] = updates[j](params[j], opt_states[j], grads)
+                losses[m] = losses.get(m, 0) + loss
+    return params, np.array([losses[m] for m in range(count)])
 
 
 def assert_trees_equal(a, b):
