@@ -97,6 +97,13 @@ from jaxlib_methods.parallel._links import blocking_floor as blocking_floor
 from jaxlib_methods.parallel._links import largest_pipeline as largest_pipeline
 from jaxlib_methods.parallel._links import predict_step as predict_step
 from jaxlib_methods.parallel._links import stage_costs as stage_costs
+from jaxlib_methods.parallel._local_sgd import DiLoCoState as DiLoCoState
+from jaxlib_methods.parallel._local_sgd import FedAvgState as FedAvgState
+from jaxlib_methods.parallel._local_sgd import StreamingDiLoCoState as StreamingDiLoCoState
+from jaxlib_methods.parallel._local_sgd import diloco as diloco
+from jaxlib_methods.parallel._local_sgd import fed_avg as fed_avg
+from jaxlib_methods.parallel._local_sgd import outer_sgd as outer_sgd
+from jaxlib_methods.parallel._local_sgd import streaming_diloco as streaming_diloco
 from jaxlib_methods.parallel._mesh import make_mesh as make_mesh
 from jaxlib_methods.parallel._mesh import shard_batch as shard_batch
 from jaxlib_methods.parallel._mesh import split_microbatches as split_microbatches
@@ -123,6 +130,11 @@ from jaxlib_methods.parallel._sentinel import VerifiedPipeline as VerifiedPipeli
 from jaxlib_methods.parallel._sentinel import VerifiedState as VerifiedState
 from jaxlib_methods.parallel._sentinel import guard_model as guard_model
 from jaxlib_methods.parallel._sentinel import verification_hook as verification_hook
+from jaxlib_methods.parallel._sparse_averaging import SparseAveragingState as SparseAveragingState
+from jaxlib_methods.parallel._sparse_averaging import averaged_per_round as averaged_per_round
+from jaxlib_methods.parallel._sparse_averaging import ema_weight_schedule as ema_weight_schedule
+from jaxlib_methods.parallel._sparse_averaging import replica_mean as replica_mean
+from jaxlib_methods.parallel._sparse_averaging import sparse_averaging as sparse_averaging
 from jaxlib_methods.parallel._stages import StageModel as StageModel
 from jaxlib_methods.parallel._stages import join_stages as join_stages
 from jaxlib_methods.parallel._stages import sequential_loss as sequential_loss
@@ -159,6 +171,8 @@ __all__ = [
     "Collective",
     "DataHook",
     "DeltaState",
+    "DiLoCoState",
+    "FedAvgState",
     "HookInfo",
     "Link",
     "Losses",
@@ -167,9 +181,11 @@ __all__ = [
     "Pipeline",
     "Sides",
     "Snapshot",
+    "SparseAveragingState",
     "StageCosts",
     "StageModel",
     "StepTime",
+    "StreamingDiLoCoState",
     "Subspace",
     "SynchronousState",
     "Traffic",
@@ -182,6 +198,7 @@ __all__ = [
     "adaptive",
     "all_reduce_time",
     "asynchronous_pipeline",
+    "averaged_per_round",
     "blocking_floor",
     "bubble_fraction",
     "cast_codec",
@@ -196,11 +213,14 @@ __all__ = [
     "collude",
     "coordinate_median",
     "delta_codec",
+    "diloco",
     "draw_transform",
     "draw_transforms",
+    "ema_weight_schedule",
     "estimate_bridge",
     "expand_reference",
     "extraction_probability",
+    "fed_avg",
     "fixed_embedding",
     "geometric_median",
     "gradient_moment",
@@ -221,20 +241,24 @@ __all__ = [
     "message_summary",
     "morph",
     "multi_krum",
+    "outer_sgd",
     "payload_bytes",
     "predict_step",
     "random_directions",
     "random_sign",
     "random_subspace",
     "random_values",
+    "replica_mean",
     "reroute",
     "schedule_table",
     "sequential_loss",
     "shard_batch",
     "sliced_wasserstein",
+    "sparse_averaging",
     "split_microbatches",
     "split_stages",
     "stage_costs",
+    "streaming_diloco",
     "subspace_codec",
     "subspace_coordinates",
     "subspace_gradient_codec",
