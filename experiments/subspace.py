@@ -54,13 +54,13 @@ class Config(language_model.Options):
     width: int | None = 96
     block: int | None = 64
     batch_size: int = 8
-    steps: int = 600
+    steps: int = 400
     seeds: int = 2
     evaluate_every: int = 100
     rank: int = 12  # k
     embedding_std: float = 1.0  # of the frozen part of the embedding
     methods: tuple[Method, ...] = (
-        "dense", "bf16", "int8", "top_k", "unconstrained", "subspace", "row_shared", "subspace_long"
+        "dense", "int8", "top_k", "unconstrained", "subspace", "row_shared", "subspace_long"
     )  # fmt: skip
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)  # the first seed tries all of them
     longer: int = 3
@@ -153,7 +153,10 @@ class Network(NamedTuple):
             dense = (lambda p, ids, U, fixed: fns.embed(p, ids, None, fixed), lambda p, x, U: fns.block(p, x))
             embed, block = (fns.embed, fns.block) if constrained else dense
             model = parallel.subspace_model(embed, block, head, subspace)
-            codecs = parallel.subspace_codec(subspace), parallel.subspace_gradient_codec(subspace)
+            codecs = (
+                parallel.subspace_codec(subspace, activations=decoder.dtype),
+                parallel.subspace_gradient_codec(subspace),
+            )
         else:
             model = parallel.StageModel(fns.embed, fns.block, head)
             codecs = lossy_codecs(method, config.rank)

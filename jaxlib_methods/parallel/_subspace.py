@@ -10,6 +10,10 @@ exactly. T_fixed is drawn once and never trained, U and T_fixed come from a seed
 C (b, n, k) and the token ids; backwards G U (b, n, k), which is the transpose and so what autodiff gives.
 The models of `jaxlib_methods.models` keep the condition by W = Z U^T (`GPTConfig.subspace`).
 
+A codec forms C as X U - (T_fixed U)[ids] - PE U, with T_fixed U (V, k) made once: the gather then reads k numbers of a
+token and not d, and nothing of size d is written. Encoding is one pass over X, which leaves nothing to win for a
+kernel that fuses gather, difference and product.
+
 BibTeX:
 
 @inproceedings{ramasinghe2025protocol,
@@ -59,7 +63,7 @@ def random_subspace(
       width: d.
       rank: k, at most d.
       embedding_std: standard deviation of T_fixed; 1 is the official code's.
-      dtype: of both; "bfloat16" halves the memory of T_fixed, and every stage rounds it alike.
+      dtype: of T_fixed; "bfloat16" halves its memory, and every stage rounds it alike. U is float32.
 
     Returns:
       The subspace, without position encoding.
@@ -80,7 +84,7 @@ def random_subspace(
     basis_key, table_key = jax.random.split(key)
     U = _qf(jax.random.normal(basis_key, (width, rank)))
     T_fixed = embedding_std * jax.random.normal(table_key, (vocab_size, width))
-    return Subspace(U.astype(dtype), T_fixed.astype(dtype))
+    return Subspace(U, T_fixed.astype(dtype))
 
 
 def fixed_embedding(ids: jax.Array, subspace: Subspace) -> jax.Array | None:
@@ -155,19 +159,20 @@ def subspace_reconstruct(C: jax.Array, ids: jax.Array, subspace: Subspace) -> ja
     return X if fixed is None else X + jax.lax.stop_gradient(fixed).astype(X.dtype)
 
 
-def subspace_codec(subspace: Subspace, dtype: str | None = None) -> Codec:
+def subspace_codec(subspace: Subspace, dtype: str | None = None, *, activations: str = "float32") -> Codec:
     """Forward boundaries of a subspace network: k values of a token and its id. Lossless to rounding.
 
     Args:
       subspace: of the network.
-      dtype: of the coordinates on the link; None: that of the activations. The activations keep theirs.
+      dtype: of the coordinates on the link; None: that of the activations.
+      activations: dtype of the residual stream; T_fixed U is made with U rounded to it.
 
     Returns:
       A codec of {"x": residual stream (b, n, d), "ids": integers (b, n)}, as `subspace_model` makes it; whatever else
       the dictionary holds is sent as it is. The ids travel in the smallest unsigned type that holds all V of them.
 
     Raises:
-      TypeError: by its init, for anything else.
+      TypeError: by its init, for anything else, and for a residual stream of another dtype.
 
     Example:
       >>> subspace = random_subspace(jax.random.key(0), vocab_size=300, width=64, rank=10)
@@ -178,7 +183,11 @@ def subspace_codec(subspace: Subspace, dtype: str | None = None) -> Codec:
 
     Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
     """
-    ids_dtype = jnp.uint32 if subspace.T_fixed is None else smallest_unsigned(len(subspace.T_fixed))
+    U, T_fixed, PE = subspace
+    ids_dtype = jnp.uint32 if T_fixed is None else smallest_unsigned(len(T_fixed))
+    like = jnp.dtype(activations)
+    project = lambda rows: None if rows is None else _product(rows.astype(like), U)
+    projected = Subspace(jnp.zeros((0, 0)), project(T_fixed), project(PE))  # T_fixed U and PE U, in float32 at least
 
     def init(x: PyTree) -> tuple[()]:
         if not isinstance(x, dict) or not {"x", "ids"} <= x.keys():
@@ -187,12 +196,15 @@ def subspace_codec(subspace: Subspace, dtype: str | None = None) -> Codec:
                 f"the subspace codec sends token ids along and takes a dictionary with 'x' and 'ids', got {got}; "
                 "build the model with subspace_model"
             )
+        if x["x"].dtype != like:
+            raise TypeError(f"the codec is made for activations of {like}, got {x['x'].dtype}; pass activations=")
         return ()
 
     def encode(x: dict[str, Any], state: PyTree) -> tuple[dict[str, Any], PyTree]:
         X, ids = x["x"], x["ids"]
-        C = subspace_coordinates(X, ids, subspace)
-        coded = Payload({"C": C.astype(dtype or C.dtype)}, X.shape, X.dtype)
+        C, fixed = _product(X, U), fixed_embedding(ids, projected)
+        C = C if fixed is None else C - fixed
+        coded = Payload({"C": C.astype(dtype or X.dtype)}, X.shape, X.dtype)
         return {**x, "x": coded, "ids": Payload({"ids": ids.astype(ids_dtype)}, ids.shape, ids.dtype)}, state
 
     def decode(message: dict[str, Any], state: PyTree) -> tuple[dict[str, Any], PyTree]:
@@ -342,9 +354,12 @@ def change_basis(tree: PyTree, U_old: jax.Array, U_new: jax.Array, constrained: 
 
 
 def _times(a: jax.Array, B: jax.Array) -> jax.Array:
-    """a @ B in the dtype of a; in full precision, since a default of bfloat16 or TF32 passes would leave span(U)."""
-    wide = _accumulator(a.dtype)
-    return jnp.matmul(a, B.astype(a.dtype), precision="highest", preferred_element_type=wide).astype(a.dtype)
+    return _product(a, B).astype(a.dtype)
+
+
+def _product(a: jax.Array, B: jax.Array) -> jax.Array:
+    """a @ B in float32 at least; in full precision, since a default of bfloat16 or TF32 passes would leave span(U)."""
+    return jnp.matmul(a, B.astype(a.dtype), precision="highest", preferred_element_type=_accumulator(a.dtype))
 
 
 def _qf(A: jax.Array) -> jax.Array:

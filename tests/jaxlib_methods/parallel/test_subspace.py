@@ -94,6 +94,20 @@ def test_every_boundary_is_lossless_and_a_full_rank_projection_is_not():
     assert float(error(dense_block(full_rank, x))) > 0.1
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_the_codec_projects_the_table_once_and_codes_the_same_coordinates(dtype, tolerance):
+    """X U - (T_fixed U)[ids] - PE U against (X - T_fixed[ids] - PE) U in float64; half precision keeps its rounding."""
+    rng = np.random.default_rng(6)
+    X, PE = rng.normal(size=(2, 7, 24)), rng.normal(size=(9, 24))
+    subspace = SUBSPACE._replace(PE=jnp.asarray(PE, jnp.float32))
+    codec = parallel.subspace_codec(subspace, activations=dtype)
+    x = {"x": jnp.asarray(X, dtype), "ids": IDS, "weight": jnp.ones(2)}
+    message, _ = codec.encode(x, codec.init(x))
+    expected = (X - np.asarray(subspace.T_fixed, np.float64)[IDS] - PE[:7]) @ np.asarray(subspace.U, np.float64)
+    assert message["x"].arrays["C"].dtype == dtype and message["weight"] is x["weight"]
+    np.testing.assert_allclose(np.asarray(message["x"].arrays["C"], np.float64), expected, atol=tolerance)
+
+
 def test_additive_positions_stay_on_their_stage():
     PE = jnp.asarray(np.random.default_rng(1).normal(size=(9, 24)), jnp.float32)
     subspace = SUBSPACE._replace(PE=PE)
@@ -199,7 +213,10 @@ def test_a_message_is_k_values_of_a_token_and_its_id(d, k, V, ratio, ratio_with_
     sizes = []
 
     def measure(U, T_fixed):
-        codecs = (parallel.subspace_codec(Subspace(U, T_fixed)), parallel.subspace_gradient_codec(Subspace(U, T_fixed)))
+        codecs = (
+            parallel.subspace_codec(Subspace(U, T_fixed), activations="bfloat16"),
+            parallel.subspace_gradient_codec(Subspace(U, T_fixed)),
+        )
         sizes.extend(parallel.payload_bytes(codec, x) / 15 for codec, x in zip(codecs, (stream, [x]), strict=True))
 
     jax.eval_shape(measure, jax.ShapeDtypeStruct((d, k), "float32"), jax.ShapeDtypeStruct((V, d), "bfloat16"))
@@ -304,6 +321,8 @@ def test_errors_name_the_argument():
         parallel.random_subspace(jax.random.key(0), vocab_size=3, width=4, rank=5)
     with pytest.raises(TypeError, match="dictionary with 'x' and 'ids'"):
         parallel.subspace_codec(SUBSPACE).init(jnp.zeros((2, 3, 24)))
+    with pytest.raises(TypeError, match="activations of float32, got bfloat16"):
+        parallel.subspace_codec(SUBSPACE).init({"x": jnp.zeros((2, 7, 24), jnp.bfloat16), "ids": IDS})
     with pytest.raises(ValueError, match="pass U"):
         nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0))(IDS))
     for changes, message in (
