@@ -37,24 +37,32 @@ from jaxlib_methods.models._resnet import ResNet as ResNet
 from jaxlib_methods.models._resnet import WideResNet as WideResNet
 from jaxlib_methods.models._small_convolutional import ResNet8 as ResNet8
 from jaxlib_methods.models._small_convolutional import SimpleCNN as SimpleCNN
+from jaxlib_methods.models._unet3d import ConvBlock3D as ConvBlock3D
+from jaxlib_methods.models._unet3d import UNet3D as UNet3D
 from jaxlib_methods.models._vgg import VGG as VGG
+from jaxlib_methods.models._video import I3D as I3D
+from jaxlib_methods.models._video import MobileNetV2For3D as MobileNetV2For3D
 
 __all__ = [
     "GPT",
     "GPT_CONFIGS",
+    "I3D",
     "NAMES",
     "VGG",
     "AlexNet",
     "Conv",
+    "ConvBlock3D",
     "GPTConfig",
     "GPTStages",
     "GRUClassifier",
     "LSTMClassifier",
     "LeNet5",
     "LeNet300",
+    "MobileNetV2For3D",
     "ResNet",
     "ResNet8",
     "SimpleCNN",
+    "UNet3D",
     "WideResNet",
     "convolve",
     "create",

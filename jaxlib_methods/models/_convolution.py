@@ -5,6 +5,7 @@ than outside (jax-ml/jax issue 12868), and a training loop is a loop. Written as
 same convolution is fast in both places.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +22,14 @@ def _patches_times_kernel(x: jax.Array, kernel: jax.Array, strides: Sequence[int
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     out = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:-1], window, strides, strict=True)]
 
-    def patch(i: int, j: int) -> jax.Array:
-        (si, sj), (h, w) = strides, out
-        return x[:, i : i + (h - 1) * si + 1 : si, j : j + (w - 1) * sj + 1 : sj]
+    def shifted(x: jax.Array, d: int, i: int) -> jax.Array:
+        return lax.slice_in_dim(x, i, i + (out[d] - 1) * strides[d] + 1, strides[d], axis=d + 1)
 
-    patches = jnp.concatenate([patch(i, j) for i in range(window[0]) for j in range(window[1])], axis=-1)
-    product = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
-    return product.reshape(x.shape[0], *out, kernel.shape[-1])
+    patches = [x]
+    for d in range(len(window)):
+        patches = [shifted(patch, d, i) for patch in patches for i in range(window[d])]
+    rows = jnp.concatenate(patches, axis=-1).reshape(math.prod((x.shape[0], *out)), -1)
+    return (rows @ kernel.reshape(-1, kernel.shape[-1])).reshape(x.shape[0], *out, kernel.shape[-1])
 
 
 def convolve(
@@ -46,19 +48,19 @@ def convolve(
     """Stands in for `lax.conv_general_dilated` in `nnx.Conv(conv_general_dilated=convolve)`.
 
     Args:
-      x: images of shape (B, H, W, C).
-      kernel: shape (h, w, C, D).
-      strides: two integers.
-      padding: "SAME", "VALID" or two pairs of integers.
+      x: images of shape (B, H, W, C), or volumes (B, D, H, W, C).
+      kernel: shape (h, w, C, F), or (d, h, w, C, F).
+      strides: two integers, or three.
+      padding: "SAME", "VALID" or as many pairs of integers.
       lhs_dilation: as in `lax.conv_general_dilated`; anything but 1 uses XLA's convolution everywhere.
       rhs_dilation: likewise.
-      dimension_numbers: ignored but for XLA's convolution; the layout is NHWC, HWIO, NHWC.
+      dimension_numbers: ignored but for XLA's convolution; the layout is N(D)HWC, (D)HWIO, N(D)HWC.
       feature_group_count: groups; more than one uses XLA's convolution everywhere.
       precision: of XLA's convolution.
       **kwargs: passed on to XLA's convolution.
 
     Returns:
-      Images of shape (B, H', W', D).
+      Images of shape (B, H', W', F), or volumes (B, D', H', W', F).
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,6 +70,8 @@ def convolve(
     Source: this library.
     """
 
+    layout = ("NDHWC", "DHWIO", "NDHWC") if kernel.ndim == 5 else ("NHWC", "HWIO", "NHWC")
+
     def by_xla(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(
             x,
@@ -76,14 +80,14 @@ def convolve(
             padding,
             lhs_dilation=lhs_dilation,
             rhs_dilation=rhs_dilation,
-            dimension_numbers=dimension_numbers or ("NHWC", "HWIO", "NHWC"),
+            dimension_numbers=dimension_numbers or layout,
             feature_group_count=feature_group_count,
             precision=precision,
             **kwargs,
         )
 
     dilated = any(d != 1 for dilation in (lhs_dilation, rhs_dilation) for d in dilation or ())
-    if kernel.ndim != 4 or dilated or feature_group_count != 1:
+    if kernel.ndim not in (4, 5) or dilated or feature_group_count != 1:
         return by_xla(x, kernel)
     return lax.platform_dependent(
         x, kernel, cpu=lambda x, kernel: _patches_times_kernel(x, kernel, strides, padding), default=by_xla

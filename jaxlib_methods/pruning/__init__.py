@@ -6,6 +6,14 @@ r"""Pruning = a score x a scope x a schedule, giving masks; optax transformation
     params, _ = repair_isometry(params, masks)                        # what is left propagates signals; needs no data
     optimizer = pruned(optax.sgd(0.1, 0.9), masks)
 
+Structured pruning (RANP) removes whole neurons and returns a smaller dense network:
+
+    wiring = trace_wiring(model, example)                              # which channels stand or fall together
+    scores = balance_layers(neuron_importance(loss_fn, params, batch, wiring))
+    scores = reweight_layers(scores, {layer.name: layer.flops for layer in wiring.layers}, strength=11)
+    kept = clean_up_neurons(keep_neurons(scores, sparsity=0.78), wiring, scores)
+    smaller = redraw_weights(remove_neurons(model, kept, wiring), key=key)
+
 A `None` in a tree of scores or masks means that the parameter is never pruned; `prunable` says which are candidates.
 
 BibTeX:
@@ -52,6 +60,13 @@ BibTeX:
   booktitle = {International Conference on Machine Learning},
   year = {2018},
 }
+
+@inproceedings{xu2020ranp,
+  title = {{RANP}: Resource aware neuron pruning at initialization for {3D} {CNNs}},
+  author = {Xu, Zhiwei and Ajanthan, Thalaiyasingam and Vineet, Vibhav and Hartley, Richard},
+  booktitle = {International Conference on 3D Vision},
+  year = {2020},
+}
 """
 
 from jaxlib_methods.pruning._initializers import orthogonal_convolution as orthogonal_convolution
@@ -89,6 +104,39 @@ from jaxlib_methods.pruning._masks import (
 from jaxlib_methods.pruning._masks import (
     unpack_masks as unpack_masks,
 )
+from jaxlib_methods.pruning._neurons import (
+    balance_layers as balance_layers,
+)
+from jaxlib_methods.pruning._neurons import (
+    clean_up_neurons as clean_up_neurons,
+)
+from jaxlib_methods.pruning._neurons import (
+    empty_layers as empty_layers,
+)
+from jaxlib_methods.pruning._neurons import (
+    keep_neurons as keep_neurons,
+)
+from jaxlib_methods.pruning._neurons import (
+    max_sparsity as max_sparsity,
+)
+from jaxlib_methods.pruning._neurons import (
+    neuron_importance as neuron_importance,
+)
+from jaxlib_methods.pruning._neurons import (
+    resource_weights as resource_weights,
+)
+from jaxlib_methods.pruning._neurons import (
+    reweight_layers as reweight_layers,
+)
+from jaxlib_methods.pruning._removal import (
+    neuron_masks as neuron_masks,
+)
+from jaxlib_methods.pruning._removal import (
+    redraw_weights as redraw_weights,
+)
+from jaxlib_methods.pruning._removal import (
+    remove_neurons as remove_neurons,
+)
 from jaxlib_methods.pruning._scores import (
     connection_sensitivity as connection_sensitivity,
 )
@@ -123,36 +171,67 @@ from jaxlib_methods.pruning._signal_propagation import layer_sensitivity as laye
 from jaxlib_methods.pruning._signal_propagation import summarize_spectrum as summarize_spectrum
 from jaxlib_methods.pruning._signal_propagation import uniform_cross_entropy as uniform_cross_entropy
 from jaxlib_methods.pruning._signal_propagation import weight_singular_values as weight_singular_values
+from jaxlib_methods.pruning._wiring import (
+    Cost as Cost,
+)
+from jaxlib_methods.pruning._wiring import (
+    Layer as Layer,
+)
+from jaxlib_methods.pruning._wiring import (
+    Wiring as Wiring,
+)
+from jaxlib_methods.pruning._wiring import (
+    network_costs as network_costs,
+)
+from jaxlib_methods.pruning._wiring import (
+    trace_wiring as trace_wiring,
+)
 
 __all__ = [
+    "Cost",
+    "Layer",
     "LayerSensitivity",
     "MaskState",
     "PrunedState",
     "RepairedIsometry",
     "Sparsity",
     "Spectrum",
+    "Wiring",
     "apply_masks",
+    "balance_layers",
+    "clean_up_neurons",
     "connection_sensitivity",
+    "empty_layers",
     "format_sparsity",
     "gate_gradient",
     "grasp",
     "isometry_loss",
     "iterative_prune",
     "jacobian_singular_values",
+    "keep_neurons",
     "layer_sensitivity",
     "magnitude",
     "mask_updates",
+    "max_sparsity",
+    "network_costs",
+    "neuron_importance",
+    "neuron_masks",
     "orthogonal_convolution",
     "pack_masks",
     "prunable",
     "prune_masks",
     "pruned",
     "random",
+    "redraw_weights",
     "reinitialize",
+    "remove_neurons",
     "repair_isometry",
+    "resource_weights",
+    "reweight_layers",
     "summarize_sparsity",
     "summarize_spectrum",
     "synflow",
+    "trace_wiring",
     "uniform_cross_entropy",
     "unpack_masks",
     "weight_singular_values",

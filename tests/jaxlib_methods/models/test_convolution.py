@@ -33,6 +33,22 @@ def test_equals_the_convolution_of_xla_with_gradients(x64, key, padding, strides
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_equals_the_convolution_of_xla_on_volumes(x64, key):
+    x = jax.random.normal(key, (2, 5, 4, 6, 3), jnp.float64)
+    for padding, strides, window in [
+        ("SAME", (1, 1, 1), (3, 3, 3)),
+        (((1, 1), (0, 1), (2, 0)), (2, 1, 2), (2, 1, 3)),
+    ]:
+        kernel = jax.random.normal(jax.random.key(1), (*window, 3, 4), jnp.float64)
+        layout = ("NDHWC", "DHWIO", "NDHWC")
+        xla = lambda x, k: lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=layout)
+        ours, pull_ours = jax.vjp(lambda x, k: convolve(x, k, strides, padding), x, kernel)
+        theirs, pull_theirs = jax.vjp(xla, x, kernel)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+        for a, b in zip(pull_ours(jnp.cos(ours)), pull_theirs(jnp.cos(ours)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_the_layer_equals_flax(key):
     x = jax.random.normal(key, (2, 8, 8, 4))
     for options in ({}, {"strides": 2}, {"feature_group_count": 2}, {"kernel_dilation": 2}):

@@ -1,0 +1,140 @@
+"""The 3D-UNet of RANP: four resolutions, batch norm, nearest upsampling.
+
+BibTeX:
+@inproceedings{cicek20163d,
+  title = {{3D U-Net}: Learning dense volumetric segmentation from sparse annotation},
+  author = {{\\c{C}}i{\\c{c}}ek, {\\"O}zg{\\"u}n and Abdulkadir, Ahmed and Lienkamp, Soeren S. and Brox, Thomas and
+    Ronneberger, Olaf},
+  booktitle = {Medical Image Computing and Computer-Assisted Intervention},
+  year = {2016},
+}
+
+@inproceedings{xu2020ranp,
+  title = {{RANP}: Resource aware neuron pruning at initialization for {3D} {CNNs}},
+  author = {Xu, Zhiwei and Ajanthan, Thalaiyasingam and Vineet, Vibhav and Hartley, Richard},
+  booktitle = {International Conference on 3D Vision},
+  year = {2020},
+}
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlib_methods.models._convolution import Conv
+
+
+class ConvBlock3D(nnx.Module):
+    """Convolution without bias, batch norm and ReLU (or ReLU6, or none), on volumes (B, D, H, W, C).
+
+    Args:
+      features_in: input channels.
+      features: output channels.
+      window: side of the kernel, or its three sides.
+      strides: three integers, or one for all.
+      groups: of the convolution; as many as channels make it depthwise.
+      padding: as much on all sides as keeps the size (an odd window), or "SAME".
+      activation: "relu", "relu6" or "none".
+      epsilon: of the batch norm.
+      rngs: of the initialisation.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> ConvBlock3D(1, 4, 3, strides=2, rngs=nnx.Rngs(0))(jnp.zeros((1, 4, 4, 4, 1))).shape
+      (1, 2, 2, 2, 4)
+
+    Source: Çiçek, Abdulkadir, Lienkamp, Brox, Ronneberger (MICCAI 2016), arXiv:1606.06650 [cicek20163d].
+    """
+
+    def __init__(
+        self,
+        features_in: int,
+        features: int,
+        window: int | tuple[int, ...] = 3,
+        *,
+        strides: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        padding: str | None = None,
+        activation: str = "relu",
+        epsilon: float = 1e-5,
+        rngs: nnx.Rngs,
+    ):
+        window = (window,) * 3 if isinstance(window, int) else tuple(window)
+        self.conv = Conv(
+            features_in,
+            features,
+            window,
+            strides=strides,
+            padding=[((k - 1) // 2, (k - 1) // 2) for k in window] if padding is None else padding,
+            feature_group_count=groups,
+            use_bias=False,
+            rngs=rngs,
+        )
+        self.bn = nnx.BatchNorm(features, momentum=0.9, epsilon=epsilon, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.bn(self.conv(x))
+        return x if self.activation == "none" else getattr(nnx, self.activation)(x)
+
+
+class UNet3D(nnx.Module):
+    """3D-UNet: an encoder and a decoder of two convolutions at each of four resolutions, joined by concatenations.
+
+    15 convolutions with 2386 output channels at width 64 with 50 classes (ShapeNet), 1173 at width 32 with 5 (BraTS).
+    At a resolution of f channels the first convolution of the encoder has max(f / 2, input channels) and the second f;
+    the decoder reads [encoder, upsampled]. A 1 x 1 x 1 convolution with bias gives the logits.
+
+    Args:
+      num_classes: number of logits of a voxel.
+      channels: of the input.
+      width: channels f at full resolution, doubled three times.
+      rngs: of the initialisation: kernels from a variance-scaling truncated normal (fan-in).
+
+    Raises:
+      ValueError: by a call, if a side of the volume is no multiple of 8.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> net = UNet3D(3, channels=1, width=4, rngs=nnx.Rngs(0))
+      >>> net(jnp.zeros((1, 8, 8, 8, 1))).shape
+      (1, 8, 8, 8, 3)
+
+    Source: Çiçek, Abdulkadir, Lienkamp, Brox, Ronneberger (MICCAI 2016), arXiv:1606.06650 [cicek20163d], in the form of
+    the code of Xu, Ajanthan, Vineet, Hartley (3DV 2020), arXiv:2010.02488 [xu2020ranp].
+    """
+
+    def __init__(self, num_classes: int, *, channels: int = 1, width: int = 64, rngs: nnx.Rngs):
+        widths = [width * 2**stage for stage in range(4)]
+        encoder, decoder = [], []
+        for f in widths:
+            first = max(f // 2, channels)
+            encoder.append(nnx.List([ConvBlock3D(channels, first, rngs=rngs), ConvBlock3D(first, f, rngs=rngs)]))
+            channels = f
+        for f in widths[-2::-1]:
+            decoder.append(nnx.List([ConvBlock3D(f + channels, f, rngs=rngs), ConvBlock3D(f, f, rngs=rngs)]))
+            channels = f
+        self.encoder, self.decoder = nnx.List(encoder), nnx.List(decoder)
+        self.head = Conv(channels, num_classes, (1, 1, 1), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if any(n % 8 for n in x.shape[-4:-1]):
+            raise ValueError(f"the sides of a volume must be multiples of 8, got {x.shape[-4:-1]}; pad it")
+        skipped = []
+        for stage, (first, second) in enumerate(self.encoder):
+            if stage:
+                skipped.append(x)
+                x = nnx.max_pool(x, (2, 2, 2), strides=(2, 2, 2))
+            x = second(first(x))
+        for first, second in self.decoder:
+            x = second(first(jnp.concatenate([skipped.pop(), _upsample(x)], axis=-1)))
+        return self.head(x)
+
+
+def _upsample(x: jax.Array) -> jax.Array:
+    """Every voxel twice along each of the three axes."""
+    b, d, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :, None], (b, d, 2, h, 2, w, 2, c))
+    return x.reshape(b, 2 * d, 2 * h, 2 * w, c)
