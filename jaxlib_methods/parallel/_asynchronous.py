@@ -187,9 +187,11 @@ def asynchronous_pipeline(
                 if data_hook is not None:
                     info = HookInfo(jax.lax.axis_index("stage"), m, done.worked_backward)
                     params = newest(versions, m + 1)
-                    changed, new = data_hook.apply(params, of_hook, info)
-                    changed, of_hook = engine.select(info.active, (changed, new), (params, of_hook))
-                    versions = jax.tree.map(lambda ring, leaf: write(ring, leaf, (m + 1) % depth), versions, changed)
+                    changed, of_hook = engine.select(
+                        info.active, data_hook.apply(params, of_hook, info), (params, of_hook)
+                    )
+                    back = lambda ring, new, old: ring if new is old else write(ring, new, (m + 1) % depth)
+                    versions = jax.tree.map(back, versions, changed, params)
                 updates += done.worked_backward.astype(jnp.int32)
             return (versions, opt_state, traffic, feed, of_hook, grads, updates), done.loss
 

@@ -66,11 +66,13 @@ def value_and_grad(model, stages, inputs, targets, repeats=1):
     return jax.value_and_grad(lambda stages: sequential_loss(model, stages, inputs, targets, repeats))(stages)
 
 
-def run_slots(model, stages, optimizer_of, inputs, targets, *, stash=True, predict_backward=None):
+def run_slots(model, stages, optimizer_of, inputs, targets, *, stash=True, predict_backward=None, cross=None):
     """Asynchronous 1F1B one slot after the other, with queues: trees of the stages after all updates, and losses.
 
     F of micro-batch m on stage j is in slot 2 m + j, B and the stage's update in slot 2 m + 2 P - 1 - j.
+    `cross` are functions of what crosses a boundary forward and backward.
     """
+    over, back = cross or (lambda x: x, lambda x: x)
     P, count = len(stages), len(inputs)
     forward = jax.jit(functools.partial(run_stage, model))
     backward = jax.jit(functools.partial(stage_vjp, model))
@@ -86,14 +88,15 @@ def run_slots(model, stages, optimizer_of, inputs, targets, *, stash=True, predi
                 x = inputs[m] if j == 0 else activations.pop((m, j))
                 kept[m, j] = x, params[j]
                 if j < P - 1:
-                    activations[m, j + 1] = forward(params[j], x)
+                    activations[m, j + 1] = over(forward(params[j], x))
             m, odd = divmod(slot - (2 * P - 1 - j), 2)
             if not odd and 0 <= m < count:
                 x, version = kept.pop((m, j))
                 if not stash:
                     version = params[j] if predict_backward is None else predict_backward(opt_states[j], params[j])
                 target = targets[m] if j == P - 1 else None
-                loss, grads, cotangents[m, j - 1] = backward(version, x, target, cotangents.pop((m, j), None))
+                loss, grads, sent = backward(version, x, target, cotangents.pop((m, j), None))
+                cotangents[m, j - 1] = [back(leaf) for leaf in sent]
                 params[j], opt_states[j] = updates[j](params[j], opt_states[j], grads)
                 losses[m] = losses.get(m, 0) + loss
     return params, np.array([losses[m] for m in range(count)])
