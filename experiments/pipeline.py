@@ -118,9 +118,14 @@ PAPER: dict[str, float] = {}  # its perplexities are of another model and text
 
 
 def prepare(config: Config) -> None:
-    """A single process on a CPU gets as many devices as the mesh needs, unless JAX_NUM_CPU_DEVICES says how many."""
+    """Gives a single process on a CPU the devices of the largest mesh."""
+    fake_devices(max(config.stages) * config.replicas)
+
+
+def fake_devices(count: int) -> None:
+    """A single process on a CPU gets that many devices, unless JAX_NUM_CPU_DEVICES says how many."""
     if "JAX_NUM_CPU_DEVICES" not in os.environ and not jax.distributed.is_initialized():
-        jax.config.update("jax_num_cpu_devices", max(config.stages) * config.replicas)
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -129,7 +134,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     metrics: dict[str, list[float] | float] = {}
     chosen: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for P, method in itertools.product(config.stages, config.methods):
-        run = _Runs(config, model, method, P, workdir / "cases")
+        run = Runs(config, model, method, P, workdir / "cases")
         first = {rate: run(rate, seed=0) for rate in config.learning_rates}
         rate = min(first, key=lambda rate: first[rate].get("validation_loss", math.inf))
         results = [first[rate], *(run(rate, seed) for seed in range(1, config.seeds))]
@@ -181,11 +186,12 @@ class Model:
         return self._evaluate(state)
 
 
-class _Runs:
+class Runs:
     """All runs of one method at one P share one compiled program: the learning rate is an array in the state."""
 
-    def __init__(self, config: Config, model: "Model", method: str, P: int, folder: pathlib.Path):
+    def __init__(self, config: Any, model: Model, method: str, P: int, folder: pathlib.Path):
         self.config, self.model, self.method, self.P, self.folder = config, model, method, P, folder
+        self.synchronous = method in ("gpipe", "full_sync")
         self.per_update = MICROBATCHES if method == "gpipe" else 1
 
     def __call__(self, rate: float, seed: int) -> dict[str, Any]:
@@ -221,7 +227,7 @@ class _Runs:
         )
 
     def _run(self, rate: float, seed: int, case_dir: pathlib.Path) -> dict[str, Any]:
-        config, pipe = self.config, self.pipe
+        config = self.config
         chunk = math.gcd(config.evaluate_every, config.checkpoint_every, config.steps)
         state, history = self._start(rate, seed), []
         label = f"{self.method} P={self.P} lr={rate:g} seed={seed}"
@@ -248,7 +254,7 @@ class _Runs:
                 }
                 bar.update(step, record["loss"], step / record["wall_s"])
                 if step % config.evaluate_every == 0 or step == config.steps:
-                    record |= self.model.evaluate(parallel.join_stages(pipe.stages(state)))
+                    record |= self.evaluate(state)
                     bar.evaluated(step, {name: record[name] for name in ("loss", "validation_loss")})
                 history.append(record)
                 lines(record)
@@ -256,6 +262,10 @@ class _Runs:
                     checkpoints.save(step, state, history)
         curve = [record for record in history if "validation_loss" in record]
         return {"curve": curve, "validation_loss": curve[-1]["validation_loss"], "loss": curve[-1]["loss"]}
+
+    def evaluate(self, state: PyTree) -> dict[str, float]:
+        """What is measured on the newest parameters."""
+        return self.model.evaluate(parallel.join_stages(self.pipe.stages(state)))
 
     def _start(self, rate: float, seed: int) -> PyTree:
         """The state before the first microbatch: every method starts from the parameters of the seed."""
@@ -272,7 +282,7 @@ class _Runs:
         """Trains on microbatches begin..end - 1; their losses, as far as the last stage has them."""
         batch = microbatches(self.model.text.train, self.config, seed, begin, end)
         losses = []
-        size = MICROBATCHES if self.method == "gpipe" else end - begin
+        size = self.per_update if self.synchronous else end - begin
         for at in range(0, end - begin, size):
             part = tuple(array[at : at + size] for array in batch)
             vocabulary = self.model.config.vocab_size
