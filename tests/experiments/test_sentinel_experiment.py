@@ -1,0 +1,54 @@
+"""The SENTINEL experiment: a smoke run, its plans and scores, and what it refuses."""
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import runner, sentinel
+from jaxlib_methods.parallel import Attack
+
+
+def test_smoke_run_leaves_scores_losses_and_figures(tmp_path):
+    with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
+        metrics = runner.run(sentinel, sentinel.Config(**sentinel.SMOKE, seeds=1), tmp_path, smoke=True)["metrics"]
+    assert metrics["F1 sign flip"] == 100 and metrics["bans clean"] == 0
+    assert 5 <= metrics["steps to ban sign flip"] <= 10
+    for name in ("clean", "sign flip", "sign flip unprotected"):
+        assert 3 < metrics[f"validation loss {name}"] < 8
+    for figure in ("losses", "detection"):
+        assert (tmp_path / f"{figure}.png").stat().st_size > 10_000
+
+
+def test_a_plan_has_the_share_of_every_inner_stage_and_scores_are_those_of_workers():
+    config = sentinel.Config(share=0.375)
+    attacks = sentinel.plan(config, "mixed")
+    assert {a.stage for a in attacks} == {1, 2, 3, 4} and len(attacks) == 12
+    assert len({(a.stage, a.replica) for a in attacks}) == 12
+    assert {a.kind for a in attacks} >= {"constant", "random", "scale", "delay"}
+    forward, backward = np.zeros((2, 9, 5, 8), int)
+    forward[6:, 1, 0] = 1  # stage 1, at the seventh step
+    backward[4:, 0, 0] = 1  # stage 1 as well, at the fifth
+    backward[8:, 3, 2] = 1  # stage 4
+    malicious = (Attack("bias", 1, 0), Attack("bias", 2, 5))
+    assert sentinel.scores([forward, backward], malicious) == {
+        "precision": 50.0,
+        "recall": 50.0,
+        "F1": 50.0,
+        "steps to ban": 5.0,
+    }
+    nobody = sentinel.scores([0 * forward, 0 * backward], malicious)
+    assert nobody["F1"] == 0 and nobody["precision"] is None and nobody["steps to ban"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 0.5}, "share must name at least one of 8 replicas and less than half, got 0.5"),
+        ({"layers": 2}, "take 3 layers or more, got 2"),
+        ({"clean_steps": 10}, "clean_steps no less than steps"),
+        ({"votes": 9}, "votes must lie between 1 and the 4 distances"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        sentinel.Config(**options)
