@@ -139,6 +139,7 @@ from jaxlib_methods.parallel._stages import StageModel as StageModel
 from jaxlib_methods.parallel._stages import join_stages as join_stages
 from jaxlib_methods.parallel._stages import sequential_loss as sequential_loss
 from jaxlib_methods.parallel._stages import split_stages as split_stages
+from jaxlib_methods.parallel._subspace import MomentState as MomentState
 from jaxlib_methods.parallel._subspace import Subspace as Subspace
 from jaxlib_methods.parallel._subspace import change_basis as change_basis
 from jaxlib_methods.parallel._subspace import fixed_embedding as fixed_embedding
@@ -176,6 +177,7 @@ __all__ = [
     "HookInfo",
     "Link",
     "Losses",
+    "MomentState",
     "Packed",
     "Payload",
     "Pipeline",

@@ -52,6 +52,16 @@ class Subspace(NamedTuple):
     PE: jax.Array | None = None
 
 
+class MomentState(NamedTuple):
+    """What the sender of gradients sums up between two moves of the subspace.
+
+    Source: this library.
+    """
+
+    Y: jax.Array  # float32 (d, k): sum over the messages of Sigma U
+    count: jax.Array  # int32 []: messages
+
+
 def random_subspace(
     key: jax.Array, *, vocab_size: int, width: int, rank: int, embedding_std: float = 1.0, dtype: str = "float32"
 ) -> Subspace:
@@ -214,7 +224,7 @@ def subspace_codec(subspace: Subspace, dtype: str | None = None, *, activations:
     return Codec(init, encode, decode)
 
 
-def subspace_gradient_codec(subspace: Subspace, dtype: str | None = None) -> Codec:
+def subspace_gradient_codec(subspace: Subspace, dtype: str | None = None, *, track: bool = False) -> Codec:
     """Backward boundaries of a subspace network: G U, without ids; the receiver continues with G P.
 
     The part of G outside of span(U) is legitimately lost: no parameter before the boundary depends on it.
@@ -222,6 +232,7 @@ def subspace_gradient_codec(subspace: Subspace, dtype: str | None = None) -> Cod
     Args:
       subspace: of the network.
       dtype: of the coordinates on the link; None: that of the gradients.
+      track: whether the sender sums up what `grassmann_step` needs; its state is then a `MomentState`.
 
     Returns:
       A codec of any tree of gradients: the leaves (..., d) are coded and others are sent as they are.
@@ -236,7 +247,22 @@ def subspace_gradient_codec(subspace: Subspace, dtype: str | None = None) -> Cod
     Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
     """
     U = subspace.U
-    return linear_codec(lambda G: _times(G, U), lambda C: _times(C, U.T), dtype, width=len(U))
+    codec = linear_codec(lambda G: _times(G, U), lambda C: _times(C, U.T), dtype, width=len(U))
+    if not track:
+        return codec
+
+    def init(G: PyTree) -> MomentState:
+        return MomentState(jnp.zeros(U.shape, _accumulator(U.dtype)), jnp.zeros((), jnp.int32))
+
+    def encode(G: PyTree, state: MomentState) -> tuple[PyTree, MomentState]:
+        coded = [leaf for leaf in jax.tree.leaves(G) if leaf.shape[-1:] == (len(U),)]
+        Y = state.Y + sum(gradient_moment(leaf, U).astype(state.Y.dtype) for leaf in coded)
+        return codec.encode(G, codec.init(G))[0], MomentState(Y, state.count + 1)
+
+    def decode(message: PyTree, state: MomentState) -> tuple[PyTree, MomentState]:
+        return codec.decode(message, codec.init(message))[0], state
+
+    return Codec(init, encode, decode)
 
 
 def subspace_model(
@@ -308,7 +334,7 @@ def grassmann_step(U: jax.Array, Y: jax.Array, step_size: jax.typing.ArrayLike) 
 
     Args:
       U: (d, k), orthonormal columns.
-      Y: Sigma U, (d, k), as `gradient_moment` gives it.
+      Y: Sigma U, (d, k): the Y of a `MomentState`, averaged over messages and stages.
       step_size: eta.
 
     Returns:

@@ -313,6 +313,39 @@ def test_changing_to_a_basis_of_the_same_span_changes_nothing():
     assert float(jnp.max(jnp.abs(apply(params, turned) - before))) > 0.1
 
 
+def test_a_move_of_the_subspace_between_two_steps():
+    """Moments summed up by the codec, the step of U, new coordinates: closer to the gradients, and lossless again."""
+    params = drawn_params(CONFIG)
+    _, blocks, head = split_gpt_params(CONFIG, params)
+    fns = gpt_stages(CONFIG)
+
+    def gradient(subspace, X):
+        loss = lambda X: jnp.sum(jax.nn.log_softmax(fns.head(head, fns.block(blocks[0], X, subspace.U)))[..., 0])
+        return jax.grad(loss)(X)
+
+    codec = parallel.subspace_gradient_codec(SUBSPACE, track=True)
+    C = jnp.asarray(np.random.default_rng(7).normal(size=(3, 2, 7, 5)), jnp.float32)
+    G = jax.jit(jax.vmap(lambda C: gradient(SUBSPACE, parallel.subspace_reconstruct(C, IDS, SUBSPACE))))(C)
+    sender = codec.init([G[0]])
+    for g in G:
+        message, sender = codec.encode([g], sender)
+    received, _ = codec.decode(message, codec.init([G[2]]))
+    np.testing.assert_allclose(received[0], G[2] @ SUBSPACE.U @ SUBSPACE.U.T, atol=1e-5 * float(jnp.max(jnp.abs(G))))
+    Sigma = np.einsum("abni,abnj->ij", G, G) / (3 * 2 * 7)
+    np.testing.assert_allclose(sender.Y / 3, Sigma @ SUBSPACE.U, rtol=1e-3, atol=1e-5 * np.max(np.abs(Sigma)))
+    assert int(sender.count) == 3
+
+    U = parallel.grassmann_step(SUBSPACE.U, sender.Y / 3, 0.1 / np.linalg.norm(Sigma, 2))
+    outside = lambda U: np.trace((np.eye(24) - U @ U.T) @ Sigma)
+    assert outside(U) < 0.98 * outside(SUBSPACE.U)
+    moved = SUBSPACE._replace(U=U)
+    coordinates = trees.mask_tree(params, "^embed/tokens", *(f"^blocks/{i}/.*{PROJECTED}" for i in range(2)))
+    embed, blocks, _ = split_gpt_params(CONFIG, parallel.change_basis(params, SUBSPACE.U, U, coordinates))
+    X = fns.block(blocks[0], fns.embed(embed, IDS, U, parallel.fixed_embedding(IDS, moved)), U)
+    C = parallel.subspace_coordinates(X, IDS, moved)
+    np.testing.assert_allclose(parallel.subspace_reconstruct(C, IDS, moved), X, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------ errors
 
 
