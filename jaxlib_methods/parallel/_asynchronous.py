@@ -69,7 +69,7 @@ def asynchronous_pipeline(
       stages: the trees of the stages from `split_stages`, or their shapes.
       optimizer: of each stage, on its own tree: gradient clipping in its chain acts per stage. Or a function of the
         stage's delay P - 1 - j (int32 scalar, traced) that returns the optimizer; all must have states of one
-        structure. For K micro-batches per update wrap it in `optax.MultiSteps`.
+        structure. For K micro-batches per update give `optax.MultiSteps(it, K).gradient_transformation()`.
       mesh: from `make_mesh`.
       batch: one micro-batch (inputs, targets) of all replicas, or its shapes: arrays (B, ...).
       stash: whether the backward pass uses the weights of the forward pass.

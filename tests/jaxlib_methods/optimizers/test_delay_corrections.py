@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlib_methods import optimizers, trees
 from jaxlib_methods.optimizers import (
     delay_compensation,
     delayed_nesterov,
@@ -146,6 +147,27 @@ def test_no_stash_gives_each_stage_its_momentum_and_learning_rate():
     assert_close(w, {name: p for name, (p, _) in own.items()})
 
 
+@pytest.mark.parametrize("delay", [0, 3])
+@pytest.mark.parametrize(
+    "make", [lambda tau: pipemare(optax.sgd(0.1), tau, 5), lambda tau: no_stash_nesterov(0.1, tau, 4, 5)]
+)
+def test_a_delay_may_be_traced(make, delay):
+    """One program for stages of different delays: the same numbers as with a delay that is known before."""
+
+    def train(tau):
+        w = stream(1)[0]
+        state = make(tau).init(w)
+        for g in stream(6, seed=5):
+            updates, state = make(tau).update(g, state, w)
+            w = optax.apply_updates(w, updates)
+        found = trees.find_states(state, optimizers.DiscrepancyCorrectionState)
+        return (w, discrepancy_corrected(state, w)) if found else (w, w)
+
+    traced, known = jax.jit(train)(jnp.int32(delay)), train(delay)
+    for a, b in zip(traced, known, strict=True):
+        assert_close(a, b)
+
+
 PARAMS = {"first": jnp.zeros(2), "last": jnp.zeros(2)}
 
 
@@ -161,6 +183,7 @@ PARAMS = {"first": jnp.zeros(2), "last": jnp.zeros(2)}
         (lambda: forecast_weights(-1), "tau=-1"),
         (lambda: discrepancy_correction(1, decay=1.0), r"decay must lie in \(0, 1\), got 1.0"),
         (lambda: discrepancy_corrected(optax.sgd(0.1).init(PARAMS), PARAMS), "one discrepancy_correction, found 0"),
+        (lambda: scale_by_delay(jnp.ones(2, jnp.int32)), r"must be an integer scalar, got int32\[2\]"),
         (lambda: no_stash_nesterov(0.1, 4, num_stages=4), "delays up to 3, got 4"),
     ],
 )

@@ -199,6 +199,20 @@ def test_without_stash_stages_differ_in_their_rules(method):
     assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (trained, stashed)), strict=True)) > 1e-4
 
 
+def test_two_microbatches_per_update_are_an_optimizer_around_the_optimizer():
+    P, count = 2, 6
+    model, params = chain(layers=P)
+    stages, (inputs, targets) = split_stages(params, P), tokens(count)
+    every = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.5)), 2)
+    optimizer = every.gradient_transformation()
+    pipe = asynchronous_pipeline(model, stages, optimizer, make_mesh(P), (inputs[0], targets[0]))
+    with jax.numpy_dtype_promotion("standard"):  # optax's accumulation divides a float by an integer
+        trained, losses = train(pipe, stages, inputs, targets)
+        expected, expected_losses = run_slots(model, stages, lambda delay: optimizer, inputs, targets)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
+    assert_trees_close(trained, expected, rtol=1e-5, atol=1e-7)
+
+
 # ------------------------------------------------------------------------------------------------------- the data axis
 
 

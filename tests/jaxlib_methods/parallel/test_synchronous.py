@@ -1,11 +1,12 @@
 """GPipe, 1F1B and circular pipelines against JAX's gradient of the model without a pipeline."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxlib_methods.parallel import make_mesh, shard_batch, split_stages, synchronous_pipeline
+from jaxlib_methods.parallel import StageModel, make_mesh, shard_batch, split_stages, synchronous_pipeline
 from tests.jaxlib_methods.parallel.pipeline_problems import assert_trees_close, chain, tokens, value_and_grad
 
 CASES = [
@@ -42,5 +43,24 @@ def test_loss_and_gradients_are_those_without_a_pipeline(schedule, P, D, M, R, r
     )
     losses, grads = pipe.value_and_grad(pipe.init(stages), *shard_batch(mesh, (inputs, targets), vocab_size=11))
     expected_losses, expected = reference(model, stages, inputs, targets, R)
+    np.testing.assert_allclose(losses.loss, expected_losses, rtol=1e-6)
+    assert_trees_close(pipe.unpack(grads), list(expected), rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "circular"])
+def test_activations_may_be_trees_with_integers(schedule):
+    """Token ids travel with the activations, and every block looks its own table up."""
+    P = 2
+    plain, (table, _, head) = chain()
+    model = StageModel(
+        embed=lambda params, ids: {"x": params[ids], "ids": ids},
+        block=lambda params, tree: tree | {"x": jnp.tanh(tree["x"] + params[tree["ids"]])},
+        head=lambda params, tree, y: plain.head(params, tree["x"], y),
+    )
+    stages = split_stages((table, [table * 2, table * 3], head), P)
+    (inputs, targets), mesh = tokens(3), make_mesh(P)
+    pipe = synchronous_pipeline(model, stages, optax.sgd(0.1), mesh, (inputs[0], targets[0]), 3, schedule=schedule)
+    losses, grads = pipe.value_and_grad(pipe.init(stages), *shard_batch(mesh, (inputs, targets)))
+    expected_losses, expected = reference(model, stages, inputs, targets, 1)
     np.testing.assert_allclose(losses.loss, expected_losses, rtol=1e-6)
     assert_trees_close(pipe.unpack(grads), list(expected), rtol=2e-5, atol=1e-7)
