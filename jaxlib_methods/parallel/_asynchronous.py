@@ -7,6 +7,9 @@ makes version m + 1.
   with weight stashing     B at the version of F, from a ring of the last P versions
   without                  B at the newest version, or at one predicted from it (PipeMare)
 
+In a slot half of the stages make an update. Where replicas average gradients, the collective is outside of the branches
+and all stages take part, so that it carries twice the bytes that are used; a data hook may send less.
+
 P versions are what stage 0 needs, w^(m - P + 1)..w^(m), the newest one included; stage j needs P - j of them, but in
 one program the rings of all stages have one size.
 """
@@ -218,7 +221,7 @@ def asynchronous_pipeline(
     def current(state: AsynchronousState) -> tuple[Packed, Packed, jax.Array]:
         """Newest parameters, optimizer state, micro-batches in flight."""
         state = squeeze(state)
-        made = state.fed - jnp.minimum(state.fed, P - 1 - jax.lax.axis_index("stage"))
+        made = jnp.maximum(state.fed - P + 1 + jax.lax.axis_index("stage") // 2, 0)  # B in slots before 2 fed
         return expand(engine.vary((newest(state.versions, made), state.opt_state, state.fed)))
 
     shard_map = lambda f, inputs, outputs: jax.shard_map(f, mesh=mesh, in_specs=inputs, out_specs=outputs)

@@ -53,10 +53,6 @@ class Program:
     def num_stages(self) -> int:
         return len(self.kind_of)
 
-    def example_of(self, kind: int) -> int:
-        """The number of a stage of that kind."""
-        return self.kind_of.index(kind)
-
     def is_first(self, kind: int) -> bool:
         return self.kind_of[0] == kind
 

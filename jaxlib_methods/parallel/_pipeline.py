@@ -79,6 +79,8 @@ class Pipeline:
     def snapshot(self, state: PyTree) -> Snapshot:
         """The state without stages and replicas, which a pipeline with other numbers of them can `restore`.
 
+        It is that of the first replica, and without the states of hooks.
+
         Raises:
           ValueError: while micro-batches are in flight: `drain` first. To continue on the same mesh with the pipe full,
             save the state itself.

@@ -18,7 +18,14 @@ from jaxlib_methods.optimizers import (
     pipemare,
     stale_params,
 )
-from jaxlib_methods.parallel import StageModel, asynchronous_pipeline, make_mesh, shard_batch, split_stages
+from jaxlib_methods.parallel import (
+    StageModel,
+    asynchronous_pipeline,
+    make_mesh,
+    schedule_table,
+    shard_batch,
+    split_stages,
+)
 from jaxlib_methods.parallel._stages import run_stage, stage_vjp
 from tests.jaxlib_methods.parallel.pipeline_problems import (
     assert_trees_close,
@@ -162,6 +169,9 @@ def test_versions_delays_and_ramp(stash):
     mesh = make_mesh(P)
     pipe = asynchronous_pipeline(model, stages, optimizer, mesh, (inputs[0], inputs[0]), stash=stash)
     state, out = pipe.step(pipe.init(stages), *shard_batch(mesh, (inputs, inputs)))
+    newest = [int(tree["blocks"][0]["v"]) for tree in pipe.stages(state)]
+    table = schedule_table("1f1b", P, count)[: 2 * count]  # the slots so far
+    assert newest == np.asarray(state.updates)[:, 0].tolist() == (table[..., 0] == 2).sum(axis=0).tolist()
     state, last = pipe.drain(state)
     losses = np.concatenate([out.loss, last.loss])[np.concatenate([out.microbatch, last.microbatch]) >= 0]
     forward = np.array([[int(loss) // 64**j % 64 for j in range(P)] for loss in losses])
