@@ -46,17 +46,24 @@ def joined(
         with _last_words():
             _initialize(coordinator_address, num_processes, process_id, start_s or START_S)
             yield
-    except ExperimentError:  # the processes agree on it, and end in order
-        raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        if any(word in reason for word in OF_OTHERS):
-            print(f"error: another process of the run is gone ({reason}); {REMEDY}", file=sys.stderr)
-        else:
+        reason = _loss_of_another(error)
+        if reason is None and isinstance(error, ExperimentError):
+            raise  # the processes agree on it, and end in order
+        if reason is None:
             traceback.print_exc()
+        else:
+            print(f"error: another process of the run is gone ({reason}); {REMEDY}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+def _loss_of_another(error: BaseException) -> str | None:
+    """The line that speaks of it, of the error or of one that it was raised from."""
+    lines = str(error).splitlines()
+    found = next((line[:300] for line in lines if any(word in line for word in OF_OTHERS)), None)
+    return found or (_loss_of_another(error.__cause__) if error.__cause__ else None)
 
 
 def _initialize(address: str | None, num_processes: int | None, process_id: int | None, start_s: int) -> None:

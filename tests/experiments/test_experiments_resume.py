@@ -4,43 +4,25 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
+from tests.experiments import processes
+from tests.experiments.processes import finish, wait_for
+
 EXPERIMENT = pathlib.Path(__file__).parent / "logistic_on_digits.py"
-ROOT = EXPERIMENT.parent.parent.parent
 
 
 def start(workdir, *options, devices=1):
-    """The command line itself, in its own process, with so many fake devices."""
-    command = [sys.executable, "-m", "experiments", "run", str(EXPERIMENT), "--workdir", str(workdir), *options]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-    output = open(workdir.parent / f"{workdir.name}.txt", "ab")  # noqa: SIM115
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-
-
-def finish(*processes):
-    codes = [process.wait(timeout=120) for process in processes]
-    assert codes == [0] * len(codes)
+    return processes.start(EXPERIMENT, workdir, *options, devices=devices)
 
 
 def parameters(workdir, seed=0):
     metrics = json.loads((workdir / f"seed-{seed}" / "metrics.json").read_text())
     return {name: np.frombuffer(bytes.fromhex(bits), np.float32) for name, bits in metrics["bits"].items()}
-
-
-def wait_for(condition, process):
-    for _ in range(6000):
-        if condition():
-            return
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    raise AssertionError("waited a minute")
 
 
 def newest(workdir):
@@ -107,16 +89,10 @@ def test_a_damaged_checkpoint_ends_the_command_with_the_remedy_and_the_remedy_wo
 def test_two_processes_of_two_devices_are_killed_resume_and_equal_one_process(undisturbed, tmp_path):
     workdir = tmp_path / "run"
 
-    def both():
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        cluster = ("--distributed", "--coordinator-address", f"localhost:{port}", "--num-processes", "2")
-        return [start(workdir, *OPTIONS, *cluster, "--process-id", str(i), devices=2) for i in range(2)]
-
-    processes = both()
-    wait_for(lambda: newest(workdir) > 100, processes[0])
-    for process in processes:
+    both = lambda: processes.start_cluster(EXPERIMENT, workdir, *OPTIONS, devices=2)
+    started = both()
+    wait_for(lambda: newest(workdir) > 100, started[0])
+    for process in started:
         process.kill()
         process.wait()
     assert newest(workdir) < 400

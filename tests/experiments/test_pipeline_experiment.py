@@ -1,0 +1,131 @@
+"""The pipeline experiment: a smoke run, its optimizers by delay, and two processes of which one is killed."""
+
+import json
+import math
+import pathlib
+import shutil
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import pipeline, runner
+from jaxlib_methods import optimizers
+from tests.experiments import processes
+
+EXPERIMENT = pathlib.Path(pipeline.__file__)
+
+
+@pytest.fixture
+def optax_promotes():
+    with jax.numpy_dtype_promotion("standard"):  # scale_by_adam needs it
+        yield
+
+
+def test_smoke_run_leaves_losses_by_updates_and_tokens_and_a_figure(tmp_path, optax_promotes):
+    config = pipeline.Config(**pipeline.SMOKE)
+    metrics = runner.run(pipeline, config, tmp_path, smoke=True)["metrics"]
+    lines = {}
+    for method, per_update in (("gpipe", 4), ("nesterov", 1)):
+        assert 2 < metrics[f"validation_loss {method} P=2"] < math.log(256) + 0.5
+        assert metrics[f"diverged {method} P=2"] == 0
+        path = tmp_path / "cases" / f"P2-{method}-lr0.01-seed0" / "log.jsonl"
+        lines[method] = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["updates"] for line in lines[method]] == [8 // per_update, 16 // per_update]
+        assert [line["tokens"] for line in lines[method]] == [8 * 4 * 16, 16 * 4 * 16]
+    # Untrained, both see the same parameters and microbatches.
+    assert lines["gpipe"][0]["loss"] == pytest.approx(lines["nesterov"][0]["loss"], abs=0.2)
+    assert (tmp_path / "pipeline.png").stat().st_size > 10_000
+
+
+def test_microbatches_depend_on_seed_and_number_alone():
+    config = pipeline.Config(**pipeline.SMOKE)
+    tokens = np.arange(1000) % 251
+    inputs, targets = pipeline.microbatches(tokens, config, 3, 4, 9)
+    assert inputs.shape == targets.shape == (5, 4, 16) and inputs.dtype == np.int32
+    np.testing.assert_array_equal((inputs + 1) % 251, targets)
+    np.testing.assert_array_equal(inputs[2:4], pipeline.microbatches(tokens, config, 3, 6, 8)[0])
+    assert not np.array_equal(inputs, pipeline.microbatches(tokens, config, 4, 4, 9)[0])
+
+
+@pytest.mark.parametrize("delay", [0, 1, 3])
+def test_links_of_a_stage_equal_the_library_s_of_a_fixed_delay(delay):
+    params = {"w": jnp.linspace(-1.0, 1.0, 5)}
+    traced = jnp.int32(delay)
+    ours = optax.chain(pipeline.scale_by_delay_of_stage(traced, 4), pipeline.discrepancy_of_stage(traced))
+    theirs = optax.chain(optimizers.scale_by_delay(delay, 4), optimizers.discrepancy_correction(delay))
+    states = [ours.init(params), theirs.init(params)]
+    for t in range(6):
+        grads = {"w": jnp.cos(params["w"] + t)}
+        updates = []
+        for i, optimizer in enumerate((ours, theirs)):
+            update, states[i] = optimizer.update(grads, states[i], params)
+            updates.append(update["w"])
+        np.testing.assert_allclose(*updates, rtol=1e-5, atol=1e-7)
+        params = optax.apply_updates(params, {"w": updates[0]})
+        corrected = [optimizers.discrepancy_corrected(state, params)["w"] for state in states]
+        np.testing.assert_allclose(*corrected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stages": (4, 3)}, "stages must divide the 8 blocks, got 3"),
+        ({"replicas": 3}, "replicas must divide the batch size 4, got 3"),
+        ({"steps": 401}, "steps must be a multiple of gpipe's 4, got 401"),
+        ({"methods": ()}, "methods is empty"),
+        ({"learning_rates": (0.0,)}, "learning_rates must be positive"),
+        ({"clip": -1.0}, "clip must be positive, got -1.0"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.Config(**options)
+
+
+OPTIONS = ("--smoke", "--methods", "nesterov", "--steps", "400", "--evaluate-every", "40", "--checkpoint-every", "40")
+
+
+def losses(workdir):
+    """Every line of the log as (step, training loss), and the validation loss at the end."""
+    case = workdir / "cases" / "P2-nesterov-lr0.01-seed0"
+    lines = [json.loads(line) for line in (case / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(40, 401, 40))
+    final = json.loads((workdir / "result.json").read_text())["metrics"]["validation_loss nesterov P=2"]
+    return [line["loss"] for line in lines] + [final]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_and_its_checkpoint_continues_on_two_processes_and_on_one(tmp_path):
+    """One stage in each of two processes, over gloo; then both stages in a single one."""
+    workdir = tmp_path / "run"
+    saved = lambda: list(workdir.glob("cases/*/checkpoints/[0-9]*"))
+    survivor, victim = processes.start_cluster(EXPERIMENT.stem, workdir, *OPTIONS)
+    processes.wait_for(saved, survivor)
+    victim.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    assert survivor.wait(timeout=60) == 1
+    assert time.monotonic() - killed < 60
+    last = (tmp_path / "run0.txt").read_text().splitlines()[-1]
+    assert last.startswith("error: another process of the run is gone (")
+    assert "start all processes again with the same commands: the run goes on from its last checkpoint" in last
+    assert not (workdir / "result.json").exists()
+
+    alone = tmp_path / "alone"
+    shutil.copytree(workdir, alone)
+    processes.finish(*processes.start_cluster(EXPERIMENT.stem, workdir, *OPTIONS))
+    processes.finish(processes.start(EXPERIMENT.stem, alone, *OPTIONS, devices=2))
+    undisturbed = tmp_path / "undisturbed"
+    config = pipeline.Config(
+        **pipeline.SMOKE | {"methods": ("nesterov",), "steps": 400, "evaluate_every": 40, "checkpoint_every": 40}
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        runner.run(pipeline, config, undisturbed, smoke=True)
+    expected = losses(undisturbed)
+    np.testing.assert_allclose(losses(workdir), expected, rtol=2e-5)
+    np.testing.assert_allclose(losses(alone), expected, rtol=2e-5)
+    assert "2 processes" in json.loads((workdir / "result.json").read_text())["device"]
