@@ -1,6 +1,6 @@
 """How many steps to a validation error, by batch size and sparsity, with everything else tuned anew each time.
 
-Paper: Lee, Ajanthan, Torr, Jaggi, "Understanding the Effects of Data Parallelism and Sparsity on ... Training", ICLR
+Paper: Lee et al., "Understanding the Effects of Data Parallelism and Sparsity on Neural Network Training", ICLR 2021
 
     python -m experiments run parallelism_sparsity                                     # embedded digits: minutes
     python -m experiments run parallelism_sparsity --data-dir DIR --dataset mnist --model simple_cnn --goal-error 0.02 \

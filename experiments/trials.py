@@ -1,7 +1,7 @@
 """Many trainings as one: trials that differ in their metaparameters and seeds, vmapped and spread over the devices.
 
-    program = Program(loss_fn, wrong_fn, optimizer, train, validation, batch_size=32, interval=100, trials=16)
-    state, found = program.run(state, goal_error=0.02, max_steps=40_000, early_stop=True, folder=folder)
+    program = Program(loss_fn, logits_fn, optimizer, train, validation, batch_size=32, interval=100, mesh=mesh)
+    state, status = program.run(start(...), goal_error=0.02, max_steps=40_000, folder=folder)
 
 Every `interval` steps each trial's error on the whole validation set is compared with the goal. The first step at which
 it is reached is the trial's steps-to-result; a loss or logit that is not finite makes it infeasible. A trial that is

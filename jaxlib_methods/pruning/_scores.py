@@ -80,7 +80,8 @@ def connection_sensitivity(
     The sum runs over the whole tree; it changes no order and makes scores comparable between networks. Micro-batches
     and devices average the signed $g$ before the absolute value is taken. The authors score a fresh network
     (variance-scaling weights, zero biases) on one mini-batch of the training set, without augmentation and weight
-    decay, with batch norm in evaluation mode, and then train from another draw of the weights.
+    decay, with batch norm in evaluation mode, and then train from another draw of the weights. Their later studies
+    score the whole training set, in parts of 100, and train the weights that were scored.
 
     Args:
       loss_fn: `(params, batch) -> loss []`, the mean over the batch.
