@@ -83,7 +83,7 @@ def transformable_gpt_params(
         new.append({"block": block, "transforms": {"N1": first, "Q1": eye, "N2": second, "Q2": eye}})
     head = _copy(head)
     _fold_gain(head["norm"], [head["logits"]], rotations[-1])
-    return embed, new, {"head": head, "transforms": {"N": rotations[-1]}}
+    return _copy(embed), new, {"head": head, "transforms": {"N": rotations[-1]}}
 
 
 def _check(config: GPTConfig) -> None:
@@ -185,7 +185,7 @@ def gpt_transform_rules(
 
     Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable]; `entries`: this library.
     """
-    rules = [] if embed is None else [(f"{embed}.*embedding$", (None, ("boundary", first)))]
+    rules = [] if embed is None else [(f"{embed}.*embedding", (None, ("boundary", first)))]
     for index in range(layers):
         i, at = first + index, f"{blocks}{index}/"
         before, middle, after = ("boundary", i), ("middle", i), ("boundary", i + 1)

@@ -43,6 +43,16 @@ BibTeX:
   journal = {arXiv preprint arXiv:2603.03592},
   year = {2026},
 }
+
+@inproceedings{long2025unextractable,
+  title = {Unextractable Protocol Models: Collaborative Training and Inference without Weight Materialization},
+  author = {Long, Alexander and Hewa Koneputugodage, Chamin and Ajanthan, Thalaiyasingam and Zuo, Yan and
+    Avraham, Gil and Shevchenko, Violetta and Mohaghegh Dolatabadi, Hadi and Ramasinghe, Sameera},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2025},
+  eprint = {2605.23464},
+  archivePrefix = {arXiv},
+}
 """
 
 from jaxlib_methods.parallel._asynchronous import AsynchronousState as AsynchronousState
@@ -65,6 +75,7 @@ from jaxlib_methods.parallel._boundary_transforms import draw_transform as draw_
 from jaxlib_methods.parallel._boundary_transforms import draw_transforms as draw_transforms
 from jaxlib_methods.parallel._boundary_transforms import master_copy as master_copy
 from jaxlib_methods.parallel._boundary_transforms import morph as morph
+from jaxlib_methods.parallel._boundary_transforms import morph_snapshot as morph_snapshot
 from jaxlib_methods.parallel._boundary_transforms import transform_momentum as transform_momentum
 from jaxlib_methods.parallel._codecs import Codec as Codec
 from jaxlib_methods.parallel._codecs import DeltaState as DeltaState
@@ -117,6 +128,9 @@ from jaxlib_methods.parallel._message_distances import tukey_fence as tukey_fenc
 from jaxlib_methods.parallel._packing import Packed as Packed
 from jaxlib_methods.parallel._pipeline import Losses as Losses
 from jaxlib_methods.parallel._pipeline import Pipeline as Pipeline
+from jaxlib_methods.parallel._random_transforms import Transform as Transform
+from jaxlib_methods.parallel._random_transforms import draw_transform as draw_transform
+from jaxlib_methods.parallel._random_transforms import draw_transforms as draw_transforms
 from jaxlib_methods.parallel._robust_aggregation import centered_clip as centered_clip
 from jaxlib_methods.parallel._robust_aggregation import coordinate_median as coordinate_median
 from jaxlib_methods.parallel._robust_aggregation import geometric_median as geometric_median
@@ -242,6 +256,7 @@ __all__ = [
     "message_distances",
     "message_summary",
     "morph",
+    "morph_snapshot",
     "multi_krum",
     "outer_sgd",
     "payload_bytes",

@@ -9,54 +9,21 @@ The network computes what it did, while stages that were seen at different times
 needs besides (skip matrices, norms without gain) is in `jaxlib_methods.models`; here are the transforms, the map of any
 tree of parameters and of the optimizer's first moments, and what an attacker can do. Everything runs on the host,
 between steps, in float64.
-
-BibTeX:
-
-@inproceedings{long2025unextractable,
-  title = {Unextractable Protocol Models: Collaborative Training and Inference without Weight Materialization},
-  author = {Long, Alexander and Hewa Koneputugodage, Chamin and Ajanthan, Thalaiyasingam and Zuo, Yan and
-    Avraham, Gil and Shevchenko, Violetta and Mohaghegh Dolatabadi, Hadi and Ramasinghe, Sameera},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-  eprint = {2605.23464},
-  archivePrefix = {arXiv},
-}
-
-@article{mezzadri2007generate,
-  title = {How to Generate Random Matrices from the Classical Compact Groups},
-  author = {Mezzadri, Francesco},
-  journal = {Notices of the American Mathematical Society},
-  volume = {54},
-  number = {5},
-  year = {2007},
-}
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxlib_methods import trees
+from jaxlib_methods.parallel._layout import Snapshot
+from jaxlib_methods.parallel._random_transforms import Transform, transpose
 
 PyTree = Any
 Rules = Sequence[tuple[str, tuple[Hashable, Hashable]]]  # (regex, Sides)
 FIRST_MOMENTS = ("mu", "trace", "momentum", "moment")  # fields of optax's and this library's optimizer states
-
-
-class Transform(NamedTuple):
-    """A matrix T of a boundary with its inverse, float64 on the host.
-
-    Args:
-      matrix: T, (..., d, d).
-      inverse: its inverse.
-
-    Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
-    """
-
-    matrix: np.ndarray
-    inverse: np.ndarray
 
 
 class Sides(NamedTuple):
@@ -71,92 +38,6 @@ class Sides(NamedTuple):
 
     left: Hashable | None = None
     right: Hashable | None = None
-
-
-# ------------------------------------------------------------------------------ the transforms
-
-
-def draw_transform(
-    key: jax.Array,
-    width: int,
-    *,
-    spread: float | int | None = None,
-    scale: float | int = 1.0,
-    batch: Sequence[int] = (),
-) -> Transform:
-    r"""A random transform: uniform on the orthogonal group, or with a bounded condition number.
-
-    Orthogonal: G = QR of a normal matrix, $T = Q\,\mathrm{diag}(\mathrm{sign}(\mathrm{diag} R))$. With a spread,
-    $T = P_1\,\mathrm{diag}(s\,e^{u_i})\,P_2^\top$ with two such matrices and $u_i$ uniform in
-    $[-\epsilon, \epsilon]$: its condition number is at most $e^{2 \epsilon}$.
-
-    Args:
-      key: typed key; it must not be kept.
-      width: d.
-      spread: epsilon; None: orthogonal.
-      scale: s. Alternate s and 1/s, so that the product of many does not grow.
-      batch: leading axes of independent transforms, for stacked layers.
-
-    Returns:
-      The transform, (*batch, d, d).
-
-    Raises:
-      ValueError: for a width below 1, a negative spread, a scale that is not positive or one without a spread.
-
-    Example:
-      >>> T = draw_transform(jax.random.key(0), 8, spread=0.1)
-      >>> bool(np.linalg.cond(T.matrix) <= np.exp(0.2)), bool(np.allclose(T.matrix @ T.inverse, np.eye(8), atol=1e-14))
-      (True, True)
-
-    Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable]; the signs: Mezzadri (2007),
-    arXiv:math-ph/0609050 [mezzadri2007generate].
-    """
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
-    if spread is not None and spread < 0:
-        raise ValueError(f"spread must not be negative, got {spread}; None draws orthogonal transforms")
-    if not scale > 0 or (spread is None and scale != 1):
-        raise ValueError(f"scale must be positive, and needs a spread (0 is one), got {scale} and spread={spread}")
-    random = np.random.default_rng(np.asarray(jax.random.key_data(key)).reshape(-1))
-    first = _haar(random, (*batch, width, width))
-    if spread is None:
-        return Transform(first, _t(first))
-    second = _haar(random, (*batch, width, width))
-    values = scale * np.exp(random.uniform(-spread, spread, (*batch, 1, width)))
-    return Transform((first * values) @ _t(second), (second / values) @ _t(first))
-
-
-def _haar(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    Q, R = np.linalg.qr(random.standard_normal(shape))
-    return Q * np.sign(np.diagonal(R, axis1=-2, axis2=-1))[..., None, :]
-
-
-def _t(a: np.ndarray) -> np.ndarray:
-    return np.swapaxes(a, -1, -2)
-
-
-def draw_transforms(key: jax.Array, names: Iterable[Hashable], width: int, **options: Any) -> dict[Hashable, Transform]:
-    """Independent transforms by name, all of one size; `options` as in `draw_transform`.
-
-    Args:
-      key: typed key.
-      names: of the boundaries, in an order that all processes share.
-      width: d.
-      **options: of `draw_transform`.
-
-    Returns:
-      name -> transform.
-
-    Example:
-      >>> sorted(draw_transforms(jax.random.key(0), ["in", "out"], 4))
-      ['in', 'out']
-
-    Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
-    """
-    return {name: draw_transform(jax.random.fold_in(key, index), width, **options) for index, name in enumerate(names)}
-
-
-# ------------------------------------------------------------------------------ folding
 
 
 def morph(
@@ -186,6 +67,7 @@ def morph(
       ValueError: for a rule that matches nothing, a transform that no rule names, and sizes that do not fit.
 
     Example:
+      >>> from jaxlib_methods.parallel import draw_transform
       >>> T = draw_transform(jax.random.key(0), 3)
       >>> params = {"V": np.ones((2, 3)), "U": np.ones((3, 4))}
       >>> new = morph(params, {"b": T}, [("V", Sides(right="b")), ("U", Sides(left="b"))])
@@ -237,6 +119,7 @@ def transform_momentum(
 
     Example:
       >>> import optax, jax.numpy as jnp
+      >>> from jaxlib_methods.parallel import draw_transform
       >>> params, T = {"V": jnp.ones((2, 3))}, draw_transform(jax.random.key(0), 3)
       >>> tx = optax.trace(0.9)
       >>> _, state = tx.update(params, tx.init(params))
@@ -248,7 +131,7 @@ def transform_momentum(
     """
     if second_moments not in ("error", "keep", "reset"):
         raise ValueError(f"second_moments must be 'error', 'keep' or 'reset', got {second_moments!r}")
-    gradient = lambda T: (_t(T.matrix), _t(T.inverse))
+    gradient = lambda T: (transpose(T.matrix), transpose(T.inverse))
     by_path = {
         tuple(path): (np.shape(leaf), side)
         for (path, leaf), side in zip(
@@ -261,7 +144,7 @@ def transform_momentum(
         factors = _factors(by_path[tuple(path[split:])][1], transforms, gradient) if split else (None, None)
         if all(factor is None for factor in factors):
             new.append(leaf)
-        elif any(_name(entry) in first_moments for entry in path[:split]):
+        elif not set(first_moments).isdisjoint(name for entry in path[:split] for name in _names(entry)):
             new.append(_folded(jax.tree_util.keystr(path), leaf, factors, "float64"))
         elif second_moments == "error":
             raise ValueError(
@@ -282,8 +165,9 @@ def _of_parameter(path: tuple, shape: tuple[int, ...], by_path: dict) -> int | N
     return None
 
 
-def _name(entry: Any) -> Any:
-    return getattr(entry, "name", getattr(entry, "key", None))
+def _names(entry: Any) -> list[str]:
+    """What an entry of a path is called; the keys of a snapshot are whole paths."""
+    return str(getattr(entry, "name", getattr(entry, "key", ""))).split("/")
 
 
 def _sides(params: PyTree, transforms: Mapping[Hashable, Transform], rules: Rules) -> list[Sides]:
@@ -343,6 +227,39 @@ def _product(W: np.ndarray, factors: tuple, precision: str, index: tuple) -> np.
     X = X if left is None else factor(left) @ X
     X = X if right is None else X @ factor(right)
     return (X[..., 0, :] if vector else X).astype(W.dtype)
+
+
+def morph_snapshot(
+    snapshot: Snapshot, transforms: Mapping[Hashable, Transform], rules: Rules, **options: Any
+) -> Snapshot:
+    """Folds transforms into the snapshot of a pipeline: its parameters and its optimizer's first moments.
+
+        state = pipe.restore(morph_snapshot(pipe.snapshot(state), transforms, rules))
+
+    Args:
+      snapshot: of a pipeline; an asynchronous one is drained before.
+      transforms: as for `morph`.
+      rules: as for `morph`, by the paths "embed/...", "blocks/<number>/..." and "head/...".
+      **options: of `transform_momentum`.
+
+    Returns:
+      The snapshot from which the pipeline goes on.
+
+    Raises:
+      ValueError: as `transform_momentum`.
+
+    Example:
+      >>> from jaxlib_methods.parallel import draw_transform
+      >>> T = {"b": draw_transform(jax.random.key(0), 2)}
+      >>> one = Snapshot({"embed/V": np.eye(2)}, {"0/trace": {"embed/V": np.eye(2)}}, {}, np.int32(1))
+      >>> new = morph_snapshot(one, T, [("^embed/V$", Sides(right="b"))])
+      >>> bool(np.allclose(new.params["embed/V"], new.moments["0/trace"]["embed/V"]))  # orthogonal
+      True
+
+    Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
+    """
+    moments = transform_momentum(snapshot.moments, snapshot.params, transforms, rules, **options)
+    return snapshot._replace(params=morph(snapshot.params, transforms, rules), moments=moments)
 
 
 def master_copy(params: PyTree) -> PyTree:

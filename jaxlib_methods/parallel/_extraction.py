@@ -1,7 +1,6 @@
 r"""What an attacker gets who collects the stages of a transformed model over time.
 
-p is his share of the compute, R the replicas, S the stages and T the number of transforms so far. The transforms' own
-file has the BibTeX of their paper in its package.
+p is his share of the compute, R the replicas, S the stages and T the number of transforms so far.
 """
 
 import math
