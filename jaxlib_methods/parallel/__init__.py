@@ -69,10 +69,7 @@ from jaxlib_methods.parallel._attacks import random_sign as random_sign
 from jaxlib_methods.parallel._attacks import random_values as random_values
 from jaxlib_methods.parallel._attacks import tamper as tamper
 from jaxlib_methods.parallel._boundary_transforms import Sides as Sides
-from jaxlib_methods.parallel._boundary_transforms import Transform as Transform
 from jaxlib_methods.parallel._boundary_transforms import cast_like as cast_like
-from jaxlib_methods.parallel._boundary_transforms import draw_transform as draw_transform
-from jaxlib_methods.parallel._boundary_transforms import draw_transforms as draw_transforms
 from jaxlib_methods.parallel._boundary_transforms import master_copy as master_copy
 from jaxlib_methods.parallel._boundary_transforms import morph as morph
 from jaxlib_methods.parallel._boundary_transforms import morph_snapshot as morph_snapshot
