@@ -8,6 +8,7 @@ The loss is the mean over the micro-batches, so loss and gradients are those of 
              scan, and JAX differentiates it, scan, branches, permutations and all
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -68,8 +69,8 @@ def synchronous_pipeline(
       num_microbatches: M.
       schedule: "gpipe", "1f1b" or "circular".
       repeats: R, the rounds of "circular"; the stages must have been split with it.
-      remat: whether stages recompute their activations from their inputs in the backward pass. False is there for
-        "gpipe" and "circular", without hooks, and keeps everything that JAX's differentiation keeps.
+      remat: whether stages recompute their activations from their inputs in the backward pass. False, for "gpipe" and
+        "circular" without hooks, keeps the results of matrix products and recomputes what is elementwise.
       average_gradients: whether the gradients of the replicas are averaged; False leaves them to `data_hook`.
       forward_hook: at the boundaries, on activations; for "gpipe" and "1f1b".
       backward_hook: at the boundaries, on cotangents; for "gpipe" and "1f1b".
@@ -212,10 +213,10 @@ def _circular(
     blocks = layout.params.unpack(first, params)["blocks"]  # every kind has them
     n = len(blocks) // R
     rounds = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks[i::n]) for i in range(n)]
-    keep = jax.checkpoint if remat else lambda function: function
+    # Around the branches and not in them: there the parameters would be kept once per slot.
+    policy = None if remat else jax.checkpoint_policies.dots_saveable
 
     def work(starts: bool, ends: bool) -> Callable[..., tuple[PyTree, jax.Array]]:
-        @keep
         def run(params: Packed, x: PyTree, rounds: list[PyTree], r: jax.Array, m: jax.Array) -> Any:
             inputs, targets = jax.tree.map(lambda leaf: read(leaf, m), batches)
             tree = {"blocks": tuple(jax.tree.map(lambda leaf: read(leaf, r), block) for block in rounds)}
@@ -232,13 +233,17 @@ def _circular(
     kinds = [(False, False), (True, False), (False, True)] if P * R > 1 else [(True, True)]
     branches = [idle, *[work(*kind) for kind in kinds]]
 
+    @functools.partial(jax.checkpoint, policy=policy)
+    def run(index: jax.Array, *operands: Any) -> tuple[PyTree, jax.Array]:
+        return jax.lax.switch(index, branches, *operands)
+
     def slot(x: PyTree, t: jax.Array) -> tuple[PyTree, jax.Array]:
         u = t - stage
         safe = jnp.clip(u, 0, M * R - 1)
         r, m = (safe % (P * R) // P, safe // (P * R) * P + safe % P) if R > 1 else (jnp.zeros_like(safe), safe)
         starts, ends = (stage == 0) & (r == 0), (stage == P - 1) & (r == R - 1)
         index = 1 + jnp.where(starts, 1, 0) + jnp.where(ends, 2, 0) if P * R > 1 else 1
-        x, loss = jax.lax.switch(jnp.where(u == safe, index, 0), branches, params, x, rounds, r, m)
+        x, loss = run(jnp.where(u == safe, index, 0), params, x, rounds, r, m)
         if P > 1:
             pairs = [(j, (j + 1) % P) for j in range(P if R > 1 else P - 1)]
             x = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, "stage", pairs), x)

@@ -64,3 +64,17 @@ def test_activations_may_be_trees_with_integers(schedule):
     expected_losses, expected = reference(model, stages, inputs, targets, 1)
     np.testing.assert_allclose(losses.loss, expected_losses, rtol=1e-6)
     assert_trees_close(pipe.unpack(grads), list(expected), rtol=2e-5, atol=1e-7)
+
+
+def test_what_is_kept_is_not_computed_again():
+    """Matrix products of the program: with recomputation, those of the forward pass stand in it twice."""
+    model, params = chain(layers=2)
+    stages, (inputs, targets), mesh, products = split_stages(params, 2), tokens(2), make_mesh(2), {}
+    for remat in (True, False):
+        pipe = synchronous_pipeline(
+            model, stages, optax.sgd(0.1), mesh, (inputs[0], targets[0]), 2, schedule="circular", remat=remat
+        )
+        lowered = pipe.value_and_grad.lower(pipe.init(stages), *shard_batch(mesh, (inputs, targets)))
+        products[remat] = lowered.as_text().count("stablehlo.dot_general")
+    forward = 1 + 1 + 2  # a block between, a block after the embedding, a block before the head and the head
+    assert products == {True: (1 + 1 + 2) * forward, False: (1 + 2) * forward}
