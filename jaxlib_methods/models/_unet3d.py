@@ -89,11 +89,12 @@ class UNet3D(nnx.Module):
     Args:
       num_classes: number of logits of a voxel.
       channels: of the input.
-      width: channels f at full resolution, doubled three times.
+      width: channels f at full resolution, doubled with every halving.
+      stages: number of resolutions; the paper's is 4.
       rngs: of the initialisation: kernels from a variance-scaling truncated normal (fan-in).
 
     Raises:
-      ValueError: by a call, if a side of the volume is no multiple of 8.
+      ValueError: by a call, if a side of the volume cannot be halved as often as there are resolutions below the first.
 
     Example:
       >>> import jax.numpy as jnp
@@ -106,8 +107,8 @@ class UNet3D(nnx.Module):
     the code of Xu, Ajanthan, Vineet, Hartley (3DV 2020), arXiv:2010.02488 [xu2020ranp].
     """
 
-    def __init__(self, num_classes: int, *, channels: int = 1, width: int = 64, rngs: nnx.Rngs):
-        widths = [width * 2**stage for stage in range(4)]
+    def __init__(self, num_classes: int, *, channels: int = 1, width: int = 64, stages: int = 4, rngs: nnx.Rngs):
+        widths = [width * 2**stage for stage in range(stages)]
         encoder, decoder = [], []
         for f in widths:
             first = max(f // 2, channels)
@@ -120,8 +121,9 @@ class UNet3D(nnx.Module):
         self.head = Conv(channels, num_classes, (1, 1, 1), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if any(n % 8 for n in x.shape[-4:-1]):
-            raise ValueError(f"the sides of a volume must be multiples of 8, got {x.shape[-4:-1]}; pad it")
+        unit = 2 ** len(self.decoder)
+        if any(n % unit for n in x.shape[-4:-1]):
+            raise ValueError(f"the sides of a volume must be multiples of {unit}, got {x.shape[-4:-1]}; pad it")
         skipped = []
         for stage, (first, second) in enumerate(self.encoder):
             if stage:
