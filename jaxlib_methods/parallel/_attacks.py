@@ -292,6 +292,7 @@ def tamper(
     direction: str,
     banned: bool | jax.Array = False,
     verifier: VerifierState | None = None,
+    reduce_axes: Sequence[int] = (0,),
 ) -> tuple[AttackState, jax.Array]:
     """What the worker (stage, replica) sends in the next step in place of x.
 
@@ -307,6 +308,7 @@ def tamper(
       direction: "forward" or "backward".
       banned: whether the worker has been replaced by an honest one.
       verifier: state of the verifier that will test the message, for adaptive attacks.
+      reduce_axes: the verifier's.
 
     Returns:
       (state, the message).
@@ -331,13 +333,19 @@ def tamper(
         active = (t >= first) & jnp.logical_not(banned)
         active &= True if attack.stop is None else t < attack.stop
         active &= (stage == attack.stage) & (replica == attack.replica)
-        sent = jnp.where(active, _tampered(attack, state, x, jax.random.fold_in(key, index), verifier), sent)
+        own = jax.random.fold_in(key, index)
+        sent = jnp.where(active, _tampered(attack, state, x, own, verifier, reduce_axes), sent)
     past = state.past.at[t % length].set(x) if length else state.past
     return AttackState(t + 1, past), sent
 
 
 def _tampered(
-    attack: Attack, state: AttackState, x: jax.Array, key: jax.Array, verifier: VerifierState | None
+    attack: Attack,
+    state: AttackState,
+    x: jax.Array,
+    key: jax.Array,
+    verifier: VerifierState | None,
+    reduce_axes: Sequence[int],
 ) -> jax.Array:
     value = attack.strength
     match attack.kind:
@@ -357,4 +365,4 @@ def _tampered(
             return invisible_noise(x, value)
     if verifier is None:
         raise ValueError("an adaptive attack needs the verifier it adapts to; pass verifier=")
-    return adaptive(key, x, verifier, share=value)
+    return adaptive(key, x, verifier, share=value, reduce_axes=reduce_axes)

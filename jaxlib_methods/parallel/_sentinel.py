@@ -146,6 +146,7 @@ def verification_hook(
             direction=direction,
             banned=banned,
             verifier=verifier,
+            reduce_axes=(0,) if options is None else options.reduce_axes,
         )
         if verifier is not None:
             tainted = weight[0] == 0 if direction == "forward" else weight[0] > 0
@@ -309,6 +310,7 @@ class _Boundaries:
         """Messages (R, B, ...) as they leave a boundary, and the taint of their micro-batches."""
         at = functools.partial(jax.tree.map, lambda leaf: leaf[boundary])
         verifier, key = at(self.verifiers), jax.random.fold_in(self.key, boundary)
+        axes = (0,) if self.options is None else self.options.reduce_axes
         send = lambda attack, x, replica, banned: tamper(
             self.pipeline.attacks,
             attack,
@@ -319,6 +321,7 @@ class _Boundaries:
             direction=self.direction,
             banned=banned,
             verifier=verifier,
+            reduce_axes=axes,
         )
         numbers = jnp.arange(self.pipeline.replicas, dtype=jnp.int32)
         attack, x = jax.vmap(send)(at(self.attacks), x, numbers, banned)
@@ -326,7 +329,6 @@ class _Boundaries:
             accept = jnp.ones(self.pipeline.replicas, bool)
             judged = Judged(x, x, ~accept)
         else:
-            axes = self.options.reduce_axes
             summaries = jax.vmap(lambda message: message_summary(message, axes))(x)
             judged = judge(verifier, summaries, taint, self.options)
         self.seen[boundary] = attack, judged, taint

@@ -102,6 +102,10 @@ def test_an_adaptive_attacker_stays_within_the_fences_and_is_not_found():
     assert 0.3 < share.max() <= 0.9 + 1e-4, share
     _, accept, _ = step(state, jnp.broadcast_to(attack[None], (4, *X.shape)))
     assert accept.all()
+    channels = Verifier(reduce_axes=(0, 1), threshold=0.5)
+    state = init_verifier(channels, 4, X.shape, jax.random.key(0))._replace(reference=jnp.ones((1, 8)))
+    flat = sent("adaptive", verifier=state, reduce_axes=(0, 1))
+    np.testing.assert_array_equal(flat, jnp.broadcast_to(flat[0, 0], X.shape))  # the verifier sees means alone
     with pytest.raises(ValueError, match="adaptive attack needs the verifier"):
         sent("adaptive")
 

@@ -16,6 +16,9 @@ from jaxlib_methods.parallel import (
     VerifiedPipeline,
     Verifier,
     VerifierState,
+    cast_codec,
+    chain_hooks,
+    codec_hook,
     guard_model,
     make_mesh,
     shard_batch,
@@ -63,15 +66,18 @@ def violations(state, direction):
 
 
 def test_the_worker_who_attacks_is_found_and_not_those_behind_him():
-    attack = Attack("scale", stage=2, replica=1, direction="forward", value=-1.0, start=40)
+    attack = Attack("scale", stage=2, replica=1, direction="both", value=-1.0, start=35)
     state, (losses, verdicts, finite) = simulate([attack])
     expected = np.zeros((S - 1, R), int)
     expected[2, 1] = 5
     np.testing.assert_array_equal(violations(state, "forward"), expected)
     np.testing.assert_array_equal(violations(state, "backward"), 0)
     assert state.forward.bans[2, 1] == 1
-    assert verdicts.forward[:40].all() and not verdicts.forward[40:, 2, 1].any()
-    assert (losses[40:, 1] == 0).all() and (losses[:40] > 0).all() and (losses[40:, 0] > 0).all() and finite.all()
+    # After five messages the worker is banned, and an honest one takes the slot. His gradients were tainted already.
+    assert not verdicts.forward[35:40, 2, 1].any() and verdicts.forward.sum() == verdicts.forward.size - 5
+    assert verdicts.backward.all()
+    assert (losses[35:40, 1] == 0).all() and np.delete(losses, np.s_[35:40], axis=0).min() > 0
+    assert losses[35:40, 0].min() > 0 and finite.all()
 
 
 def test_without_the_taint_honest_workers_behind_an_attacker_are_blamed():
@@ -95,18 +101,11 @@ def test_false_gradients_are_found_where_they_are_sent_and_what_is_not_finite_is
     assert finite[:35].all() and not finite[35:].any()
 
 
-def test_banned_workers_are_replaced_and_the_newcomers_behave():
-    attack = Attack("constant", stage=2, replica=1, value=1.0, start=35)
-    _, (_, verdicts, _) = simulate([attack])
-    assert not verdicts.forward[35:40, 2, 1].any() and verdicts.forward[40:].all()
-    assert verdicts.backward.all()  # the forward verdict taints the micro-batch; then the worker is banned
-
-
 # ------------------------------------------------------------------------------ on a mesh
 
 
-def mesh_run(attacks=(), options=OPTIONS, guard=True, steps=36, kind="1f1b"):
-    """Two stages of two blocks each, four replicas: (losses, stages, bans of the receivers by direction)."""
+def mesh_run(attacks=(), options=OPTIONS, guard=True, steps=36, codec=None):
+    """Two stages of two blocks each, four replicas: (losses, parameters of the stages, verifiers)."""
     model, params = chain(layers=4)
     stages, mesh = split_stages(params, 2), make_mesh(2, 4)
     hooks = {}
@@ -115,6 +114,8 @@ def mesh_run(attacks=(), options=OPTIONS, guard=True, steps=36, kind="1f1b"):
             f"{direction}_hook": verification_hook(options, mesh, direction, key=KEY, attacks=attacks)
             for direction in ("forward", "backward")
         }
+        if codec is not None:
+            hooks = {name: chain_hooks(hook, codec_hook(codec)) for name, hook in hooks.items()}
     x, y = tokens(2 * steps, examples=16)
     pipe = synchronous_pipeline(
         guard_model(model) if guard else model, stages, optax.sgd(0.01), mesh, (x[0], y[0]), num_microbatches=2, **hooks
@@ -137,18 +138,18 @@ def test_with_infinite_thresholds_training_is_that_without_verification_to_the_b
     assert_trees_equal(stages, unguarded[1])
 
 
-def test_on_a_mesh_attackers_of_both_directions_are_banned_and_training_goes_on(unguarded):
+def test_on_a_mesh_attackers_of_both_directions_are_banned_and_training_goes_on_also_behind_a_codec(unguarded):
     attacks = [
         Attack("scale", stage=0, replica=2, direction="forward", value=-1.0, start=50),
         Attack("constant", stage=1, replica=0, direction="backward", value=float("nan"), start=52),
     ]
-    losses, stages, states = mesh_run(attacks)
+    losses, stages, states = mesh_run(attacks, codec=cast_codec("bfloat16"))
     bans = [np.asarray(state.bans) for state in states]  # ends x [P, D, R]: the forward boundary's, then the backward's
     assert [b.any() for b in bans] == [False, True, False, True]
     np.testing.assert_array_equal(bans[1][1], np.tile([0, 0, 1, 0], (4, 1)))  # all replicas of stage 1 agree
     np.testing.assert_array_equal(bans[3][0], np.tile([1, 0, 0, 0], (4, 1)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stages))
-    np.testing.assert_allclose(losses[:25], unguarded[0][:25], rtol=1e-6)
+    np.testing.assert_allclose(losses[:25], unguarded[0][:25], rtol=0.01)  # bfloat16
     np.testing.assert_allclose(losses[-2:], unguarded[0][-2:], rtol=0.05)
 
 
