@@ -53,6 +53,13 @@ BibTeX:
   eprint = {2605.23464},
   archivePrefix = {arXiv},
 }
+
+@inproceedings{ramasinghe2025protocol,
+  title = {Subspace Networks: Scaling Decentralized Training with Communication-Efficient Model Parallelism},
+  author = {Ramasinghe, Sameera and Ajanthan, Thalaiyasingam and Avraham, Gil and Zuo, Yan and Long, Alexander},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2025},
+}
 """
 
 from jaxlib_methods.parallel._asynchronous import AsynchronousState as AsynchronousState
@@ -91,6 +98,10 @@ from jaxlib_methods.parallel._collectives import link_bytes as link_bytes
 from jaxlib_methods.parallel._engine import Traffic as Traffic
 from jaxlib_methods.parallel._extraction import estimate_bridge as estimate_bridge
 from jaxlib_methods.parallel._extraction import extraction_probability as extraction_probability
+from jaxlib_methods.parallel._grassmann import MomentState as MomentState
+from jaxlib_methods.parallel._grassmann import change_basis as change_basis
+from jaxlib_methods.parallel._grassmann import gradient_moment as gradient_moment
+from jaxlib_methods.parallel._grassmann import grassmann_step as grassmann_step
 from jaxlib_methods.parallel._hooks import BoundaryHook as BoundaryHook
 from jaxlib_methods.parallel._hooks import DataHook as DataHook
 from jaxlib_methods.parallel._hooks import HookInfo as HookInfo
@@ -150,12 +161,8 @@ from jaxlib_methods.parallel._stages import StageModel as StageModel
 from jaxlib_methods.parallel._stages import join_stages as join_stages
 from jaxlib_methods.parallel._stages import sequential_loss as sequential_loss
 from jaxlib_methods.parallel._stages import split_stages as split_stages
-from jaxlib_methods.parallel._subspace import MomentState as MomentState
 from jaxlib_methods.parallel._subspace import Subspace as Subspace
-from jaxlib_methods.parallel._subspace import change_basis as change_basis
 from jaxlib_methods.parallel._subspace import fixed_embedding as fixed_embedding
-from jaxlib_methods.parallel._subspace import gradient_moment as gradient_moment
-from jaxlib_methods.parallel._subspace import grassmann_step as grassmann_step
 from jaxlib_methods.parallel._subspace import random_subspace as random_subspace
 from jaxlib_methods.parallel._subspace import subspace_codec as subspace_codec
 from jaxlib_methods.parallel._subspace import subspace_coordinates as subspace_coordinates

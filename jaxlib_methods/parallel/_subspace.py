@@ -13,15 +13,6 @@ The models of `jaxlib_methods.models` keep the condition by W = Z U^T (`GPTConfi
 A codec forms C as X U - (T_fixed U)[ids] - PE U, with T_fixed U (V, k) made once: the gather then reads k numbers of a
 token and not d, and nothing of size d is written. Encoding is one pass over X, which leaves nothing to win for a
 kernel that fuses gather, difference and product.
-
-BibTeX:
-
-@inproceedings{ramasinghe2025protocol,
-  title = {Subspace Networks: Scaling Decentralized Training with Communication-Efficient Model Parallelism},
-  author = {Ramasinghe, Sameera and Ajanthan, Thalaiyasingam and Avraham, Gil and Zuo, Yan and Long, Alexander},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-}
 """
 
 from collections.abc import Callable
@@ -31,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.parallel._codecs import Codec, Payload, linear_codec, smallest_unsigned
+from jaxlib_methods.parallel._grassmann import MomentState, accumulator, gradient_moment, orthonormal, product, times
 from jaxlib_methods.parallel._stages import StageModel
 
 PyTree = Any
@@ -41,8 +33,10 @@ class Subspace(NamedTuple):
 
     Args:
       U: (d, k), orthonormal columns.
-      T_fixed: (V, d), the frozen part of the token embedding, or None for none.
+      T_fixed: the frozen part of the token embedding: its rows (V, d), or typed keys (V,) from which each stage draws
+        the rows of the tokens at hand, or None for none.
       PE: (n, d), an additive position encoding for the longest sequence, or None (rotary positions need none).
+      embedding_std: of the rows that are drawn from keys.
 
     Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
     """
@@ -50,20 +44,18 @@ class Subspace(NamedTuple):
     U: jax.Array
     T_fixed: jax.Array | None = None
     PE: jax.Array | None = None
-
-
-class MomentState(NamedTuple):
-    """What the sender of gradients sums up between two moves of the subspace.
-
-    Source: this library.
-    """
-
-    Y: jax.Array  # float32 (d, k): sum over the messages of Sigma U
-    count: jax.Array  # int32 []: messages
+    embedding_std: float | int = 1.0
 
 
 def random_subspace(
-    key: jax.Array, *, vocab_size: int, width: int, rank: int, embedding_std: float = 1.0, dtype: str = "float32"
+    key: jax.Array,
+    *,
+    vocab_size: int,
+    width: int,
+    rank: int,
+    embedding_std: float | int = 1.0,
+    dtype: str = "float32",
+    stored: bool = True,
 ) -> Subspace:
     """U from the QR decomposition of a normal matrix and T_fixed normal: the same on every stage.
 
@@ -74,6 +66,9 @@ def random_subspace(
       rank: k, at most d.
       embedding_std: standard deviation of T_fixed; 1 is the official code's.
       dtype: of T_fixed; "bfloat16" halves its memory, and every stage rounds it alike. U is float32.
+      stored: whether T_fixed is a table, which becomes a constant of the compiled program. False keeps a key for each
+        token, 8 bytes in place of 4 d, and draws the rows of a micro-batch again wherever they are needed: the choice
+        for a large V d. Both give the same rows.
 
     Returns:
       The subspace, without position encoding.
@@ -92,9 +87,9 @@ def random_subspace(
     if not 1 <= rank <= width:
         raise ValueError(f"rank must lie between 1 and the width {width}, got {rank}")
     basis_key, table_key = jax.random.split(key)
-    U = _qf(jax.random.normal(basis_key, (width, rank)))
-    T_fixed = embedding_std * jax.random.normal(table_key, (vocab_size, width))
-    return Subspace(U, T_fixed.astype(dtype))
+    U = orthonormal(jax.random.normal(basis_key, (width, rank)))
+    keys = Subspace(U, jax.random.split(table_key, vocab_size), embedding_std=embedding_std)
+    return keys._replace(T_fixed=_rows(jnp.arange(vocab_size), keys).astype(dtype)) if stored else keys
 
 
 def fixed_embedding(ids: jax.Array, subspace: Subspace) -> jax.Array | None:
@@ -116,7 +111,7 @@ def fixed_embedding(ids: jax.Array, subspace: Subspace) -> jax.Array | None:
 
     Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
     """
-    fixed = None if subspace.T_fixed is None else subspace.T_fixed[ids.astype(jnp.int32)]
+    fixed = None if subspace.T_fixed is None else _rows(ids, subspace)
     if subspace.PE is None:
         return fixed
     n = ids.shape[-1]
@@ -147,7 +142,7 @@ def subspace_coordinates(X: jax.Array, ids: jax.Array, subspace: Subspace) -> ja
     """
     fixed = fixed_embedding(ids, subspace)
     moved = X if fixed is None else X - jax.lax.stop_gradient(fixed).astype(X.dtype)
-    return _times(moved, jax.lax.stop_gradient(subspace.U))
+    return times(moved, jax.lax.stop_gradient(subspace.U))
 
 
 def subspace_reconstruct(C: jax.Array, ids: jax.Array, subspace: Subspace) -> jax.Array:
@@ -165,7 +160,7 @@ def subspace_reconstruct(C: jax.Array, ids: jax.Array, subspace: Subspace) -> ja
 
     Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
     """
-    X, fixed = _times(C, jax.lax.stop_gradient(subspace.U).T), fixed_embedding(ids, subspace)
+    X, fixed = times(C, jax.lax.stop_gradient(subspace.U).T), fixed_embedding(ids, subspace)
     return X if fixed is None else X + jax.lax.stop_gradient(fixed).astype(X.dtype)
 
 
@@ -193,11 +188,14 @@ def subspace_codec(subspace: Subspace, dtype: str | None = None, *, activations:
 
     Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
     """
-    U, T_fixed, PE = subspace
-    ids_dtype = jnp.uint32 if T_fixed is None else smallest_unsigned(len(T_fixed))
-    like = jnp.dtype(activations)
-    project = lambda rows: None if rows is None else _product(rows.astype(like), U)
-    projected = Subspace(jnp.zeros((0, 0)), project(T_fixed), project(PE))  # T_fixed U and PE U, in float32 at least
+    U, like = subspace.U, jnp.dtype(activations)
+    project = lambda rows: product(rows.astype(like), U)
+    ids_dtype, table, PE = jnp.uint32, None, None if subspace.PE is None else project(subspace.PE)
+    if subspace.T_fixed is not None:
+        ids = jnp.arange(len(subspace.T_fixed))
+        ids_dtype = smallest_unsigned(len(ids))
+        table = jax.lax.map(lambda i: project(_rows(i, subspace)), ids, batch_size=1024)
+    projected = Subspace(jnp.zeros((0, 0)), table, PE)  # T_fixed U and PE U, in float32 at least
 
     def init(x: PyTree) -> tuple[()]:
         if not isinstance(x, dict) or not {"x", "ids"} <= x.keys():
@@ -212,7 +210,7 @@ def subspace_codec(subspace: Subspace, dtype: str | None = None, *, activations:
 
     def encode(x: dict[str, Any], state: PyTree) -> tuple[dict[str, Any], PyTree]:
         X, ids = x["x"], x["ids"]
-        C, fixed = _product(X, U), fixed_embedding(ids, projected)
+        C, fixed = product(X, U), fixed_embedding(ids, projected)
         C = C if fixed is None else C - fixed
         coded = Payload({"C": C.astype(dtype or X.dtype)}, X.shape, X.dtype)
         return {**x, "x": coded, "ids": Payload({"ids": ids.astype(ids_dtype)}, ids.shape, ids.dtype)}, state
@@ -247,12 +245,12 @@ def subspace_gradient_codec(subspace: Subspace, dtype: str | None = None, *, tra
     Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
     """
     U = subspace.U
-    codec = linear_codec(lambda G: _times(G, U), lambda C: _times(C, U.T), dtype, width=len(U))
+    codec = linear_codec(lambda G: times(G, U), lambda C: times(C, U.T), dtype, width=len(U))
     if not track:
         return codec
 
     def init(G: PyTree) -> MomentState:
-        return MomentState(jnp.zeros(U.shape, _accumulator(U.dtype)), jnp.zeros((), jnp.int32))
+        return MomentState(jnp.zeros(U.shape, accumulator(U.dtype)), jnp.zeros((), jnp.int32))
 
     def encode(G: PyTree, state: MomentState) -> tuple[PyTree, MomentState]:
         coded = [leaf for leaf in jax.tree.leaves(G) if leaf.shape[-1:] == (len(U),)]
@@ -300,99 +298,11 @@ def subspace_model(
     )
 
 
-# --------------------------------------------------------------- moving the subspace (off in all released code)
-
-
-def gradient_moment(G: jax.Array, U: jax.Array) -> jax.Array:
-    r"""Y = Sigma U for $\Sigma$ = mean over tokens of g^T g, without forming Sigma; average it over a window.
-
-    Args:
-      G: (..., d), gradients of the residual stream before they are coded.
-      U: (d, k).
-
-    Returns:
-      (d, k), in float32 at least.
-
-    Example:
-      >>> gradient_moment(jnp.array([[1.0, 1.0]]), jnp.array([[1.0], [0.0]])).tolist()
-      [[1.0], [1.0]]
-
-    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; as the specification infers it
-    [ramasinghe2025protocol].
-    """
-    g = G.reshape(-1, G.shape[-1])
-    g = g.astype(_accumulator(g.dtype))
-    return _times(g.T, _times(g, U.astype(g.dtype))) / len(g)
-
-
-def grassmann_step(U: jax.Array, Y: jax.Array, step_size: jax.typing.ArrayLike) -> jax.Array:
-    r"""One step of gradient descent on $\operatorname{tr}((I - U U^T) \Sigma)$ over the Grassmann manifold.
-
-    $$D = -2 (I - U U^T) \Sigma U, \qquad U \leftarrow \mathrm{qf}(U - \eta D),$$
-
-    with the Q factor whose R has a positive diagonal. Every eigenspace of Sigma is stationary, the worst one too.
-
-    Args:
-      U: (d, k), orthonormal columns.
-      Y: Sigma U, (d, k): the Y of a `MomentState`, averaged over messages and stages.
-      step_size: eta.
-
-    Returns:
-      The next U. All stages must take it between the same two optimizer steps, with `change_basis`.
-
-    Example:
-      >>> U = jnp.array([[1.0], [0.0]])
-      >>> [round(float(u), 6) for u in grassmann_step(U, jnp.array([[1.0], [1.0]]), 0.1)[:, 0]]
-      [0.980581, 0.196116]
-
-    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; as the specification infers it
-    [ramasinghe2025protocol].
-    """
-    D = -2 * (Y - _times(U, _times(U.T, Y)))
-    return _qf(U - jnp.asarray(step_size, U.dtype) * D)
-
-
-def change_basis(tree: PyTree, U_old: jax.Array, U_new: jax.Array, constrained: PyTree) -> PyTree:
-    """Z (U_old^T U_new) for all coordinates of a tree: parameters, or first moments of an optimizer.
-
-    It is the projection of Z U_old^T onto the new subspace: lossless only where the two span the same.
-
-    Args:
-      tree: parameters, or a tree of the same structure.
-      U_old: (d, k).
-      U_new: (d, k).
-      constrained: bools of that structure: which leaves (..., k) are coordinates. Second moments that are shared by
-        rows stay as they are.
-
-    Returns:
-      The tree.
-
-    Example:
-      >>> U_old, U_new = jnp.eye(2), jnp.array([[0.0, 1.0], [1.0, 0.0]])
-      >>> change_basis({"z": jnp.array([[1.0, 2.0]])}, U_old, U_new, {"z": True})["z"].tolist()
-      [[2.0, 1.0]]
-
-    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; as the specification infers it
-    [ramasinghe2025protocol].
-    """
-    R = _times(U_old.T, U_new)
-    return jax.tree.map(lambda leaf, moves: _times(leaf, R) if moves else leaf, tree, constrained)
-
-
-def _times(a: jax.Array, B: jax.Array) -> jax.Array:
-    return _product(a, B).astype(a.dtype)
-
-
-def _product(a: jax.Array, B: jax.Array) -> jax.Array:
-    """a @ B in float32 at least; in full precision, since a default of bfloat16 or TF32 passes would leave span(U)."""
-    return jnp.matmul(a, B.astype(a.dtype), precision="highest", preferred_element_type=_accumulator(a.dtype))
-
-
-def _qf(A: jax.Array) -> jax.Array:
-    """The Q factor whose R has a positive diagonal."""
-    Q, R = jnp.linalg.qr(A)
-    return Q * jnp.where(jnp.diagonal(R) < 0, -1, 1).astype(A.dtype)[None, :]
-
-
-def _accumulator(dtype: Any) -> Any:
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+def _rows(ids: jax.Array, subspace: Subspace) -> jax.Array:
+    """T_fixed[ids], (..., d)."""
+    rows = subspace.T_fixed[ids.astype(jnp.int32)]
+    if not jnp.issubdtype(rows.dtype, jax.dtypes.prng_key):
+        return rows
+    width = len(subspace.U)
+    drawn = jax.vmap(lambda key: jax.random.normal(key, (width,)))(rows.reshape(-1))
+    return subspace.embedding_std * drawn.reshape(*ids.shape, width)

@@ -108,6 +108,22 @@ def test_the_codec_projects_the_table_once_and_codes_the_same_coordinates(dtype,
     np.testing.assert_allclose(np.asarray(message["x"].arrays["C"], np.float64), expected, atol=tolerance)
 
 
+def test_rows_drawn_from_keys_are_those_of_the_table():
+    draw = functools.partial(
+        parallel.random_subspace, jax.random.key(9), vocab_size=31, width=24, rank=5, embedding_std=0.5
+    )
+    table, keys = draw(), draw(stored=False)
+    assert keys.T_fixed.shape == (31,) and table.T_fixed.shape == (31, 24)
+    assert 0.4 < float(jnp.std(table.T_fixed)) < 0.6
+    np.testing.assert_array_equal(parallel.fixed_embedding(IDS, keys), table.T_fixed[IDS])
+    X = parallel.subspace_reconstruct(jnp.ones((2, 7, 5)), IDS, keys)
+    for subspace in (table, keys):
+        codec, x = parallel.subspace_codec(subspace), {"x": X, "ids": IDS}
+        message, _ = jax.jit(codec.encode)(x, ())
+        np.testing.assert_allclose(message["x"].arrays["C"], 1.0, atol=1e-5)
+        np.testing.assert_allclose(codec.decode(message, ())[0]["x"], X, atol=1e-5)
+
+
 def test_additive_positions_stay_on_their_stage():
     PE = jnp.asarray(np.random.default_rng(1).normal(size=(9, 24)), jnp.float32)
     subspace = SUBSPACE._replace(PE=PE)
