@@ -205,22 +205,25 @@ def _over(name: str, link: parallel.Link, options: Options) -> Iterator[Record]:
             case = Case("pipeline", f"link {name}", implementations, seconds=20.0, min_rounds=5, warm_up=2)
             records = measure(case, options)
             stages = workers(costs=15)
-            sent = {s: workers(schedule=s, count=COUNT)[0]["bytes"] for s in schedules}
+            sent = {s: workers(schedule=s, count=COUNT)[0] for s in schedules}
+    asked = link._replace(latency=2 * link.latency)  # of a sum's messages: gloo's receiver asks for each
     for record in records:
         s = record.implementation
         costs = parallel.StageCosts(
             *([stage[kind] for stage in stages] for kind in ("forward", "backward")),
-            sent[s]["forward"],
-            sent[s]["backward"],
+            sent[s]["bytes"]["forward"],
+            sent[s]["bytes"]["backward"],
             [stage["update"] for stage in stages],
         )
         of_update = 1 if s == "async" else two_processes.M
         predicted = parallel.predict_step(
             costs, link, num_stages=two_processes.P, schedule=s, num_microbatches=of_update, blocking=True
         )
+        sums = sum(parallel.all_reduce_time(size, two_processes.P, asked) for size in sent[s]["summed"])
+        total = predicted.step + (sums / COUNT if s == "async" else sums)
         step_ms = record.median_ms * of_update / COUNT
         options.note(
-            f"link {name}: {s} {step_ms:.1f} ms an update, predicted {predicted.step * 1e3:.1f}, "
-            f"utilisation {predicted.utilisation:.2f}"
+            f"link {name}: {s} {step_ms:.1f} ms an update, predicted {total * 1e3:.1f}, of which the sum of the losses "
+            f"{(total - predicted.step) * 1e3:.1f}; utilisation {predicted.compute / total:.2f}"
         )
     yield from records

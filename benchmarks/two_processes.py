@@ -135,9 +135,11 @@ class _Worker:
         jax.block_until_ready(state)
         self.running[schedule][1] = state
         permutes = [c for c in sent if c.kind == "collective-permute"]
+        across = [c for c in sent if c.kind == "all-reduce" and any(len(group) > 1 for group in c.groups)]
         return {
             "seconds": time.perf_counter() - began,
             "loss": float(losses.loss[-1]),
+            "summed": [c.bytes for c in across],  # of each sum over the stages in a call: the losses
             "bytes": {direction: max((c.bytes for c in permutes if c.groups[0] == pair), default=0)
                       for direction, pair in (("forward", (0, 1)), ("backward", (1, 0)))},
         }  # fmt: skip
