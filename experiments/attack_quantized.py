@@ -16,7 +16,8 @@ numbers, the paper's 15 on CIFAR. As in the paper beta_1 is measured on normalis
 `adversarial_accuracy` is that over all attacked images, in percent at `epsilon`: lower means a stronger attack. A
 network whose adversarial accuracy falls from the plain to the ++ attack only hid its gradients. `vanished` is the share
 of images, in percent, whose input gradient is exactly zero in float32; `logit_gap` the median distance of the two
-largest logits; `singular_value` the mean one of the logits' Jacobian. curves.json has all radii.
+largest logits; `singular_value` the mean one of the logits' Jacobian. curves.json has all radii. `--logit-factor 50`
+multiplies all logits, which changes no prediction: a control in which gradients are hidden on purpose.
 Figure: success by epsilon.
 """
 
@@ -66,6 +67,7 @@ class Config:
     training_steps: int | None = None  # None: the recipe's
     epsilon: float = 0.1  # of the table; added to the radii of the figure
     epsilons: tuple[float, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+    logit_factor: float = 1.0  # multiplies the logits of every network
     l2_factor: float | None = None  # radius of the L2 ball over epsilon; None: the paper's 15, scaled to the images
     steps: int = 20  # of PGD
     restarts: int = 1
@@ -73,7 +75,7 @@ class Config:
     batch_size: int = 250
 
     def __post_init__(self):
-        for name in ("seeds", "steps", "restarts", "images", "batch_size", "epsilon", "l2_factor"):
+        for name in ("seeds", "steps", "restarts", "images", "batch_size", "epsilon", "logit_factor", "l2_factor"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("methods", "attacks"):
@@ -92,7 +94,11 @@ SMOKE = {
 def PAPER(config: Config) -> dict[str, float]:
     """The published numbers that this configuration can be compared with."""
     found = {}
-    if math.isclose(config.epsilon, 8 / 255, rel_tol=1e-3) and config.l2_factor in (None, 15):
+    if (
+        math.isclose(config.epsilon, 8 / 255, rel_tol=1e-3)
+        and config.l2_factor in (None, 15)
+        and config.logit_factor == 1
+    ):
         for method, attacks in PUBLISHED.get(f"{config.dataset}/{config.model}", {}).items():
             for attack, values in attacks.items():
                 for scaling, value in zip(SCALINGS, values, strict=True):
@@ -103,7 +109,6 @@ def PAPER(config: Config) -> dict[str, float]:
 
 def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains or loads the networks, attacks them, draws the figure and returns the accuracies, one per seed."""
-    dataset = data.load(config.dataset, config.data_dir, 0.1)
     training = quantize.Config(
         dataset=config.dataset,
         data_dir=config.data_dir,
@@ -116,8 +121,10 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     folder = workdir / "networks" if config.networks is None else pathlib.Path(config.networks)
     if config.networks is None:
         quantize.train(training, folder)
+        fraction = training.validation_fraction
     else:
-        _check_run(folder, config)
+        fraction = _run_of(folder, config)["validation_fraction"]
+    dataset = data.load(config.dataset, config.data_dir, fraction)  # images are normalised by the training part
     network = quantize.build_network(training, dataset)
     target = _target(config, dataset, network)
     metrics: dict[str, list[float]] = {}
@@ -139,8 +146,8 @@ def _name(method: str, attack: str, scaling: str) -> str:
     return f"adversarial_accuracy {method} {attack}" + ("" if scaling == "plain" else f"++ {scaling}")
 
 
-def _check_run(folder: pathlib.Path, config: Config) -> None:
-    """Raises DataError unless the folder is a quantize run of the same data, model and methods."""
+def _run_of(folder: pathlib.Path, config: Config) -> dict[str, Any]:
+    """The configuration of a quantize run; raises DataError unless it is one with the same data and model."""
     try:
         run = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -148,6 +155,7 @@ def _check_run(folder: pathlib.Path, config: Config) -> None:
     for name in ("dataset", "model"):
         if run.get(name) != getattr(config, name):
             raise DataError(f"{folder} has {name} {run.get(name)!r}, not {getattr(config, name)!r}; give the same")
+    return run
 
 
 class _Target(NamedTuple):
@@ -165,12 +173,12 @@ def _target(config: Config, dataset: data.Dataset, network: quantize.Network) ->
     mean, std = quantize.statistics(dataset)
 
     def of_pixels(trained: Any, images: jax.Array) -> jax.Array:
-        return network.apply(*trained, images * np.float32(largest), False)[0]
+        return config.logit_factor * network.apply(*trained, images * np.float32(largest), False)[0]
 
     def of_normalised(trained: Any, images: jax.Array) -> jax.Array:
         shape = (1,) * (images.ndim - 1) + (-1,)
         mean_, std_ = (np.asarray(value, np.float32).reshape(shape) for value in (mean, std))
-        return network.apply(*trained, images * std_ + mean_, False)[0]
+        return config.logit_factor * network.apply(*trained, images * std_ + mean_, False)[0]
 
     normalise = lambda images: data.standardise(images * np.float32(largest), mean, std)
     split = dataset.test

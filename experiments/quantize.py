@@ -279,13 +279,14 @@ def _task(config: Config, dataset: data.Dataset, network: Network, name: str) ->
         return quantization.project(variables, lattice, beta)
 
     @jax.jit
+    def variables_of(key: jax.Array, params: PyTree) -> PyTree:
+        aux = quantization.init_auxiliary(jax.random.fold_in(key, 1), params, lattice)
+        return quantization.primal_of(aux, lattice) if method.literal else aux
+
     def init(key: jax.Array) -> tuple[PyTree, _ModelState]:
         params, state = network.init(key)
         state = _ModelState(jnp.zeros((), jnp.int32), state)
-        if method is None:
-            return params, state
-        aux = quantization.init_auxiliary(jax.random.fold_in(key, 1), params, lattice)
-        return quantization.primal_of(aux, lattice) if method.literal else aux, state
+        return params if method is None else variables_of(key, params), state
 
     def loss_fn(variables: PyTree, state: _ModelState, batch: data.Split, key: jax.Array):
         del key
@@ -300,10 +301,12 @@ def _task(config: Config, dataset: data.Dataset, network: Network, name: str) ->
         weights = variables if method is None else quantization.quantize(variables, lattice)
         return network.apply(weights, state.batch_norm, images, False)[0]
 
-    evaluators = [training.evaluator(training.classification(logits_fn), dataset.test)]
-    if dataset.validation is not None:
-        validation = training.evaluator(training.classification(logits_fn), dataset.validation, prefix="validation_")
-        evaluators.append(validation)
+    per_example = training.classification(logits_fn)
+    evaluators = [
+        training.evaluator(per_example, split, mesh=network.split.mesh, prefix=prefix)
+        for split, prefix in ((dataset.test, "test_"), (dataset.validation, "validation_"))
+        if split is not None
+    ]
 
     @jax.jit
     def share(variables: PyTree, state: _ModelState) -> jax.Array:
