@@ -15,6 +15,7 @@ gradients cross it coded. What is trained is what such a pipeline computes, on o
     dense           boundaries in float32
     bf16, int8      rounded, int8 with one scale a token
     top_k           the largest entries, as many as fit into the subspace's bytes, with error feedback forwards
+    top_k_plain     the same without error feedback
     unconstrained   the subspace's code for a model that does not keep to it
     subspace        the subspace network, its parameters made equal to the dense ones by a wider MLP; AdamW on Z
     row_shared      the same with the paper's AdamW, one second moment for each row of Z
@@ -43,7 +44,9 @@ from experiments.errors import NonFiniteLossError
 from jaxlib_methods import models, optimizers, parallel, trees
 
 PyTree = Any
-Method = Literal["dense", "bf16", "int8", "top_k", "unconstrained", "subspace", "row_shared", "subspace_long"]
+Method = Literal[
+    "dense", "bf16", "int8", "top_k", "top_k_plain", "unconstrained", "subspace", "row_shared", "subspace_long"
+]
 COORDINATES = r"^embed/tokens|(out|down)/(kernel|bias)$"  # of the constrained blocks
 
 
@@ -199,9 +202,10 @@ class Network(NamedTuple):
 
 def lossy_codecs(method: str, rank: int) -> tuple[parallel.Codec, parallel.Codec]:
     """Forwards and backwards; the gradients' codec of a simulated boundary has no memory."""
-    if method == "top_k":
+    if method in ("top_k", "top_k_plain"):
         k = max(1, (4 * rank + 1) // 5)  # entries of a value and an index, in the bytes of k values and an id
-        return parallel.top_k_codec(k), parallel.top_k_codec(k, error_feedback=False)
+        plain = parallel.top_k_codec(k, error_feedback=False)
+        return plain if method == "top_k_plain" else parallel.top_k_codec(k), plain
     codec = {"bf16": parallel.cast_codec(), "int8": parallel.int8_codec()}.get(method, parallel.identity_codec())
     return codec, codec
 
