@@ -156,8 +156,8 @@ class _Task:
 
         self.model = parallel.StageModel(parts.embed, parts.block, head)
         self.key = jax.random.key(seed)
-        params = nnx.state(models.GPT(gpt, rngs=nnx.Rngs(seed)), nnx.Param)
-        params = jax.tree.map(lambda leaf: leaf, nnx.to_pure_dict(params))
+        init = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(models.GPT(gpt, rngs=nnx.Rngs(key)), nnx.Param)))
+        params = init(self.key)
         self.stages = parallel.split_stages(models.split_gpt_params(gpt, params), gpt.layers)
         self.rows = jnp.asarray(text.training_rows(loaded.train, gpt.block_size))
         self.held_out = jnp.asarray(text.validation_rows(loaded.validation, gpt.block_size, config.validation_windows))

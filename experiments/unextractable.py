@@ -133,9 +133,11 @@ class _Task:
         blocks = range(self.gpt.layers)
         self.names = [("boundary", i) for i in (*blocks, self.gpt.layers)] + [("middle", i) for i in blocks]
 
+    @functools.cache  # noqa: B019 - a task lives as long as its run
     def start(self) -> PyTree:
         """Parameters before training."""
-        params = models.split_gpt_params(self.gpt, nnx.state(models.GPT(self.gpt, rngs=nnx.Rngs(self.key)), nnx.Param))
+        init = lambda key: nnx.to_pure_dict(nnx.state(models.GPT(self.gpt, rngs=nnx.Rngs(key)), nnx.Param))
+        params = models.split_gpt_params(self.gpt, jax.jit(init)(self.key))
         rotations = [
             parallel.draw_transform(jax.random.fold_in(self.key, i), self.gpt.width).matrix
             for i in range(2 * self.gpt.layers + 1)

@@ -52,13 +52,12 @@ def logits(stages, params):
 def build(dtype="float64"):
     """(what the plain model says, stages, parameters), with gains and biases as in a trained model."""
     config = dataclasses.replace(CONFIG, dtype=dtype, param_dtype=dtype)
-    model = GPT(config, rngs=nnx.Rngs(0))
-    state = nnx.state(model, nnx.Param)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))
     ramp = lambda p: jnp.linspace(0.5, 2.0, p.size, dtype=p.dtype) if p.ndim == 1 else p
-    state = jax.tree.map(ramp, state)
-    nnx.update(model, state)
+    init = lambda: jax.tree.map(ramp, nnx.state(GPT(config, rngs=nnx.Rngs(0)), nnx.Param))
+    state, plain = jax.jit(init)(), jax.jit(lambda state: nnx.merge(graph, state)(TOKENS))
     params = transformable_gpt_params(config, split_gpt_params(config, state), rotations(config.width))
-    return model(TOKENS), transformable_gpt_stages(config), params
+    return plain(state), transformable_gpt_stages(config), params
 
 
 def difference(a, b):
