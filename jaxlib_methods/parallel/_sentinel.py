@@ -253,7 +253,8 @@ class VerifiedPipeline(NamedTuple):
           key: typed key of the step, for the attacks.
 
         Returns:
-          (losses (R,), 0 for what was rejected on its way; gradients of the stages, (R, ...) each; state; verdicts).
+          (losses (R,), 0 for what was rejected on its way; gradients of the stages, (R, ...) each, to be averaged or
+          aggregated by a robust rule such as `multi_krum`; state; verdicts).
         """
         S, model = len(stages), guard_model(self.model)
         forward = _Boundaries(self, "forward", state.forward, state.forward_attacks, key)
