@@ -68,7 +68,7 @@ def fgsm(
     Source: Goodfellow, Shlens, Szegedy (ICLR 2015), arXiv:1412.6572; FGSM++ of Gupta, Ajanthan (AAAI 2022),
     arXiv:2003.13511 [goodfellow2015explaining; gupta2022improved].
     """
-    step = jnp.maximum(jnp.asarray(epsilon), jnp.finfo(jnp.float32).tiny)  # epsilon may be 0, a step may not
+    step = jnp.maximum(epsilon, float(jnp.finfo(jnp.float32).tiny))  # epsilon may be 0, a step may not
     return pgd(
         apply,
         params,
@@ -163,8 +163,9 @@ def pgd(
     _check_arrays(images, labels)
     low, high = (-np.inf, np.inf) if bounds is None else bounds
     amount = lambda name, value: _amount(name, value, images, scalar=norm != "linf")
-    epsilon, step_size, floor = amount("epsilon", epsilon), amount("step_size", step_size), amount("", gradient_floor)
-    _check_least("epsilon", epsilon, epsilon >= 0, "of at least 0: it is the radius of a ball")
+    epsilon, step_size = amount("epsilon", epsilon), amount("step_size", step_size)
+    floor = amount("gradient_floor", gradient_floor)
+    _check_least("epsilon", epsilon, epsilon >= 0, "at least 0")
     _check_least("step_size", step_size, step_size > 0, "above 0")
     low, high = (_amount("bounds", value, images, scalar=False) for value in (low, high))
     classes = jax.eval_shape(apply, params, images).shape
