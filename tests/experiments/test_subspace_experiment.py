@@ -40,6 +40,10 @@ def test_steps_ratio_is_read_off_the_curve():
     dense, longer = [curve(3.0, 2.0)] * 2, [curve(4.0, 3.0, 2.5, 1.9), curve(4.0, 3.0, 2.5, 2.1)]
     assert subspace.steps_ratio(dense, longer, 20) == [2.0]
     assert subspace.steps_ratio([], longer, 20) == []
+    published = subspace.Config(preset="llama_small", layers=8, width=1024, heads=8, rank=160)
+    assert subspace.PAPER(published) == {"steps_ratio": pytest.approx(3.12, abs=0.005)} and not subspace.PAPER(
+        subspace.Config()
+    )
 
 
 def test_errors_name_the_option():
