@@ -2,7 +2,7 @@
 
 Cases `step NETWORK batch=B`: projection, loss, gradient and update of one step, all jitted, from the same batch; the
 float step has Adam as well. The LeNets are batch-normalised, as networks with binary weights are trained: without it
-their logits saturate the softmax, and denormal gradients are what is timed. The aim is ratios["float"] >= 0.87, an
+their logits saturate the softmax, and gradients underflow. The aim is ratios["float"] >= 0.87, an
 overhead of at most 15 %. Beside the 28 bytes a weight of a float step's Adam and update, the scalar forms must move 8
 (read x, write w) and the lifted ones 36 with two labels (all of Adam's arrays twice, x once more). A network that uses
 a weight many times, in a convolution or a large batch, hides that; a dense one does not.
