@@ -41,6 +41,7 @@ from flax import nnx
 from experiments import cases, device_data, language_model, text
 from experiments import train as training
 from experiments.checkpoint import Checkpoints
+from experiments.errors import ExperimentError
 from experiments.log import JsonLines
 from experiments.progress import Progress
 from jaxlib_methods import models, optimizers, parallel
@@ -202,7 +203,10 @@ class Runs:
     def pipe(self) -> parallel.Pipeline:
         """The pipeline, from the shapes of the parameters and of a microbatch."""
         config, P = self.config, self.P
-        mesh = parallel.make_mesh(P, config.replicas)
+        try:
+            mesh = parallel.make_mesh(P, config.replicas)
+        except ValueError as error:
+            raise ExperimentError(str(error)) from error
         stages = parallel.split_stages(jax.eval_shape(self.model.init, jax.random.key(0)), P)
         tokens = jax.ShapeDtypeStruct((config.batch_size, self.model.config.block_size), jnp.int32)
         optimizer = make_optimizer(config, self.method, P)

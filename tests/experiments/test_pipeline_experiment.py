@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from experiments import pipeline, runner
+from experiments.errors import ExperimentError
 from jaxlib_methods import optimizers
 from tests.experiments import processes
 
@@ -85,6 +86,12 @@ def test_links_of_a_stage_equal_the_library_s_of_a_fixed_delay(delay):
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         pipeline.Config(**options)
+
+
+def test_too_few_devices_end_the_run_with_a_clear_message(tmp_path):
+    config = pipeline.Config(**pipeline.SMOKE | {"replicas": 8, "batch_size": 8})
+    with pytest.raises(ExperimentError, match="2 stages times 8 replicas need 16 devices, there are 8"):
+        runner.run(pipeline, config, tmp_path, smoke=True)
 
 
 OPTIONS = ("--smoke", "--methods", "nesterov", "--steps", "400", "--evaluate-every", "40", "--checkpoint-every", "40")
