@@ -41,7 +41,8 @@ class ConvBlock3D(nnx.Module):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> ConvBlock3D(1, 4, 3, strides=2, rngs=nnx.Rngs(0))(jnp.zeros((1, 4, 4, 4, 1))).shape
+      >>> block = lambda: ConvBlock3D(1, 4, 3, strides=2, rngs=nnx.Rngs(0))
+      >>> nnx.eval_shape(lambda: block()(jnp.zeros((1, 4, 4, 4, 1)))).shape
       (1, 2, 2, 2, 4)
 
     Source: Çiçek, Abdulkadir, Lienkamp, Brox, Ronneberger (MICCAI 2016), arXiv:1606.06650 [cicek20163d].
@@ -99,8 +100,8 @@ class UNet3D(nnx.Module):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> net = UNet3D(3, channels=1, width=4, rngs=nnx.Rngs(0))
-      >>> net(jnp.zeros((1, 8, 8, 8, 1))).shape
+      >>> net = lambda: UNet3D(3, channels=1, width=4, rngs=nnx.Rngs(0))
+      >>> nnx.eval_shape(lambda: net()(jnp.zeros((1, 8, 8, 8, 1)))).shape
       (1, 8, 8, 8, 3)
 
     Source: Çiçek, Abdulkadir, Lienkamp, Brox, Ronneberger (MICCAI 2016), arXiv:1606.06650 [cicek20163d], in the form of

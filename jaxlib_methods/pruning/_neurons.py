@@ -65,6 +65,7 @@ def neuron_importance(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
+      >>> from jaxlib_methods.pruning import trace_wiring
       >>> net = nnx.Sequential(nnx.Linear(1, 2, use_bias=False, rngs=nnx.Rngs(0)), nnx.Linear(2, 1, rngs=nnx.Rngs(1)))
       >>> graph, params = nnx.split(net)
       >>> x = jnp.array([[1.0], [-1.0]])
@@ -141,7 +142,7 @@ def balance_layers(scores: Scores) -> dict[str, np.ndarray]:
     return {name: s * (max(means.values()) / means[name]) for name, s in wide.items()}
 
 
-def resource_weights(resources: Mapping[str, float]) -> dict[str, float]:
+def resource_weights(resources: Mapping[str, float | int]) -> dict[str, float]:
     r"""How cheap each layer is: $r = \mathrm{softmax}_l(-\tau_l / \max_k \tau_k)$.
 
     The largest weight is at most e times the smallest.
@@ -169,7 +170,9 @@ def resource_weights(resources: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(resources, (weights / weights.sum()).tolist(), strict=True))
 
 
-def reweight_layers(scores: Scores, resources: Mapping[str, float], strength: float) -> dict[str, np.ndarray]:
+def reweight_layers(
+    scores: Scores, resources: Mapping[str, float | int], strength: float | int
+) -> dict[str, np.ndarray]:
     r"""Favours the neurons of cheap layers: $s_u^l (1 + \lambda r_l)$, with $r$ from `resource_weights`.
 
     Args:
@@ -198,7 +201,7 @@ def reweight_layers(scores: Scores, resources: Mapping[str, float], strength: fl
     return {name: np.asarray(s, np.float64) * (1 + strength * r[name]) for name, s in scores.items()}
 
 
-def keep_neurons(scores: Scores, sparsity: float, *, scope: str = "global") -> dict[str, np.ndarray]:
+def keep_neurons(scores: Scores, sparsity: float | int, *, scope: str = "global") -> dict[str, np.ndarray]:
     r"""Keeps the neurons whose score reaches the $n$-th largest, $n = \lfloor N (1 - \kappa) \rfloor$ of $N$.
 
     Ties keep more than $n$. The last layer takes part as well; that it is kept whole is the clean-up's work.
@@ -298,6 +301,7 @@ def clean_up_neurons(
 
     Example:
       >>> from flax import nnx
+      >>> from jaxlib_methods.pruning import trace_wiring
       >>> net = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
       >>> wiring = trace_wiring(net, jax.ShapeDtypeStruct((1, 3), float))
       >>> scores = {"layers/0": [4.0, 1.0, 3.0, 2.0], "layers/2": [0.0, 0.0]}

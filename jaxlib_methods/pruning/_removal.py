@@ -35,6 +35,7 @@ def neuron_masks(params: PyTree, kept: Mapping[str, np.ndarray], wiring: Wiring)
     Example:
       >>> import jax
       >>> from flax import nnx
+      >>> from jaxlib_methods.pruning import trace_wiring
       >>> net = nnx.Sequential(nnx.Linear(1, 2, rngs=nnx.Rngs(0)), nnx.Linear(2, 1, rngs=nnx.Rngs(1)))
       >>> wiring = trace_wiring(net, jax.ShapeDtypeStruct((1, 1), float))
       >>> kept = {"layers/0": np.array([True, False]), "layers/1": np.array([True])}
@@ -78,6 +79,7 @@ def remove_neurons(model: nnx.Module, kept: Mapping[str, np.ndarray], wiring: Wi
     Example:
       >>> import jax
       >>> from flax import nnx
+      >>> from jaxlib_methods.pruning import trace_wiring
       >>> net = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
       >>> wiring = trace_wiring(net, jax.ShapeDtypeStruct((1, 3), float))
       >>> kept = {"layers/0": np.array([True, False, True, False]), "layers/2": np.array([True, True])}
@@ -99,8 +101,8 @@ def remove_neurons(model: nnx.Module, kept: Mapping[str, np.ndarray], wiring: Wi
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 leaf = jax.ShapeDtypeStruct((*leaf.shape[:axis], len(keep), *leaf.shape[axis + 1 :]), leaf.dtype)
             else:
-                leaf = jnp.take(leaf, keep, axis=axis)
-        return leaf
+                leaf = np.take(np.asarray(leaf), keep, axis=axis)  # by NumPy: every shape would be compiled otherwise
+        return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
     small = nnx.merge(graph, jax.tree.map(cut, trees.path_names(state), state))
     groups = {layer.name: (layer.groups, int(np.sum(kept[layer.name])), layer.width) for layer in wiring.layers}
@@ -155,7 +157,9 @@ def _check_runs(small: nnx.Module, wiring: Wiring, others: list[str]) -> None:
         raise ValueError(f"the smaller network's outputs have the shapes {found} instead of {expected}{where}")
 
 
-def redraw_weights(model: nnx.Module, *, key: jax.Array, bias_std: float = 1.0, scale_std: float = 0.02) -> nnx.Module:
+def redraw_weights(
+    model: nnx.Module, *, key: jax.Array, bias_std: float | int = 1.0, scale_std: float | int = 0.02
+) -> nnx.Module:
     """Draws all weights anew as the paper does before it trains the smaller network.
 
     Kernels: Xavier normal; biases of layers: N(0, 1); scales of normalisation: N(1, 0.02), shifts 0; running

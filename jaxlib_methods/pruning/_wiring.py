@@ -249,34 +249,31 @@ def _costs(model: nnx.Module, names: list[str], leaves: list[Any], channels: Cha
     state = nnx.split(model, nnx.Param, ...)[1]
     sizes = {n: math.prod(leaf.shape) for n, leaf in zip(_paths(state), jax.tree.leaves(state), strict=True)}
     norms = {"/".join(map(str, path)) for path, module in nnx.iter_modules(model) if isinstance(module, _NORMS)}
-    rows: dict[tuple[str, str], list[int]] = {}  # (name, kind) -> [flops, memory]
+    rows: dict[str | int, Cost] = {}  # by the name of a module; functions by number
     uses: dict[str, dict[int, int]] = {}  # elements that each leaf of a normalisation has met
     for event in channels.events:
         owners = sorted({_module(names[leaf]) for leaf in event.leaves})
         if isinstance(event, Product):
-            name = owners[0]
-            bias = int(f"{name}/bias" in sizes)
+            name, kind = owners[0], "linear" if event.linear else "convolution"
+            bias = int((f"{name}/bias" if name else "bias") in sizes)
             each = 2 * event.kernel_macs - 1 + bias if event.linear else event.kernel_macs + bias
-            row = rows.setdefault((name, "linear" if event.linear else "convolution"), [0, 0])
-            row[0] += event.elements * each
-            row[1] += event.elements
+            row = rows.get(name, Cost(name, kind, 0, 0, 0))
+            rows[name] = row._replace(flops=row.flops + event.elements * each, memory=row.memory + event.elements)
         elif event.kind == "norm":
-            for name in set(owners) & norms:
+            for name in sorted(set(owners) & norms):
                 use = uses.setdefault(name, {})
-                rows.setdefault((name, "norm"), [0, 0])
                 for leaf in event.leaves:
                     if _module(names[leaf]) == name:
                         use[leaf] = use.get(leaf, 0) + event.elements
+                elements = max(use.values())
+                rows[name] = Cost(name, "norm", 4 * elements, 0, elements)
         else:
             flops = event.elements * (event.window + 1) if event.kind == "mean pool" else 0
-            rows[event.kind, f"{event.kind} {len(rows)}"] = [flops, event.elements]
-    for name, use in uses.items():
-        rows[name, "norm"] = [4 * max(use.values()), max(use.values())]
+            rows[len(rows)] = Cost(event.kind, event.kind, flops, 0, event.elements)
     table = []
-    for (name, kind), (flops, memory) in rows.items():
-        own = [n for n in sizes if _module(n) == name]
-        kind = name if kind.startswith(f"{name} ") else kind
-        table.append(Cost(name, kind, flops, sum(sizes.pop(n) for n in own), memory))
+    for key, row in rows.items():
+        own = [n for n in sizes if _module(n) == key]
+        table.append(row._replace(parameters=sum(sizes.pop(n) for n in own)))
     table += [Cost(name, "other", 0, size, 0) for name, size in sizes.items()]
     total = (sum(row[i] for row in table) for i in (2, 3, 4))
     return (*table, Cost("total", "total", *total))

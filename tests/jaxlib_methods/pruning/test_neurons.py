@@ -81,7 +81,7 @@ class TestResources:
             np.testing.assert_array_equal(s, balanced[name])
 
     def test_worked_example(self):
-        scores, tau = {"1": [1.0, 3.0], "2": [10.0, 30.0]}, {"1": 1.0, "2": 4.0}
+        scores, tau = {"1": [1.0, 3.0], "2": [10.0, 30.0]}, {"1": 1, "2": 4}
         vanilla = keep_neurons(scores, 0.5)
         assert [mask.tolist() for mask in vanilla.values()] == [[False, False], [True, True]]
         r = resource_weights(tau)
