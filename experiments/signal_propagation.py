@@ -87,7 +87,7 @@ SMOKE = {
     "scores": ("snip",),
     "repair_steps": 100,
     "learning_rates": (0.01,),
-    "steps": 60,
+    "steps": 50,
     "spectrum_examples": 10,
 }
 PAPER: dict[str, float] = {}  # no number of its figures is known to the project

@@ -23,8 +23,16 @@ def study():
 def test_smoke_run_leaves_the_law_and_the_constants(tmp_path):
     config = parallelism_sparsity.Config(**parallelism_sparsity.SMOKE)
     result = runner.run(parallelism_sparsity, config, tmp_path, smoke=True)
-    assert {"c1 sgd s=0", "c2 sgd s=0.9", "lipschitz sgd s=0"} <= set(result["metrics"])
+    assert {"c1 sgd s=0.9", "c2 sgd s=0.9", "lipschitz sgd s=0.9"} <= set(result["metrics"])
     assert all(value >= 0 for value in result["metrics"].values())
+    assert (tmp_path / "steps_to_result.png").stat().st_size > 5000
+
+
+def test_a_search_without_success_has_no_law_and_still_a_figure(tmp_path):
+    results = {8: {"steps": None}, 16: {"steps": None}}
+    assert parallelism_sparsity.fit(results) is None and parallelism_sparsity.fit(results | {8: {"steps": 40}}) is None
+    config, of = parallelism_sparsity.Config(batch_sizes=(8, 16)), ("sgd", 0.9)
+    parallelism_sparsity._figures(config, {of: results}, {of: None}, {}, tmp_path)
     assert (tmp_path / "steps_to_result.png").stat().st_size > 5000
 
 
@@ -84,29 +92,30 @@ class TestOptimizers:
 
 
 class TestTrials:
-    def test_pruned_weights_stay_zero_under_every_optimizer(self, study):
-        for kind in ("sgd", "nesterov"):
-            state = study.start(kind, 0.9, slice(0, 4))
-            state = study.program(kind, 32, 4).advance(state, goal_error=-1.0)
-            for i in range(4):
-                kept = [np.asarray(mask[i]) for mask in jax.tree.leaves(state.masks)]
-                values = [np.asarray(leaf[i]) for leaf in jax.tree.leaves(state.params)]
-                assert sum(mask.sum() for mask in kept) == round(0.1 * 50_610)
-                assert all((value[~mask] == 0).all() for value, mask in zip(values, kept, strict=True))
+    def test_pruned_weights_stay_zero_under_momentum(self, study):
+        start = study.start("nesterov", 0.9, slice(0, 4))
+        state = study.program("nesterov", 32, 4).advance(start, goal_error=-1.0)
+        for i in range(4):
+            kept = [np.asarray(mask[i]) for mask in jax.tree.leaves(state.masks)]
+            values, first = ([np.asarray(leaf[i]) for leaf in jax.tree.leaves(s.params)] for s in (state, start))
+            assert sum(mask.sum() for mask in kept) == round(0.1 * 50_610)
+            assert all((value[~mask] == 0).all() for value, mask in zip(values, kept, strict=True))
+            assert any((a != b).any() for a, b in zip(values, first, strict=True))
 
     def test_status(self, study):
-        program = study.program("sgd", 32, 4)
-        state = study.start("sgd", 0.0, slice(0, 4))
+        program = study.program("nesterov", 32, 4)
+        state = study.start("nesterov", 0.0, slice(0, 4))
         run = functools.partial(program.run, max_steps=20, early_stop=False)
         assert run(state, goal_error=1.0)[1].tolist() == [10] * 4
         assert run(state, goal_error=0.0)[1].tolist() == [trials.INCOMPLETE] * 4
-        hyperparams = {"learning_rate": jnp.array([1e3, 0.01, 1e30, 0.01])}
+        rates = jnp.array([1e3, 0.01, 1e30, 0.01])
+        hyperparams = state.opt_state.hyperparams | {"learning_rate": rates, "momentum": jnp.full(4, 0.9)}
         wild = state._replace(opt_state=state.opt_state._replace(hyperparams=hyperparams))
         assert run(wild, goal_error=0.0)[1].tolist() == [trials.INFEASIBLE, trials.INCOMPLETE] * 2
 
     def test_a_finished_trial_changes_no_more(self, study):
-        program = study.program("sgd", 32, 4)
-        state = study.start("sgd", 0.0, slice(0, 4))
+        program = study.program("nesterov", 32, 4)
+        state = study.start("nesterov", 0.0, slice(0, 4))
         state = program.advance(state._replace(status=jnp.array([-1, 5, -2, -1], jnp.int32)), goal_error=-1.0)
         later = program.advance(state, goal_error=-1.0)
         kernels = [s.params["dense1"]["kernel"][...] for s in (state, later)]
@@ -114,23 +123,23 @@ class TestTrials:
         assert moved == [True, False, False, True] and later.status.tolist() == [-1, 5, -2, -1]
 
     def test_together_alone_and_stopped_early_find_the_same(self, study):
-        together = study.search("sgd", 0.9, 32, None)
-        assert together["statuses"] == study.search("sgd", 0.9, 32, None)["statuses"]
+        together = study.search("nesterov", 0.9, 32, None)
+        assert together["statuses"] == study.search("nesterov", 0.9, 32, None)["statuses"]
         assert min(s for s in together["statuses"] if s > 0) == together["steps"]
         for change in ({"trials_at_once": 1}, {"early_stop": True}, {"trials_at_once": 1, "early_stop": True}):
             other = parallelism_sparsity.Study.__new__(parallelism_sparsity.Study)
             other.__dict__ |= study.__dict__ | {"config": parallelism_sparsity.Config(**SMALL | change)}
-            found = other.search("sgd", 0.9, 32, None)
+            found = other.search("nesterov", 0.9, 32, None)
             assert found["steps"] == together["steps"], change
             if "early_stop" not in change:
                 assert found["statuses"] == together["statuses"]
 
     def test_an_interrupted_run_continues_to_the_same_bits(self, study, tmp_path):
-        program = study.program("sgd", 32, 4)
+        program = study.program("nesterov", 32, 4)
         run = functools.partial(program.run, goal_error=0.0, checkpoint_every=10)
-        whole, _ = run(study.start("sgd", 0.9, slice(0, 4)), max_steps=40)
-        run(study.start("sgd", 0.9, slice(0, 4)), max_steps=20, folder=tmp_path)
-        fresh = study.start("sgd", 0.9, slice(0, 4))
+        whole, _ = run(study.start("nesterov", 0.9, slice(0, 4)), max_steps=40)
+        run(study.start("nesterov", 0.9, slice(0, 4)), max_steps=20, folder=tmp_path)
+        fresh = study.start("nesterov", 0.9, slice(0, 4))
         blank = fresh._replace(params=jax.tree.map(jnp.zeros_like, fresh.params))  # only what was saved can be used
         resumed, _ = run(blank, max_steps=40, folder=tmp_path)
         assert int(resumed.step) == 40
@@ -138,7 +147,7 @@ class TestTrials:
 
     def test_the_check_counts_every_example_once(self, study, monkeypatch):
         monkeypatch.setattr(trials, "_EVALUATED_AT_ONCE", 50)  # 144 validation examples: three batches that overlap
-        params = jax.tree.map(lambda x: x[0], study.start("sgd", 0.0, slice(0, 1)).params)
+        params = jax.tree.map(lambda x: x[0], study.start("nesterov", 0.0, slice(0, 1)).params)
         split = study.dataset.validation
         wrong, finite = jax.jit(lambda params: trials._check(study.logits, params, jax.tree.map(jnp.asarray, split)))(
             params

@@ -1,5 +1,6 @@
 """The signal-propagation experiment: its smoke run from end to end, its deep networks, and what it refuses."""
 
+import functools
 import json
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import deep_mlp, runner, signal_propagation
+from experiments import data, deep_mlp, runner, signal_propagation
+from jaxlib_methods import pruning
 
 
 def test_smoke_run_repairs_what_pruning_destroyed(tmp_path):
@@ -26,19 +28,34 @@ def test_smoke_run_repairs_what_pruning_destroyed(tmp_path):
 
 
 def test_stacked_networks_are_their_layers_one_after_the_other(key):
-    sizes = {"depth": 4, "width": 6, "inputs": 9, "outputs": 3, "kind": "orthogonal"}
+    sizes = {"depth": 3, "width": 6, "inputs": 9, "outputs": 3, "kind": "orthogonal"}
     params = deep_mlp.init(key, **sizes, gain=2.0)
     x = jax.random.normal(key, (5, 3, 3))
     h = np.asarray(x).reshape(5, 9)
     layers = deep_mlp.unstack(params)
     for i, layer in enumerate(layers):
         h = h @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
-        if i < 3:
+        if i < 2:
             np.testing.assert_allclose(np.linalg.norm(layer["kernel"], axis=0), 2, rtol=1e-5)
             h = np.tanh(h)
     np.testing.assert_allclose(deep_mlp.apply(params, x, jnp.tanh), h, rtol=1e-4, atol=1e-6)
     same = deep_mlp.stack(layers)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), same, params))
+
+
+def test_unsupervised_pruning_reads_no_labels(key):
+    params = deep_mlp.init(key, depth=3, width=6, inputs=9, outputs=3, kind="orthogonal")
+    logits, same = functools.partial(deep_mlp.apply, activation=jnp.tanh), lambda images: images
+    images, labels = jax.random.normal(key, (20, 9)), jnp.arange(20, dtype=jnp.int32) % 3
+
+    def masks(score, labels):
+        scores = signal_propagation._sensitivity(logits, same, score, params, data.Split(images, labels), 2)
+        return jax.tree.leaves(pruning.prune_masks(scores, 0.7))
+
+    changed = lambda score: any(
+        (a != b).any() for a, b in zip(masks(score, labels), masks(score, 2 - labels), strict=True)
+    )
+    assert changed("snip") and not changed("unsupervised")
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ class TestInitializers:
         assert np.linalg.norm(wide @ wide.T - np.eye(20)) < 1e-5 * 50
 
     def test_a_linear_network_has_ten_singular_values_of_one(self, key):
-        params = pruning.reinitialize(zeros_mlp(784, 100, 100, 100, 100, 100, 10), key)
+        params = pruning.reinitialize(zeros_mlp(784, 100, 100, 10), key)
         assert all(not layer["bias"].any() for layer in params)
         inputs = jax.random.normal(jax.random.key(1), (3, 784))
         s = pruning.jacobian_singular_values(functools.partial(mlp, params), inputs)
@@ -58,7 +58,7 @@ class TestInitializers:
         assert pruning.summarize_spectrum(s).std < 1e-5
         normal = pruning.reinitialize(params, key, "lecun_normal")
         spread = pruning.summarize_spectrum(pruning.jacobian_singular_values(functools.partial(mlp, normal), inputs))
-        assert spread.condition > 3 and spread.std > 0.1
+        assert spread.condition > 1.5 and spread.std > 0.1
 
     @pytest.mark.parametrize(("size", "inputs", "outputs"), [(2, 4, 4), (3, 3, 5)])
     def test_orthogonal_kernels_keep_the_norm_of_any_image(self, key, size, inputs, outputs):
@@ -138,12 +138,16 @@ class TestIsometry:
         masks = {name: jnp.asarray(rng.random(shape) < 0.5) for name, shape in shapes.items()} | {"b": None}
         params["bias"], masks["bias"] = jnp.array([1.0, 2.0]), jnp.array([True, False])
         together = pruning.repair_isometry(params, masks, steps=20)
-        alone = {name: pruning.repair_isometry({name: params[name]}, {name: masks[name]}, steps=20) for name in shapes}
+        losses = 0
         for name in shapes:
-            np.testing.assert_allclose(together.params[name], alone[name].params[name], rtol=1e-3, atol=1e-5)
-            if masks[name] is not None:
-                assert not together.params[name][~masks[name]].any()
-        np.testing.assert_allclose(together.losses, sum(a.losses for a in alone.values()), rtol=1e-5)
+            as_one = lambda tree, name=name: (
+                None if tree[name] is None else tree[name].reshape(-1, tree[name].shape[-1])
+            )
+            alone = pruning.repair_isometry(as_one(params), as_one(masks), steps=20)
+            np.testing.assert_allclose(as_one(together.params), alone.params, rtol=1e-3, atol=1e-5)
+            assert masks[name] is None or not together.params[name][~masks[name]].any()
+            losses = losses + alone.losses
+        np.testing.assert_allclose(together.losses, losses, rtol=1e-5)
         assert together.params["bias"].tolist() == [1, 0]
 
     def test_the_papers_example_of_a_pruned_layer(self):
@@ -192,36 +196,37 @@ class TestIsometry:
 class TestScores:
     def test_accumulation_is_the_mean_of_the_signed_gradients_of_one_pass(self, network):
         params, (x, labels) = network
-        parts = [jax.grad(cross_entropy)(params, (x[i : i + 10], labels[i : i + 10])) for i in range(0, 40, 10)]
+        gradient = jax.jit(jax.grad(cross_entropy))
+        parts = [gradient(params, (x[i : i + 10], labels[i : i + 10])) for i in range(0, 40, 10)]
         mean = jax.tree.map(lambda w, *g: np.abs(np.asarray(w) * np.mean(g, axis=0)), params, *parts)
         total = sum(leaf.sum() for leaf in jax.tree.leaves(mean))
-        scores = pruning.connection_sensitivity(cross_entropy, params, (x, labels), num_microbatches=4)
+        score = functools.partial(pruning.connection_sensitivity, cross_entropy, num_microbatches=4)
+        scores = jax.jit(score)(params, (x, labels))
         for score, expected in zip(jax.tree.leaves(scores), jax.tree.leaves(mean), strict=True):
             np.testing.assert_allclose(score, expected / total, rtol=1e-4, atol=1e-8)
 
     def test_signed_sums_are_conserved_from_layer_to_layer(self, network):
         params, batch = network
         loss = lambda params, batch: -jnp.mean(jax.nn.log_softmax(logits(params, batch[0], jax.nn.relu))[:, 0])
-        sums = [float(layer["kernel"].sum()) for layer in pruning.gate_gradient(loss, params, batch)]
+        signed = jax.jit(functools.partial(pruning.gate_gradient, loss))(params, batch)
+        sums = [float(layer["kernel"].sum()) for layer in signed]
         np.testing.assert_allclose(sums, sums[0], rtol=1e-4)
 
-    def test_unsupervised_pruning_reads_no_labels_and_survives_a_zero_layer(self, network):
-        params, (x, labels) = network
-        loss = lambda params, batch: pruning.uniform_cross_entropy(logits(params, batch[0], jnp.tanh))
-        scores = [pruning.connection_sensitivity(loss, params, (x, l)) for l in (labels, labels[::-1])]
-        masks = [pruning.prune_masks(s, 0.8) for s in scores]
-        assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, masks), strict=True))
+    def test_the_uniform_target_is_that_of_the_divergence_and_survives_a_zero_layer(self, network):
+        params, (x, _) = network
+        loss = lambda params, x: pruning.uniform_cross_entropy(logits(params, x, jnp.tanh))
         z = jax.random.normal(jax.random.key(2), (4, 3))
         kl = lambda z: jnp.mean(jnp.sum(jnp.log(1 / 3 / jax.nn.softmax(z)) / 3, axis=-1))
         np.testing.assert_allclose(pruning.uniform_cross_entropy(z), kl(z) + np.log(3), rtol=1e-5)
         assert not jax.grad(pruning.uniform_cross_entropy)(jnp.zeros((4, 3))).any()
         blind = [*params[:-1], jax.tree.map(jnp.zeros_like, params[-1])]
-        silent = pruning.connection_sensitivity(loss, blind, (x, labels))
-        assert all(not leaf.any() for leaf in jax.tree.leaves(silent))
+        score = jax.jit(functools.partial(pruning.connection_sensitivity, loss))
+        assert all(not leaf.any() for leaf in jax.tree.leaves(score(blind, x)))
+        assert any(leaf.any() for leaf in jax.tree.leaves(score(params, x)))
 
     def test_rows_by_layer(self, network):
         params, batch = network
-        scores = pruning.connection_sensitivity(cross_entropy, params, batch)
+        scores = jax.jit(functools.partial(pruning.connection_sensitivity, cross_entropy))(params, batch)
         rows = pruning.layer_sensitivity(scores)
         assert [row.path for row in rows][:2] == ["0/bias", "0/kernel"] and rows[1].size == 48
         np.testing.assert_allclose(sum(row.share for row in rows), 1, rtol=1e-6)
