@@ -82,16 +82,12 @@ from jaxlib_methods.parallel._boundary_transforms import morph as morph
 from jaxlib_methods.parallel._boundary_transforms import morph_snapshot as morph_snapshot
 from jaxlib_methods.parallel._boundary_transforms import transform_momentum as transform_momentum
 from jaxlib_methods.parallel._codecs import Codec as Codec
-from jaxlib_methods.parallel._codecs import DeltaState as DeltaState
 from jaxlib_methods.parallel._codecs import Payload as Payload
 from jaxlib_methods.parallel._codecs import cast_codec as cast_codec
 from jaxlib_methods.parallel._codecs import codec_hook as codec_hook
 from jaxlib_methods.parallel._codecs import coded_boundary as coded_boundary
-from jaxlib_methods.parallel._codecs import delta_codec as delta_codec
 from jaxlib_methods.parallel._codecs import identity_codec as identity_codec
-from jaxlib_methods.parallel._codecs import int8_codec as int8_codec
 from jaxlib_methods.parallel._codecs import payload_bytes as payload_bytes
-from jaxlib_methods.parallel._codecs import top_k_codec as top_k_codec
 from jaxlib_methods.parallel._collectives import Collective as Collective
 from jaxlib_methods.parallel._collectives import collectives as collectives
 from jaxlib_methods.parallel._collectives import link_bytes as link_bytes
@@ -123,6 +119,10 @@ from jaxlib_methods.parallel._local_sgd import diloco as diloco
 from jaxlib_methods.parallel._local_sgd import fed_avg as fed_avg
 from jaxlib_methods.parallel._local_sgd import outer_sgd as outer_sgd
 from jaxlib_methods.parallel._local_sgd import streaming_diloco as streaming_diloco
+from jaxlib_methods.parallel._lossy_codecs import DeltaState as DeltaState
+from jaxlib_methods.parallel._lossy_codecs import delta_codec as delta_codec
+from jaxlib_methods.parallel._lossy_codecs import int8_codec as int8_codec
+from jaxlib_methods.parallel._lossy_codecs import top_k_codec as top_k_codec
 from jaxlib_methods.parallel._mesh import make_mesh as make_mesh
 from jaxlib_methods.parallel._mesh import shard_batch as shard_batch
 from jaxlib_methods.parallel._mesh import split_microbatches as split_microbatches
