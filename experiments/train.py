@@ -153,8 +153,9 @@ def fit(
             # Chunks end at the same steps whether or not a run was interrupted, so that it runs the same programs.
             ends = (_next(step, steps_per_call), _next(step, evaluate_every), _next(step, checkpoint_every), steps)
             length = min(ends) - step
+            steps_of_chunk = count(length)  # with several processes the guard takes it for an implicit transfer
             with jax.transfer_guard("disallow"):
-                state, summary = run_chunk(state, data, count(length), longest)
+                state, summary = run_chunk(state, data, steps_of_chunk, longest)
             step += length
             if pending:  # read the chunk before this one while the device works on this one
                 keep(finish(pending))
