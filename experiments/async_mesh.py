@@ -94,7 +94,10 @@ class Config(language_model.Options):
         for name in ("learning_rate", "clip", "local_steps", "checkpoint_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        averaging(self, "ema")  # what it refuses is refused here
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], got {self.fraction}")
+        if self.tau < 0:
+            raise ValueError(f"tau must be at least 0, got {self.tau}")
 
     def model(self, vocab_size: int | None = None) -> models.GPTConfig:
         """The decoder's configuration, with its initialisation."""
