@@ -103,7 +103,7 @@ def trace_wiring(model: nnx.Module, *inputs: Any, whole: tuple[str, ...] = ()) -
 
     Source: this library; Xu, Ajanthan, Vineet, Hartley (3DV 2020), arXiv:2010.02488 [xu2020ranp], for the ties.
     """
-    names, leaves, channels, axes, shape = _follow(model, inputs)
+    names, channels, axes, shape = _follow(model, inputs)
     modules = {name: _module(name) for name in names}
     roots = [tuple(channels.roots(axis) for axis in of_leaf) for of_leaf in axes]
     fixed = {int(i) for axis in channels.fixed for i in channels.roots(axis)}
@@ -130,28 +130,15 @@ def trace_wiring(model: nnx.Module, *inputs: Any, whole: tuple[str, ...] = ()) -
     removable = np.array(sorted({int(i) for entry in found.values() for i in entry["out"]} - fixed), np.int64)
     number = np.full(max((int(r.max()) for rs in roots for r in rs if r.size), default=0) + 1, -1)
     number[removable] = np.arange(len(removable))
-    costs = _costs(model, names, leaves, channels)
+    costs = _costs(model, names, channels)
     flops = {row.name: row.flops for row in costs}
     layers = []
     for name, entry in found.items():
-        same = [
-            i
-            for i, n in enumerate(names)
-            if modules[n] == name and len(roots[i]) == 1 and np.array_equal(roots[i][0], entry["out"])
-        ]
-        bias = names[same[0]] if same else None
-        layers.append(
-            Layer(
-                name,
-                names[entry["leaf"]],
-                bias,
-                entry["axis"],
-                number[entry["out"]],
-                entry["groups"],
-                flops[name],
-                entry["memory"],
-            )
-        )
+        out, leaf = entry["out"], entry["leaf"]
+        vectors = [i for i, n in enumerate(names) if modules[n] == name and len(roots[i]) == 1]
+        bias = next((names[i] for i in vectors if np.array_equal(roots[i][0], out)), None)
+        sizes = entry["groups"], flops[name], entry["memory"]
+        layers.append(Layer(name, names[leaf], bias, entry["axis"], number[out], *sizes))
     of_leaves = {name: tuple(number[r] for r in rs) for name, rs in zip(names, roots, strict=True)}
     return Wiring(tuple(layers), of_leaves, len(removable), costs, _shapes(inputs), shape)
 
@@ -180,11 +167,11 @@ def network_costs(model: nnx.Module, *inputs: Any) -> tuple[Cost, ...]:
 
     Source: Xu, Ajanthan, Vineet, Hartley (3DV 2020), arXiv:2010.02488 [xu2020ranp], and the profiler of their code.
     """
-    names, leaves, channels, _, _ = _follow(model, inputs)
-    return _costs(model, names, leaves, channels)
+    names, channels, _, _ = _follow(model, inputs)
+    return _costs(model, names, channels)
 
 
-def _follow(model: nnx.Module, inputs: tuple[Any, ...]) -> tuple[list[str], list[Any], Channels, list, Any]:
+def _follow(model: nnx.Module, inputs: tuple[Any, ...]) -> tuple[list[str], Channels, list, Any]:
     graph, state = nnx.split(model)
     leaves, structure = jax.tree.flatten(state)
     names = jax.tree.leaves(trees.path_names(state))
@@ -195,7 +182,7 @@ def _follow(model: nnx.Module, inputs: tuple[Any, ...]) -> tuple[list[str], list
         return model(*inputs)
 
     channels, axes, shape = follow(forward, _shapes(leaves), _shapes(inputs))
-    return names, leaves, channels, axes, shape
+    return names, channels, axes, shape
 
 
 def _shapes(tree: Any) -> Any:
@@ -238,14 +225,14 @@ def _check(
                 readers = others - {owners[i]} - {""}
                 shared = f", which {', '.join(sorted(readers))} share" if readers else ""
                 raise ValueError(f"layer {owners[i]!r} cannot lose channels{shared}: {reason}; {remedy}")
-    read = {int(i) for product in channels.products if isinstance(product.inputs, np.ndarray) for i in
-            channels.roots(product.inputs)}  # fmt: skip
+    inputs = [product.inputs for product in channels.products if isinstance(product.inputs, np.ndarray)]
+    read = {int(i) for axis in inputs for i in channels.roots(axis)}
     for i, name in owners.items():
         if i not in read and i not in fixed:
             raise ValueError(f"layer {name!r} cannot lose channels: no layer reads them; {remedy}")
 
 
-def _costs(model: nnx.Module, names: list[str], leaves: list[Any], channels: Channels) -> tuple[Cost, ...]:
+def _costs(model: nnx.Module, names: list[str], channels: Channels) -> tuple[Cost, ...]:
     state = nnx.split(model, nnx.Param, ...)[1]
     sizes = {n: math.prod(leaf.shape) for n, leaf in zip(_paths(state), jax.tree.leaves(state), strict=True)}
     norms = {"/".join(map(str, path)) for path, module in nnx.iter_modules(model) if isinstance(module, _NORMS)}
