@@ -4,7 +4,8 @@ Taint travels in band. The activations of a guarded model are (x, weight): the w
 verifier that rejects the activations of a micro-batch sets it to 0, which the head multiplies the loss with and hands
 back, as 1 - weight, in the cotangent of the weight. So the verifiers of both directions know what follows of a rejected
 message, whatever schedule the pipeline runs and however it takes gradients. Attacks touch x alone: verifiers talk to
-verifiers.
+verifiers. Going back, 1 says that the micro-batch was dropped: its gradient is 0, and verifiers hand on 0 whatever they
+receive, or else a second malicious worker could use what nobody tests; 1/2 says that a gradient has been rejected.
 """
 
 import functools
@@ -156,7 +157,9 @@ def verification_hook(
             verifier, accept = verify_summaries(verifier, *gathered, options)
             accept = accept[replica]
             x = jnp.where(accept, x, expand_reference(reference, x.shape, options.reduce_axes).astype(x.dtype))
-            weight = jnp.where(accept, weight, 0.0 if direction == "forward" else 1.0)
+            if direction == "backward":
+                x = jnp.where(weight[0] == 1, jnp.zeros_like(x), x)
+            weight = jnp.where(accept, weight, 0.0 if direction == "forward" else jnp.maximum(weight, 0.5))
         return jax.tree.unflatten(jax.tree.structure(message), [x, weight]), (verifier, attack)
 
     return BoundaryHook(init, send, receive)
@@ -272,7 +275,8 @@ class VerifiedPipeline(NamedTuple):
         for s in reversed(range(S - 1)):
             g, weight = cotangent
             g, taint = backward.cross(s, s + 1, g, weight[:, 0] > 0, banned[s + 1])
-            weight = jnp.where(taint[:, None], jnp.float32(1), weight)
+            g = jnp.where((weight[:, 0] == 1).reshape(-1, *(1,) * (g.ndim - 1)), jnp.zeros_like(g), g)
+            weight = jnp.where(taint[:, None], jnp.maximum(weight, 0.5), weight)
             _, gradient, cotangent = vjp(stages[s])(kept[s], targets, [g, weight])
             gradients.append(gradient)
         verdicts = Verdicts(forward.accepted(), backward.accepted())

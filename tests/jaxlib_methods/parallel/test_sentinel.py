@@ -42,7 +42,7 @@ def run(pipeline, state, stages, inputs, targets, start):
         x, y, t = step
         losses, gradients, state, verdicts = pipeline.value_and_grad(stages, x, y, state, jax.random.fold_in(KEY, t))
         finite = jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradients)])
-        return state, (losses, verdicts, jnp.all(finite))
+        return state, (losses, verdicts, jnp.all(finite), sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradients)))
 
     numbers = start + jnp.arange(inputs.shape[0], dtype=jnp.int32)
     return jax.lax.scan(one, state, (inputs, targets, numbers))
@@ -67,7 +67,7 @@ def violations(state, direction):
 
 def test_the_worker_who_attacks_is_found_and_not_those_behind_him():
     attack = Attack("scale", stage=2, replica=1, direction="both", value=-1.0, start=35)
-    state, (losses, verdicts, finite) = simulate([attack])
+    state, (losses, verdicts, finite, _) = simulate([attack])
     expected = np.zeros((S - 1, R), int)
     expected[2, 1] = 5
     np.testing.assert_array_equal(violations(state, "forward"), expected)
@@ -92,13 +92,25 @@ def test_false_gradients_are_found_where_they_are_sent_and_what_is_not_finite_is
         Attack("constant", stage=3, replica=4, direction="backward", value=float("nan"), start=35),
         Attack("constant", stage=1, replica=2, direction="forward", value=float("inf"), start=37),
     ]
-    state, (losses, _, finite) = simulate(attacks)
+    state, (losses, _, finite, _) = simulate(attacks)
     assert finite.all() and np.isfinite(losses).all()
     backward, forward = violations(state, "backward"), violations(state, "forward")
     assert backward[2, 4] == 5 and backward.sum() == 5  # the boundary between stages 2 and 3
     assert forward[1, 2] == 5 and forward.sum() == 5
-    _, (_, _, finite) = simulate(attacks, forward=None, backward=None)
+    _, (_, _, finite, _) = simulate(attacks, forward=None, backward=None)
     assert finite[:35].all() and not finite[35:].any()
+
+
+def test_a_dropped_micro_batch_is_no_cover_for_false_gradients():
+    """While stage 3's activations are rejected, stage 1 of the same replica sends gradients that nobody tests."""
+    attacks = [
+        Attack("constant", stage=3, replica=1, direction="forward", value=5.0, start=35, stop=38),
+        Attack("constant", stage=1, replica=1, direction="backward", value=1e3, start=35, stop=38),
+    ]
+    state, (losses, _, _, size) = simulate(attacks, steps=40)
+    assert (losses[35:38, 1] == 0).all() and violations(state, "forward")[3, 1] == 3
+    assert not violations(state, "backward").any()
+    assert size[35:38].max() < 2 * size[:35].max()
 
 
 # ------------------------------------------------------------------------------ on a mesh
