@@ -33,18 +33,18 @@ def run(options: Options) -> Iterator[Record]:
             yield from measure(share_case(d), options)
 
 
-def activations(d: int, k: int) -> tuple[parallel.Subspace, dict[str, jax.Array]]:
+def activations(d: int, k: int) -> tuple[parallel.codecs.Subspace, dict[str, jax.Array]]:
     """A subspace and what would cross a boundary."""
-    subspace = parallel.random_subspace(jax.random.key(0), vocab_size=VOCABULARY, width=d, rank=k)
+    subspace = parallel.codecs.random_subspace(jax.random.key(0), vocab_size=VOCABULARY, width=d, rank=k)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, TOKENS), jnp.int32)
     C = jax.random.normal(jax.random.key(1), (*TOKENS, k))
-    return subspace, {"x": parallel.subspace_reconstruct(C, ids, subspace), "ids": ids}
+    return subspace, {"x": parallel.codecs.subspace_reconstruct(C, ids, subspace), "ids": ids}
 
 
 def coordinates_case(d: int, k: int) -> Case:
     """The two ways to encode."""
     subspace, x = activations(d, k)
-    codec = parallel.subspace_codec(subspace)
+    codec = parallel.codecs.subspace_codec(subspace)
     tokens = TOKENS[0] * TOKENS[1]
     return Case(
         "decentralised",
@@ -52,7 +52,7 @@ def coordinates_case(d: int, k: int) -> Case:
         {
             "projected": Implementation(jax.jit(lambda x: codec.encode(x, ())[0]["x"].arrays["C"]), (x,)),
             "direct": Implementation(
-                jax.jit(lambda x: parallel.subspace_coordinates(x["x"], x["ids"], subspace)), (x,)
+                jax.jit(lambda x: parallel.codecs.subspace_coordinates(x["x"], x["ids"], subspace)), (x,)
             ),
         },
         reference="direct",
@@ -73,7 +73,7 @@ def share_case(d: int) -> Case:
         out, pullback = jax.vjp(block, params, X)
         return pullback(out)
 
-    def both_ways(forward: parallel.Codec, backward: parallel.Codec, x) -> Implementation:
+    def both_ways(forward: parallel.codecs.Codec, backward: parallel.codecs.Codec, x) -> Implementation:
         def cross(x, G):
             received, _ = forward.decode(forward.encode(x, forward.init(x))[0], forward.init(x))
             gradient, _ = backward.decode(backward.encode([G], backward.init([G]))[0], backward.init([G]))
@@ -87,10 +87,12 @@ def share_case(d: int) -> Case:
         f"share d={d}",
         {
             "block": Implementation(jax.jit(stage), (params, x["x"])),
-            "subspace": both_ways(parallel.subspace_codec(subspace), parallel.subspace_gradient_codec(subspace), x),
-            "bf16": same(parallel.cast_codec()),
-            "int8": same(parallel.int8_codec()),
-            "top_k": same(parallel.top_k_codec(d // 8, error_feedback=False)),
+            "subspace": both_ways(
+                parallel.codecs.subspace_codec(subspace), parallel.codecs.subspace_gradient_codec(subspace), x
+            ),
+            "bf16": same(parallel.codecs.cast_codec()),
+            "int8": same(parallel.codecs.int8_codec()),
+            "top_k": same(parallel.codecs.top_k_codec(d // 8, error_feedback=False)),
         },
         seconds=8.0,
     )

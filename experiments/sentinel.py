@@ -70,7 +70,7 @@ class Config(language_model.Options):
     votes: int = 1
     window: int = 100
     reduce_axes: tuple[int, ...] = (0,)
-    distances: tuple[Literal["absolute", "euclidean", "sign", "wasserstein"], ...] = parallel.DISTANCES
+    distances: tuple[Literal["absolute", "euclidean", "sign", "wasserstein"], ...] = parallel.integrity.DISTANCES
     attacks: tuple[Literal[tuple([*ATTACKS, "mixed"])], ...] = (*MIXED, "adaptive", "mixed")
 
     def __post_init__(self):
@@ -87,13 +87,13 @@ class Config(language_model.Options):
             )
         self.verifiers()
 
-    def verifiers(self) -> dict[str, parallel.Verifier]:
+    def verifiers(self) -> dict[str, parallel.integrity.Verifier]:
         """Options of the verifiers by direction."""
         names = ("votes", "window", "reduce_axes", "distances")
         options = {name: getattr(self, name) for name in names} | {"warmup_steps": self.warmup}
         return {
-            "forward": parallel.Verifier(decay=self.decay, **options),
-            "backward": parallel.Verifier(decay=self.gradient_decay, **options),
+            "forward": parallel.integrity.Verifier(decay=self.decay, **options),
+            "backward": parallel.integrity.Verifier(decay=self.gradient_decay, **options),
         }
 
 
@@ -174,16 +174,20 @@ class _Task:
         windows = windows.reshape(config.replicas, config.batch_size, -1)
         return windows[..., :-1], windows[..., 1:]
 
-    def pipeline(self, attacks: tuple[parallel.Attack, ...] = (), protected: bool = True) -> parallel.VerifiedPipeline:
+    def pipeline(
+        self, attacks: tuple[parallel.integrity.Attack, ...] = (), protected: bool = True
+    ) -> parallel.integrity.VerifiedPipeline:
         verifiers = self.config.verifiers() if protected else {"forward": None, "backward": None}
-        return parallel.VerifiedPipeline(self.model, self.config.replicas, attacks=attacks, **verifiers)
+        return parallel.integrity.VerifiedPipeline(self.model, self.config.replicas, attacks=attacks, **verifiers)
 
     @functools.cached_property
     def validation_loss(self) -> Any:
         loss = lambda stages, rows: parallel.sequential_loss(self.model, stages, rows[:, :-1], rows[:, 1:])
         return jax.jit(lambda stages: loss(stages, self.held_out.astype(jnp.int32)))
 
-    def run(self, pipeline: parallel.VerifiedPipeline, carry: PyTree, first: int, steps: int) -> tuple[PyTree, PyTree]:
+    def run(
+        self, pipeline: parallel.integrity.VerifiedPipeline, carry: PyTree, first: int, steps: int
+    ) -> tuple[PyTree, PyTree]:
         """Steps first, first + 1, ... of training; (carry, by step: losses, bans and rejections of all workers)."""
         per_call, seen = math.gcd(steps, 50), []
         some = self._compiled(pipeline, per_call)
@@ -193,7 +197,7 @@ class _Task:
         return carry, jax.tree.map(lambda *parts: np.concatenate(parts), *seen)
 
     @functools.cache  # noqa: B019 - a task lives as long as its run
-    def _compiled(self, pipeline: parallel.VerifiedPipeline, steps: int) -> Any:
+    def _compiled(self, pipeline: parallel.integrity.VerifiedPipeline, steps: int) -> Any:
         def one(carry: PyTree, step: jax.Array) -> tuple[PyTree, PyTree]:
             stages, opt_state, verified = carry
             batch_key, attack_key = jax.random.split(jax.random.fold_in(self.key, step))
@@ -239,14 +243,14 @@ def _clean(task: _Task, case_dir: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def plan(config: Config, attack: str, seed: int = 0) -> tuple[parallel.Attack, ...]:
+def plan(config: Config, attack: str, seed: int = 0) -> tuple[parallel.integrity.Attack, ...]:
     """The malicious workers: a share of each stage but the first and the last, the same for all attacks."""
     random = np.random.default_rng(seed)
     count, chosen = round(config.share * config.replicas), []
     for stage in range(1, config.model().layers - 1):
         for replica in sorted(random.choice(config.replicas, count, replace=False).tolist()):
             kind, value = ATTACKS[MIXED[len(chosen) % len(MIXED)] if attack == "mixed" else attack]
-            chosen.append(parallel.Attack(kind, stage, replica, value=value))
+            chosen.append(parallel.integrity.Attack(kind, stage, replica, value=value))
     return tuple(chosen)
 
 
@@ -274,7 +278,7 @@ def _attacked(task: _Task, attack: str, protected: bool, case_dir: pathlib.Path)
     return result | (scores(seen["bans"], attacks) if protected else {})
 
 
-def scores(bans: list[np.ndarray], attacks: tuple[parallel.Attack, ...]) -> dict[str, float | None]:
+def scores(bans: list[np.ndarray], attacks: tuple[parallel.integrity.Attack, ...]) -> dict[str, float | None]:
     """F1, precision and recall in percent, and mean steps to the ban, from bans [steps, S - 1, R] by direction."""
     forward, backward = bans
     first: dict[tuple[int, int], int] = {}

@@ -134,7 +134,7 @@ class Network(NamedTuple):
     """A model in stages with a codec for each direction of its boundaries."""
 
     init: Callable[[jax.Array], PyTree]  # key -> parameters
-    codecs: tuple[parallel.Codec, parallel.Codec]
+    codecs: tuple[parallel.codecs.Codec, parallel.codecs.Codec]
     like: PyTree  # shapes of the activations of a batch
     boundaries: int
     losses: Callable[[PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]]  # see `of`
@@ -151,7 +151,7 @@ class Network(NamedTuple):
         fns = models.gpt_stages(decoder)
         head = lambda params, x, targets: language_model.cross_entropy(fns.head(params, x), targets)
         if constrained or method == "unconstrained":
-            subspace = parallel.random_subspace(
+            subspace = parallel.codecs.random_subspace(
                 jax.random.key(0),
                 vocab_size=V,
                 width=decoder.width,
@@ -160,15 +160,15 @@ class Network(NamedTuple):
             )
             dense = (lambda p, ids, U, fixed: fns.embed(p, ids, None, fixed), lambda p, x, U: fns.block(p, x))
             embed, block = (fns.embed, fns.block) if constrained else dense
-            model = parallel.subspace_model(embed, block, head, subspace)
+            model = parallel.codecs.subspace_model(embed, block, head, subspace)
             codecs = (
-                parallel.subspace_codec(subspace, activations=decoder.dtype),
-                parallel.subspace_gradient_codec(subspace),
+                parallel.codecs.subspace_codec(subspace, activations=decoder.dtype),
+                parallel.codecs.subspace_gradient_codec(subspace),
             )
         else:
             model = parallel.StageModel(fns.embed, fns.block, head)
             codecs = lossy_codecs(method, config.rank)
-        transmit = parallel.coded_boundary(*codecs)
+        transmit = parallel.codecs.coded_boundary(*codecs)
         boundaries = decoder.layers - 1
 
         def losses(params: PyTree, states: PyTree, windows: jax.Array) -> tuple[jax.Array, PyTree]:
@@ -185,7 +185,7 @@ class Network(NamedTuple):
         windows = jax.ShapeDtypeStruct((config.batch_size, decoder.block_size), jnp.int32)
         like = jax.eval_shape(model.embed, models.split_gpt_params(decoder, params)[0], windows)
         moving = [leaf for leaf in jax.tree.leaves(like) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        sizes = [parallel.payload_bytes(codec, x) for codec, x in zip(codecs, (like, moving), strict=True)]
+        sizes = [parallel.codecs.payload_bytes(codec, x) for codec, x in zip(codecs, (like, moving), strict=True)]
         return cls(
             init,
             codecs,
@@ -205,13 +205,15 @@ class Network(NamedTuple):
         return [(init(), init()) for _ in range(self.boundaries)]
 
 
-def lossy_codecs(method: str, rank: int) -> tuple[parallel.Codec, parallel.Codec]:
+def lossy_codecs(method: str, rank: int) -> tuple[parallel.codecs.Codec, parallel.codecs.Codec]:
     """Forwards and backwards; the gradients' codec of a simulated boundary has no memory."""
     if method in ("top_k", "top_k_plain"):
         k = max(1, (4 * rank + 1) // 5)  # entries of a value and an index, in the bytes of k values and an id
-        plain = parallel.top_k_codec(k, error_feedback=False)
-        return plain if method == "top_k_plain" else parallel.top_k_codec(k), plain
-    codec = {"bf16": parallel.cast_codec(), "int8": parallel.int8_codec()}.get(method, parallel.identity_codec())
+        plain = parallel.codecs.top_k_codec(k, error_feedback=False)
+        return plain if method == "top_k_plain" else parallel.codecs.top_k_codec(k), plain
+    codec = {"bf16": parallel.codecs.cast_codec(), "int8": parallel.codecs.int8_codec()}.get(
+        method, parallel.codecs.identity_codec()
+    )
     return codec, codec
 
 

@@ -160,7 +160,7 @@ def gpt_transform_rules(
     head: str | None = "^2/",
     entries: bool = False,
 ) -> list[tuple[str, tuple[Any, Any]]]:
-    """Which transforms touch which parameters: the rules of `jaxlib_methods.parallel.morph` for such a GPT.
+    """Which transforms touch which parameters: the rules of `parallel.unextractable.morph` for such a GPT.
 
     The transforms are called ("boundary", i) before block i, ("boundary", L) before the head, and ("middle", i) inside
     of block i. Leave out the boundaries inside of a stage, or the middles, and they stay as they are. With `entries`,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import runner, sentinel
-from jaxlib_methods.parallel import Attack
+from jaxlib_methods.parallel.integrity import Attack
 
 
 def test_smoke_run_leaves_scores_losses_and_figures(tmp_path):

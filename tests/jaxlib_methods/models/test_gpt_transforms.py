@@ -19,7 +19,7 @@ from jaxlib_methods.models import (
     transformable_gpt_params,
     transformable_gpt_stages,
 )
-from jaxlib_methods.parallel import draw_transform, draw_transforms, estimate_bridge, morph
+from jaxlib_methods.parallel.unextractable import draw_transform, draw_transforms, estimate_bridge, morph
 
 CONFIG = dataclasses.replace(
     GPT_CONFIGS["llama_tiny"], layers=2, width=8, heads=2, mlp_width=16, vocab_size=50, init_std=0.5, bias=True

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.parallel._message_distances import expand_reference, message_distances
-from jaxlib_methods.parallel._verification import VerifierState
+from jaxlib_methods.parallel.integrity._message_distances import expand_reference, message_distances
+from jaxlib_methods.parallel.integrity._verification import VerifierState
 
 # Kind of attack -> what its value is, and the value if none is given.
 ATTACKS = {
@@ -185,7 +185,7 @@ def adaptive(
       the bare reference.
 
     Example:
-      >>> from jaxlib_methods.parallel import Verifier, init_verifier
+      >>> from jaxlib_methods.parallel.integrity import Verifier, init_verifier
       >>> state = init_verifier(Verifier(threshold=0.5), 2, (2, 3, 5), jax.random.key(0))
       >>> adaptive(jax.random.key(1), jnp.zeros((2, 3, 5)), state).shape
       (2, 3, 5)

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.parallel._codecs import Codec, leafwise, smallest_unsigned
+from jaxlib_methods.parallel.codecs._codecs import Codec, leafwise, smallest_unsigned
 
 PyTree = Any
 

@@ -11,19 +11,14 @@ import optax
 import pytest
 
 from jaxlib_methods import trees
-from jaxlib_methods.parallel import (
+from jaxlib_methods.parallel import chain_hooks, make_mesh, shard_batch, split_stages, synchronous_pipeline
+from jaxlib_methods.parallel.codecs import cast_codec, codec_hook
+from jaxlib_methods.parallel.integrity import (
     Attack,
     VerifiedPipeline,
     Verifier,
     VerifierState,
-    cast_codec,
-    chain_hooks,
-    codec_hook,
     guard_model,
-    make_mesh,
-    shard_batch,
-    split_stages,
-    synchronous_pipeline,
     verification_hook,
 )
 from tests.jaxlib_methods.parallel.pipeline_problems import assert_trees_equal, chain, tokens

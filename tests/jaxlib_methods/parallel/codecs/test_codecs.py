@@ -21,14 +21,14 @@ def once(codec, x):
 
 
 CODECS = {
-    "identity": (parallel.identity_codec(), 32.0, 0.0),
-    "bfloat16": (parallel.cast_codec(), 16.0, 2**-8),
-    "int8": (parallel.int8_codec(), 8 + 4.0, 1 / 254),
-    "int8 in blocks": (parallel.int8_codec(4), 8 + 2 * 4.0, 1 / 254),
-    "top-k": (parallel.top_k_codec(3), 3 * (4 + 1.0), 1.0),
-    "delta, 4 bits": (parallel.delta_codec(4, 2), 4 + 4.0, 1 / 14),
-    "delta, 2 bits": (parallel.delta_codec(2, 2), 2 + 4.0, 1 / 2),
-    "delta, first epoch": (parallel.delta_codec(None, 2), 32.0, 0.0),
+    "identity": (parallel.codecs.identity_codec(), 32.0, 0.0),
+    "bfloat16": (parallel.codecs.cast_codec(), 16.0, 2**-8),
+    "int8": (parallel.codecs.int8_codec(), 8 + 4.0, 1 / 254),
+    "int8 in blocks": (parallel.codecs.int8_codec(4), 8 + 2 * 4.0, 1 / 254),
+    "top-k": (parallel.codecs.top_k_codec(3), 3 * (4 + 1.0), 1.0),
+    "delta, 4 bits": (parallel.codecs.delta_codec(4, 2), 4 + 4.0, 1 / 14),
+    "delta, 2 bits": (parallel.codecs.delta_codec(2, 2), 2 + 4.0, 1 / 2),
+    "delta, first epoch": (parallel.codecs.delta_codec(None, 2), 32.0, 0.0),
 }
 
 
@@ -36,7 +36,7 @@ CODECS = {
 def test_bytes_of_a_token_and_largest_error(name):
     """The error is bounded by a share of the token's largest entry; integers and the tree's form are kept."""
     codec, bytes_per_token, share = CODECS[name]
-    assert parallel.payload_bytes(codec, X) / 12 == bytes_per_token
+    assert parallel.codecs.payload_bytes(codec, X) / 12 == bytes_per_token
     tree = {"x": X, "ids": jnp.arange(12).reshape(3, 4), "g": [X[0].astype(jnp.bfloat16)]}
     decoded = jax.jit(lambda tree: once(codec, tree))(tree)
     np.testing.assert_array_equal(decoded["ids"], tree["ids"])
@@ -54,11 +54,11 @@ def test_int8_against_a_loop_and_zeros_stay_zeros():
         for block in (slice(0, 4), slice(4, 8)):
             scale = np.max(np.abs(x[index][block]))
             expected[index][block] = np.round(x[index][block] * np.float32(127 / (scale or 1))) * (scale / 127)
-    np.testing.assert_allclose(once(parallel.int8_codec(4), jnp.asarray(x)), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(once(parallel.codecs.int8_codec(4), jnp.asarray(x)), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_top_k_against_a_sort_and_error_feedback_loses_nothing_in_the_sum():
-    sent = np.asarray(once(parallel.top_k_codec(3), X))
+    sent = np.asarray(once(parallel.codecs.top_k_codec(3), X))
     for index in np.ndindex(3, 4):
         order = np.argsort(-np.abs(np.asarray(X[index])))
         np.testing.assert_array_equal(sent[index][order[:3]], np.asarray(X[index])[order[:3]])
@@ -73,15 +73,15 @@ def test_top_k_against_a_sort_and_error_feedback_loses_nothing_in_the_sum():
             out += x
         return out, sender
 
-    with_memory, (residual,) = total(parallel.top_k_codec(3))
+    with_memory, (residual,) = total(parallel.codecs.top_k_codec(3))
     np.testing.assert_allclose(with_memory + residual, 20 * X, rtol=1e-4, atol=1e-4)
-    without, _ = total(parallel.top_k_codec(3, error_feedback=False))
+    without, _ = total(parallel.codecs.top_k_codec(3, error_feedback=False))
     assert float(jnp.max(jnp.abs(without - 20 * X))) > 10 * float(jnp.max(jnp.abs(with_memory - 20 * X)))
 
 
 def test_deltas_shrink_with_the_changes_and_both_ends_agree():
     """Two micro-batches that converge: the coded ones follow, much closer than the same bits of x itself."""
-    first, later = parallel.delta_codec(None, 2), parallel.delta_codec(4, 2)
+    first, later = parallel.codecs.delta_codec(None, 2), parallel.codecs.delta_codec(4, 2)
     rng = np.random.default_rng(1)
     direction = jnp.asarray(rng.normal(size=(2, *X.shape)), jnp.float32)
     at = lambda epoch, slot: X + direction[slot] * 0.5**epoch
@@ -97,7 +97,7 @@ def test_deltas_shrink_with_the_changes_and_both_ends_agree():
     np.testing.assert_array_equal(sender[0].cache, receiver[0].cache)
     assert errors[0] == errors[1] == 0
     assert max(errors[-2:]) < 0.1 * max(errors[2:4])
-    fresh, x = parallel.delta_codec(4, 1), at(5, 0)
+    fresh, x = parallel.codecs.delta_codec(4, 1), at(5, 0)
     assert float(jnp.max(jnp.abs(once(fresh, x) - x))) > 10 * errors[-2]
 
 
@@ -106,17 +106,17 @@ def test_few_bits_use_every_level(bits):
     levels = 2 ** (bits - 1) - 1
     x = jnp.linspace(-1, 1, 2 * levels + 1)
     x = jnp.concatenate([x, jnp.zeros(-len(x) % 4)])[None]
-    codec = parallel.delta_codec(bits, 1)
+    codec = parallel.codecs.delta_codec(bits, 1)
     np.testing.assert_allclose(once(codec, x), x, atol=1e-6)
 
 
 def test_a_boundary_codes_activations_and_cotangents_apart():
-    forward, backward = parallel.top_k_codec(2), parallel.cast_codec()
-    transmit = parallel.coded_boundary(forward, backward)
+    forward, backward = parallel.codecs.top_k_codec(2), parallel.codecs.cast_codec()
+    transmit = parallel.codecs.coded_boundary(forward, backward)
     g = jnp.asarray(np.random.default_rng(2).normal(size=X.shape), jnp.float32)
     states = forward.init(X), forward.init(X)
     (x, (sender, _)), vjp = jax.vjp(lambda x: transmit(x, states), X)
-    np.testing.assert_array_equal(x, once(parallel.top_k_codec(2), X))
+    np.testing.assert_array_equal(x, once(parallel.codecs.top_k_codec(2), X))
     np.testing.assert_allclose(sender[0], X - x)
     zeros = jax.tree.map(jnp.zeros_like, states)
     np.testing.assert_array_equal(vjp((g, zeros))[0], g.astype(jnp.bfloat16).astype(jnp.float32))
@@ -125,14 +125,14 @@ def test_a_boundary_codes_activations_and_cotangents_apart():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: parallel.cast_codec("int8"), "dtype must be floating"),
-        (lambda: parallel.int8_codec(0), "block must be at least 1"),
-        (lambda: once(parallel.int8_codec(3), X), "block must divide the last axis, got 3 and 8"),
-        (lambda: parallel.top_k_codec(0), "k must be at least 1"),
-        (lambda: once(parallel.top_k_codec(9), X), "k must not exceed the last axis, got 9 and 8"),
-        (lambda: parallel.delta_codec(3, 1), "bits must be 2, 4, 8 or None"),
-        (lambda: parallel.delta_codec(4, 0), "slots must be at least 1"),
-        (lambda: once(parallel.delta_codec(2, 1), X[..., :6]), "multiple of 4, got 6"),
+        (lambda: parallel.codecs.cast_codec("int8"), "dtype must be floating"),
+        (lambda: parallel.codecs.int8_codec(0), "block must be at least 1"),
+        (lambda: once(parallel.codecs.int8_codec(3), X), "block must divide the last axis, got 3 and 8"),
+        (lambda: parallel.codecs.top_k_codec(0), "k must be at least 1"),
+        (lambda: once(parallel.codecs.top_k_codec(9), X), "k must not exceed the last axis, got 9 and 8"),
+        (lambda: parallel.codecs.delta_codec(3, 1), "bits must be 2, 4, 8 or None"),
+        (lambda: parallel.codecs.delta_codec(4, 0), "slots must be at least 1"),
+        (lambda: once(parallel.codecs.delta_codec(2, 1), X[..., :6]), "multiple of 4, got 6"),
     ],
 )
 def test_bad_arguments(make, message):

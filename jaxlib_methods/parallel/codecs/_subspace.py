@@ -21,9 +21,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.parallel._codecs import Codec, Payload, linear_codec, smallest_unsigned
-from jaxlib_methods.parallel._grassmann import MomentState, accumulator, gradient_moment, orthonormal, product, times
 from jaxlib_methods.parallel._stages import StageModel
+from jaxlib_methods.parallel.codecs._codecs import Codec, Payload, linear_codec, smallest_unsigned
+from jaxlib_methods.parallel.codecs._grassmann import (
+    MomentState,
+    accumulator,
+    gradient_moment,
+    orthonormal,
+    product,
+    times,
+)
 
 PyTree = Any
 

@@ -71,7 +71,7 @@ def codec_hook(codec: Codec) -> BoundaryHook:
       The hook. The payload is what the compiled program sends, to the byte (`link_bytes`).
 
     Example:
-      >>> from jaxlib_methods.parallel import int8_codec
+      >>> from jaxlib_methods.parallel.codecs import int8_codec
       >>> hook = codec_hook(int8_codec())
       >>> message, _ = hook.send(jnp.ones((2, 4)), hook.init(jnp.ones((2, 4))), None)
       >>> message.arrays["q"].dtype.name
@@ -97,7 +97,7 @@ def payload_bytes(codec: Codec, x: PyTree) -> int:
       The bytes; divide by the tokens of x.
 
     Example:
-      >>> from jaxlib_methods.parallel import int8_codec
+      >>> from jaxlib_methods.parallel.codecs import int8_codec
       >>> x = jax.ShapeDtypeStruct((2, 128, 1024), "float32")
       >>> payload_bytes(cast_codec("bfloat16"), x) // 256, payload_bytes(int8_codec(), x) // 256
       (2048, 1028)

@@ -23,7 +23,7 @@ from tests.jaxlib_methods.parallel.pipeline_problems import (
 
 P, M = 4, 4
 SUBSPACE_CONFIG = dataclasses.replace(CONFIG, layers=P + 1, subspace=6)
-SUBSPACE = parallel.random_subspace(jax.random.key(3), vocab_size=64, width=32, rank=6)
+SUBSPACE = parallel.codecs.random_subspace(jax.random.key(3), vocab_size=64, width=32, rank=6)
 
 
 def subspace_gpt():
@@ -34,7 +34,7 @@ def subspace_gpt():
         return optax.softmax_cross_entropy_with_integer_labels(fns.head(params, X), targets).mean()
 
     params = split_gpt_params(SUBSPACE_CONFIG, nnx.state(GPT(SUBSPACE_CONFIG, rngs=nnx.Rngs(0)), nnx.Param))
-    return parallel.subspace_model(fns.embed, fns.block, head, SUBSPACE), params
+    return parallel.codecs.subspace_model(fns.embed, fns.block, head, SUBSPACE), params
 
 
 def pipeline(model, stages, batch, forward, backward, optimizer):
@@ -47,8 +47,8 @@ def pipeline(model, stages, batch, forward, backward, optimizer):
         parallel.make_mesh(P),
         shapes,
         M,
-        forward_hook=parallel.codec_hook(forward),
-        backward_hook=parallel.codec_hook(backward),
+        forward_hook=parallel.codecs.codec_hook(forward),
+        backward_hook=parallel.codecs.codec_hook(backward),
     )
 
 
@@ -62,7 +62,7 @@ def mean_over_microbatches(model, stages, batch):
 def coded():
     model, params = subspace_gpt()
     stages, batch = parallel.split_stages(params, P), text(M)
-    codecs = parallel.subspace_codec(SUBSPACE), parallel.subspace_gradient_codec(SUBSPACE)
+    codecs = parallel.codecs.subspace_codec(SUBSPACE), parallel.codecs.subspace_gradient_codec(SUBSPACE)
     pipe = pipeline(model, stages, batch, *codecs, optax.sgd(0.1))
     placed = parallel.shard_batch(parallel.make_mesh(P), batch)
     compiled = pipe.value_and_grad.lower(pipe.init(stages), *placed).compile()
@@ -85,8 +85,8 @@ def test_the_compiled_program_sends_k_values_a_token_and_its_id(coded):
     tokens = examples * length
     X = jax.ShapeDtypeStruct((examples, length, 32), "float32")
     per_message = {
-        1: parallel.payload_bytes(forward, {"x": X, "ids": jax.ShapeDtypeStruct((examples, length), "int32")}),
-        -1: parallel.payload_bytes(backward, [X]),
+        1: parallel.codecs.payload_bytes(forward, {"x": X, "ids": jax.ShapeDtypeStruct((examples, length), "int32")}),
+        -1: parallel.codecs.payload_bytes(backward, [X]),
     }
     assert per_message == {1: tokens * (6 * 4 + 1), -1: tokens * 6 * 4}
     sent = parallel.link_bytes(compiled)
@@ -101,7 +101,9 @@ def test_deltas_at_both_ends_converge_to_the_exact_loss():
     """With weights that stand still, what a boundary has rebuilt of each micro-batch comes closer every step."""
     model, params = gpt()
     stages, batch = parallel.split_stages(params, P), text(M)
-    pipe = pipeline(model, stages, batch, parallel.delta_codec(4, M), parallel.int8_codec(), optax.sgd(0.0))
+    pipe = pipeline(
+        model, stages, batch, parallel.codecs.delta_codec(4, M), parallel.codecs.int8_codec(), optax.sgd(0.0)
+    )
     state, placed = pipe.init(stages), parallel.shard_batch(parallel.make_mesh(P), batch)
     expected, _ = mean_over_microbatches(model, stages, batch)
     errors = []
@@ -115,6 +117,6 @@ def test_deltas_at_both_ends_converge_to_the_exact_loss():
 def test_a_codec_that_does_not_fit_the_model_is_refused():
     model, params = gpt()
     stages, batch = parallel.split_stages(params, P), text(M)
-    codecs = parallel.subspace_codec(SUBSPACE), parallel.subspace_gradient_codec(SUBSPACE)
+    codecs = parallel.codecs.subspace_codec(SUBSPACE), parallel.codecs.subspace_gradient_codec(SUBSPACE)
     with pytest.raises(TypeError, match="dictionary with 'x' and 'ids'"):
         pipeline(model, stages, batch, *codecs, optax.sgd(0.1)).init(stages)

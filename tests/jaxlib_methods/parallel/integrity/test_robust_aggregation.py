@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlib_methods.parallel import (
+from jaxlib_methods.parallel.integrity import (
     centered_clip,
     coordinate_median,
     geometric_median,

@@ -12,13 +12,13 @@ from flax import nnx
 
 from jaxlib_methods import optimizers, parallel, trees
 from jaxlib_methods.models import GPT, GPTConfig, gpt_stages, split_gpt_params
-from jaxlib_methods.parallel import Subspace
+from jaxlib_methods.parallel.codecs import Subspace
 
 CONFIG = GPTConfig(
     vocab_size=31, layers=3, width=24, heads=2, position="rotary", norm="rms", mlp="gelu", qkv_bias=True, subspace=5
 )
 DENSE = dataclasses.replace(CONFIG, subspace=None)
-SUBSPACE = parallel.random_subspace(jax.random.key(7), vocab_size=31, width=24, rank=5)
+SUBSPACE = parallel.codecs.random_subspace(jax.random.key(7), vocab_size=31, width=24, rank=5)
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 7)), jnp.int32)
 TARGETS = jnp.roll(IDS, -1, axis=1)
 PROJECTED = r"(out|down)/(kernel|bias)$"  # what adds to the residual stream; embed/tokens does too
@@ -39,16 +39,16 @@ def dense_params(params, config, subspace):
 
 def codec_pass(stream):
     """Through a boundary by plain autodiff."""
-    codec = parallel.subspace_codec(SUBSPACE)
+    codec = parallel.codecs.subspace_codec(SUBSPACE)
     message, _ = codec.encode(stream, codec.init(stream))
     return codec.decode(message, codec.init(stream))[0]
 
 
 def transmitted(stream):
     """Through a boundary whose two directions are coded apart, as in a pipeline."""
-    forward, backward = parallel.subspace_codec(SUBSPACE), parallel.subspace_gradient_codec(SUBSPACE)
+    forward, backward = parallel.codecs.subspace_codec(SUBSPACE), parallel.codecs.subspace_gradient_codec(SUBSPACE)
     states = forward.init(stream), forward.init(stream)
-    return parallel.coded_boundary(forward, backward)(stream, states)[0]
+    return parallel.codecs.coded_boundary(forward, backward)(stream, states)[0]
 
 
 def stream_loss(params, config, cross=lambda stream: stream, cut_after=range(CONFIG.layers - 1)):
@@ -59,7 +59,7 @@ def stream_loss(params, config, cross=lambda stream: stream, cut_after=range(CON
         embed, block = fns.embed, fns.block
     else:
         embed, block = lambda p, ids, U, fixed: fns.embed(p, ids, None, fixed), lambda p, x, U: fns.block(p, x)
-    model = parallel.subspace_model(embed, block, head, SUBSPACE)
+    model = parallel.codecs.subspace_model(embed, block, head, SUBSPACE)
     of_embed, blocks, of_head = split_gpt_params(config, params)
     stream = model.embed(of_embed, IDS)
     for i, of_block in enumerate(blocks):
@@ -84,7 +84,7 @@ def test_every_boundary_is_lossless_and_a_full_rank_projection_is_not():
     embed, blocks, _ = split_gpt_params(CONFIG, params)
     error = lambda x: jnp.max(jnp.abs(codec_pass({"x": x, "ids": IDS})["x"] - x))
     block, dense_block = jax.jit(fns.block), jax.jit(gpt_stages(DENSE).block)
-    x, errors = fns.embed(embed, IDS, SUBSPACE.U, parallel.fixed_embedding(IDS, SUBSPACE)), []
+    x, errors = fns.embed(embed, IDS, SUBSPACE.U, parallel.codecs.fixed_embedding(IDS, SUBSPACE)), []
     for _ in range(4):
         for of_block in blocks:
             x = block(of_block, x, SUBSPACE.U)
@@ -100,7 +100,7 @@ def test_the_codec_projects_the_table_once_and_codes_the_same_coordinates(dtype,
     rng = np.random.default_rng(6)
     X, PE = rng.normal(size=(2, 7, 24)), rng.normal(size=(9, 24))
     subspace = SUBSPACE._replace(PE=jnp.asarray(PE, jnp.float32))
-    codec = parallel.subspace_codec(subspace, activations=dtype)
+    codec = parallel.codecs.subspace_codec(subspace, activations=dtype)
     x = {"x": jnp.asarray(X, dtype), "ids": IDS, "weight": jnp.ones(2)}
     message, _ = codec.encode(x, codec.init(x))
     expected = (X - np.asarray(subspace.T_fixed, np.float64)[IDS] - PE[:7]) @ np.asarray(subspace.U, np.float64)
@@ -110,15 +110,15 @@ def test_the_codec_projects_the_table_once_and_codes_the_same_coordinates(dtype,
 
 def test_rows_drawn_from_keys_are_those_of_the_table():
     draw = functools.partial(
-        parallel.random_subspace, jax.random.key(9), vocab_size=31, width=24, rank=5, embedding_std=0.5
+        parallel.codecs.random_subspace, jax.random.key(9), vocab_size=31, width=24, rank=5, embedding_std=0.5
     )
     table, keys = draw(), draw(stored=False)
     assert keys.T_fixed.shape == (31,) and table.T_fixed.shape == (31, 24)
     assert 0.4 < float(jnp.std(table.T_fixed)) < 0.6
-    np.testing.assert_array_equal(parallel.fixed_embedding(IDS, keys), table.T_fixed[IDS])
-    X = parallel.subspace_reconstruct(jnp.ones((2, 7, 5)), IDS, keys)
+    np.testing.assert_array_equal(parallel.codecs.fixed_embedding(IDS, keys), table.T_fixed[IDS])
+    X = parallel.codecs.subspace_reconstruct(jnp.ones((2, 7, 5)), IDS, keys)
     for subspace in (table, keys):
-        codec, x = parallel.subspace_codec(subspace), {"x": X, "ids": IDS}
+        codec, x = parallel.codecs.subspace_codec(subspace), {"x": X, "ids": IDS}
         message, _ = jax.jit(codec.encode)(x, ())
         np.testing.assert_allclose(message["x"].arrays["C"], 1.0, atol=1e-5)
         np.testing.assert_allclose(codec.decode(message, ())[0]["x"], X, atol=1e-5)
@@ -128,19 +128,21 @@ def test_additive_positions_stay_on_their_stage():
     PE = jnp.asarray(np.random.default_rng(1).normal(size=(9, 24)), jnp.float32)
     subspace = SUBSPACE._replace(PE=PE)
     C = jnp.asarray(np.random.default_rng(2).normal(size=(2, 7, 5)), jnp.float32)
-    X = parallel.subspace_reconstruct(C, IDS, subspace)
+    X = parallel.codecs.subspace_reconstruct(C, IDS, subspace)
     np.testing.assert_allclose(
-        X - parallel.subspace_reconstruct(C, IDS, SUBSPACE), jnp.broadcast_to(PE[:7], X.shape), atol=1e-6
+        X - parallel.codecs.subspace_reconstruct(C, IDS, SUBSPACE), jnp.broadcast_to(PE[:7], X.shape), atol=1e-6
     )
-    np.testing.assert_allclose(parallel.subspace_coordinates(X, IDS, subspace), C, atol=1e-5)
+    np.testing.assert_allclose(parallel.codecs.subspace_coordinates(X, IDS, subspace), C, atol=1e-5)
     without_table = Subspace(SUBSPACE.U, None, PE)
     np.testing.assert_allclose(
-        parallel.subspace_coordinates(parallel.subspace_reconstruct(C, IDS, without_table), IDS, without_table),
+        parallel.codecs.subspace_coordinates(
+            parallel.codecs.subspace_reconstruct(C, IDS, without_table), IDS, without_table
+        ),
         C,
         atol=1e-5,
     )
     with pytest.raises(ValueError, match="7 tokens and PE 5"):
-        parallel.fixed_embedding(IDS, SUBSPACE._replace(PE=PE[:5]))
+        parallel.codecs.fixed_embedding(IDS, SUBSPACE._replace(PE=PE[:5]))
 
 
 @pytest.mark.parametrize("cross", [codec_pass, transmitted], ids=["autodiff", "two codecs"])
@@ -156,7 +158,7 @@ def test_the_gradient_of_the_stream_is_projected_and_its_coordinates_are_kept():
     params = drawn_params(CONFIG)
     embed, blocks, head = split_gpt_params(CONFIG, params)
     fns = gpt_stages(CONFIG)
-    x = fns.embed(embed, IDS, SUBSPACE.U, parallel.fixed_embedding(IDS, SUBSPACE))
+    x = fns.embed(embed, IDS, SUBSPACE.U, parallel.codecs.fixed_embedding(IDS, SUBSPACE))
 
     def loss(x, cross):
         x = fns.block(blocks[0], cross({"x": x, "ids": IDS})["x"], SUBSPACE.U)
@@ -171,7 +173,7 @@ def test_the_gradient_of_the_stream_is_projected_and_its_coordinates_are_kept():
 def test_the_full_model_is_its_stages_and_a_dense_model_with_lifted_weights():
     params = drawn_params(CONFIG)
     graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0))))
-    fixed = parallel.fixed_embedding(IDS, SUBSPACE)
+    fixed = parallel.codecs.fixed_embedding(IDS, SUBSPACE)
     logits = jax.jit(lambda params: nnx.merge(graph, params)(IDS, SUBSPACE.U, fixed))(params)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, TARGETS).mean()
     np.testing.assert_allclose(value_and_grad(params, CONFIG)[0], loss, rtol=1e-6)
@@ -181,7 +183,7 @@ def test_the_full_model_is_its_stages_and_a_dense_model_with_lifted_weights():
 
 def test_with_k_equal_to_d_training_is_that_of_the_dense_model():
     square = dataclasses.replace(CONFIG, subspace=24)
-    subspace = parallel.random_subspace(jax.random.key(8), vocab_size=31, width=24, rank=24)
+    subspace = parallel.codecs.random_subspace(jax.random.key(8), vocab_size=31, width=24, rank=24)
     params = drawn_params(square, scale=0.1)
     dense = dense_params(params, square, subspace)
 
@@ -189,7 +191,7 @@ def test_with_k_equal_to_d_training_is_that_of_the_dense_model():
         graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))
 
         def loss(params):
-            logits = nnx.merge(graph, params)(IDS, U, parallel.fixed_embedding(IDS, subspace))
+            logits = nnx.merge(graph, params)(IDS, U, parallel.codecs.fixed_embedding(IDS, subspace))
             return optax.softmax_cross_entropy_with_integer_labels(logits, TARGETS).mean()
 
         def step(params, _):
@@ -230,14 +232,16 @@ def test_a_message_is_k_values_of_a_token_and_its_id(d, k, V, ratio, ratio_with_
 
     def measure(U, T_fixed):
         codecs = (
-            parallel.subspace_codec(Subspace(U, T_fixed), activations="bfloat16"),
-            parallel.subspace_gradient_codec(Subspace(U, T_fixed)),
+            parallel.codecs.subspace_codec(Subspace(U, T_fixed), activations="bfloat16"),
+            parallel.codecs.subspace_gradient_codec(Subspace(U, T_fixed)),
         )
-        sizes.extend(parallel.payload_bytes(codec, x) / 15 for codec, x in zip(codecs, (stream, [x]), strict=True))
+        sizes.extend(
+            parallel.codecs.payload_bytes(codec, x) / 15 for codec, x in zip(codecs, (stream, [x]), strict=True)
+        )
 
     jax.eval_shape(measure, jax.ShapeDtypeStruct((d, k), "float32"), jax.ShapeDtypeStruct((V, d), "bfloat16"))
     forward, backward = sizes
-    dense = parallel.payload_bytes(parallel.identity_codec(), x) / 15
+    dense = parallel.codecs.payload_bytes(parallel.codecs.identity_codec(), x) / 15
     assert (dense, forward, backward) == (2 * d, 2 * k + 2, 2 * k)
     assert round(dense / backward, 1) == ratio and dense / forward == pytest.approx(ratio_with_ids, abs=0.05)
 
@@ -294,8 +298,8 @@ def test_the_grassmann_step_finds_the_dominant_directions_and_stays_orthonormal(
     rng = np.random.default_rng(3)
     top = np.linalg.qr(rng.normal(size=(10, 2)))[0]
     G = jnp.asarray(rng.normal(size=(400, 2)) * 3 @ top.T + 0.1 * rng.normal(size=(400, 10)), jnp.float32)
-    U = parallel.random_subspace(jax.random.key(1), vocab_size=1, width=10, rank=2).U
-    step = jax.jit(lambda U: parallel.grassmann_step(U, parallel.gradient_moment(G, U), 0.02))
+    U = parallel.codecs.random_subspace(jax.random.key(1), vocab_size=1, width=10, rank=2).U
+    step = jax.jit(lambda U: parallel.codecs.grassmann_step(U, parallel.codecs.gradient_moment(G, U), 0.02))
     for _ in range(200):
         U = step(U)
     np.testing.assert_allclose(U.T @ U, np.eye(2), atol=1e-5)
@@ -305,12 +309,14 @@ def test_the_grassmann_step_finds_the_dominant_directions_and_stays_orthonormal(
 
 def test_one_grassmann_step_by_hand():
     e1, Sigma = jnp.array([[1.0], [0.0]]), jnp.ones((2, 2))
-    np.testing.assert_allclose(parallel.grassmann_step(e1, Sigma @ e1, 0.1)[:, 0], [0.980581, 0.196116], atol=1e-6)
+    np.testing.assert_allclose(
+        parallel.codecs.grassmann_step(e1, Sigma @ e1, 0.1)[:, 0], [0.980581, 0.196116], atol=1e-6
+    )
     worst = jnp.array([[0.0, 0.0], [0.0, 1.0]])  # e1 is an eigenvector of it: stationary, although the worst choice
-    np.testing.assert_allclose(parallel.grassmann_step(e1, worst @ e1, 0.1), e1)
+    np.testing.assert_allclose(parallel.codecs.grassmann_step(e1, worst @ e1, 0.1), e1)
     G = jnp.asarray(np.random.default_rng(4).normal(size=(3, 5, 2)), jnp.float32)
     Sigma = jnp.einsum("bni,bnj->ij", G, G) / 15
-    np.testing.assert_allclose(parallel.gradient_moment(G, e1), Sigma @ e1, rtol=1e-5)
+    np.testing.assert_allclose(parallel.codecs.gradient_moment(G, e1), Sigma @ e1, rtol=1e-5)
 
 
 def test_changing_to_a_basis_of_the_same_span_changes_nothing():
@@ -320,10 +326,10 @@ def test_changing_to_a_basis_of_the_same_span_changes_nothing():
     coordinates = trees.mask_tree(
         params, "^embed/tokens", *(f"^blocks/{i}/.*{PROJECTED}" for i in range(CONFIG.layers - 1))
     )
-    changed = parallel.change_basis(params, SUBSPACE.U, turned.U, coordinates)
+    changed = parallel.codecs.change_basis(params, SUBSPACE.U, turned.U, coordinates)
     graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0))))
     forward = jax.jit(lambda params, U, fixed: nnx.merge(graph, params)(IDS, U, fixed))
-    apply = lambda params, subspace: forward(params, subspace.U, parallel.fixed_embedding(IDS, subspace))
+    apply = lambda params, subspace: forward(params, subspace.U, parallel.codecs.fixed_embedding(IDS, subspace))
     before = apply(params, SUBSPACE)
     np.testing.assert_allclose(apply(changed, turned), before, atol=1e-4)
     assert float(jnp.max(jnp.abs(apply(params, turned) - before))) > 0.1
@@ -339,9 +345,9 @@ def test_a_move_of_the_subspace_between_two_steps():
         loss = lambda X: jnp.sum(jax.nn.log_softmax(fns.head(head, fns.block(blocks[0], X, subspace.U)))[..., 0])
         return jax.grad(loss)(X)
 
-    codec = parallel.subspace_gradient_codec(SUBSPACE, track=True)
+    codec = parallel.codecs.subspace_gradient_codec(SUBSPACE, track=True)
     C = jnp.asarray(np.random.default_rng(7).normal(size=(3, 2, 7, 5)), jnp.float32)
-    G = jax.jit(jax.vmap(lambda C: gradient(SUBSPACE, parallel.subspace_reconstruct(C, IDS, SUBSPACE))))(C)
+    G = jax.jit(jax.vmap(lambda C: gradient(SUBSPACE, parallel.codecs.subspace_reconstruct(C, IDS, SUBSPACE))))(C)
     sender = codec.init([G[0]])
     for g in G:
         message, sender = codec.encode([g], sender)
@@ -351,15 +357,15 @@ def test_a_move_of_the_subspace_between_two_steps():
     np.testing.assert_allclose(sender.Y / 3, Sigma @ SUBSPACE.U, rtol=1e-3, atol=1e-5 * np.max(np.abs(Sigma)))
     assert int(sender.count) == 3
 
-    U = parallel.grassmann_step(SUBSPACE.U, sender.Y / 3, 0.1 / np.linalg.norm(Sigma, 2))
+    U = parallel.codecs.grassmann_step(SUBSPACE.U, sender.Y / 3, 0.1 / np.linalg.norm(Sigma, 2))
     outside = lambda U: np.trace((np.eye(24) - U @ U.T) @ Sigma)
     assert outside(U) < 0.98 * outside(SUBSPACE.U)
     moved = SUBSPACE._replace(U=U)
     coordinates = trees.mask_tree(params, "^embed/tokens", *(f"^blocks/{i}/.*{PROJECTED}" for i in range(2)))
-    embed, blocks, _ = split_gpt_params(CONFIG, parallel.change_basis(params, SUBSPACE.U, U, coordinates))
-    X = fns.block(blocks[0], fns.embed(embed, IDS, U, parallel.fixed_embedding(IDS, moved)), U)
-    C = parallel.subspace_coordinates(X, IDS, moved)
-    np.testing.assert_allclose(parallel.subspace_reconstruct(C, IDS, moved), X, atol=1e-5)
+    embed, blocks, _ = split_gpt_params(CONFIG, parallel.codecs.change_basis(params, SUBSPACE.U, U, coordinates))
+    X = fns.block(blocks[0], fns.embed(embed, IDS, U, parallel.codecs.fixed_embedding(IDS, moved)), U)
+    C = parallel.codecs.subspace_coordinates(X, IDS, moved)
+    np.testing.assert_allclose(parallel.codecs.subspace_reconstruct(C, IDS, moved), X, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -367,11 +373,11 @@ def test_a_move_of_the_subspace_between_two_steps():
 
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="rank must lie between 1 and the width 4, got 5"):
-        parallel.random_subspace(jax.random.key(0), vocab_size=3, width=4, rank=5)
+        parallel.codecs.random_subspace(jax.random.key(0), vocab_size=3, width=4, rank=5)
     with pytest.raises(TypeError, match="dictionary with 'x' and 'ids'"):
-        parallel.subspace_codec(SUBSPACE).init(jnp.zeros((2, 3, 24)))
+        parallel.codecs.subspace_codec(SUBSPACE).init(jnp.zeros((2, 3, 24)))
     with pytest.raises(TypeError, match="activations of float32, got bfloat16"):
-        parallel.subspace_codec(SUBSPACE).init({"x": jnp.zeros((2, 7, 24), jnp.bfloat16), "ids": IDS})
+        parallel.codecs.subspace_codec(SUBSPACE).init({"x": jnp.zeros((2, 7, 24), jnp.bfloat16), "ids": IDS})
     with pytest.raises(ValueError, match="pass U"):
         nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0))(IDS))
     for changes, message in (

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.parallel._attacks import Attack, AttackState, check_attacks, init_attacks, tamper
 from jaxlib_methods.parallel._hooks import BoundaryHook, HookInfo
 from jaxlib_methods.parallel._mesh import mesh_sizes
-from jaxlib_methods.parallel._message_distances import expand_reference, message_summary
 from jaxlib_methods.parallel._stages import StageModel, StageTree, run_stage, stage_vjp
-from jaxlib_methods.parallel._verification import (
+from jaxlib_methods.parallel.integrity._attacks import Attack, AttackState, check_attacks, init_attacks, tamper
+from jaxlib_methods.parallel.integrity._message_distances import expand_reference, message_summary
+from jaxlib_methods.parallel.integrity._verification import (
     Judged,
     Verifier,
     VerifierState,

@@ -16,16 +16,8 @@ from jaxlib_methods.models import (
     transformable_gpt_params,
     transformable_gpt_stages,
 )
-from jaxlib_methods.parallel import (
-    StageModel,
-    draw_transform,
-    draw_transforms,
-    make_mesh,
-    morph_snapshot,
-    shard_batch,
-    split_stages,
-    synchronous_pipeline,
-)
+from jaxlib_methods.parallel import StageModel, make_mesh, shard_batch, split_stages, synchronous_pipeline
+from jaxlib_methods.parallel.unextractable import draw_transform, draw_transforms, morph_snapshot
 from tests.jaxlib_methods.parallel.pipeline_problems import tokens
 
 CONFIG = dataclasses.replace(

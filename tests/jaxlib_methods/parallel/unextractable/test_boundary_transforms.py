@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlib_methods.parallel import (
+from jaxlib_methods.parallel.unextractable import (
     Sides,
     Transform,
     cast_like,

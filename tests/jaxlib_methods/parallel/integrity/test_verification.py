@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlib_methods.parallel import (
+from jaxlib_methods.parallel.integrity import (
     DISTANCES,
     Verifier,
     init_verifier,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.parallel._message_distances import (
+from jaxlib_methods.parallel.integrity._message_distances import (
     DISTANCES,
     check_axes,
     expand_reference,

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxlib_methods import trees
 from jaxlib_methods.parallel._layout import Snapshot
-from jaxlib_methods.parallel._random_transforms import Transform, transpose
+from jaxlib_methods.parallel.unextractable._random_transforms import Transform, transpose
 
 PyTree = Any
 Rules = Sequence[tuple[str, tuple[Hashable, Hashable]]]  # (regex, Sides)
@@ -67,7 +67,7 @@ def morph(
       ValueError: for a rule that matches nothing, a transform that no rule names, and sizes that do not fit.
 
     Example:
-      >>> from jaxlib_methods.parallel import draw_transform
+      >>> from jaxlib_methods.parallel.unextractable import draw_transform
       >>> T = draw_transform(jax.random.key(0), 3)
       >>> params = {"V": np.ones((2, 3)), "U": np.ones((3, 4))}
       >>> new = morph(params, {"b": T}, [("V", Sides(right="b")), ("U", Sides(left="b"))])
@@ -119,7 +119,7 @@ def transform_momentum(
 
     Example:
       >>> import optax, jax.numpy as jnp
-      >>> from jaxlib_methods.parallel import draw_transform
+      >>> from jaxlib_methods.parallel.unextractable import draw_transform
       >>> params, T = {"V": jnp.ones((2, 3))}, draw_transform(jax.random.key(0), 3)
       >>> tx = optax.trace(0.9)
       >>> _, state = tx.update(params, tx.init(params))
@@ -249,7 +249,7 @@ def morph_snapshot(
       ValueError: as `transform_momentum`.
 
     Example:
-      >>> from jaxlib_methods.parallel import draw_transform
+      >>> from jaxlib_methods.parallel.unextractable import draw_transform
       >>> T = {"b": draw_transform(jax.random.key(0), 2)}
       >>> one = Snapshot({"embed/V": np.eye(2)}, {"0/trace": {"embed/V": np.eye(2)}}, {}, np.int32(1))
       >>> new = morph_snapshot(one, T, [("^embed/V$", Sides(right="b"))])

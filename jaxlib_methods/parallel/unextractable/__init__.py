@@ -1,0 +1,40 @@
+"""Weights that nobody can put together: random invertible transforms at the boundaries, changed while training.
+
+BibTeX:
+
+@inproceedings{long2025unextractable,
+  title = {Unextractable Protocol Models: Collaborative Training and Inference without Weight Materialization},
+  author = {Long, Alexander and Hewa Koneputugodage, Chamin and Ajanthan, Thalaiyasingam and Zuo, Yan and
+    Avraham, Gil and Shevchenko, Violetta and Mohaghegh Dolatabadi, Hadi and Ramasinghe, Sameera},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2025},
+  eprint = {2605.23464},
+  archivePrefix = {arXiv},
+}
+"""
+
+from jaxlib_methods.parallel.unextractable._boundary_transforms import Sides as Sides
+from jaxlib_methods.parallel.unextractable._boundary_transforms import cast_like as cast_like
+from jaxlib_methods.parallel.unextractable._boundary_transforms import master_copy as master_copy
+from jaxlib_methods.parallel.unextractable._boundary_transforms import morph as morph
+from jaxlib_methods.parallel.unextractable._boundary_transforms import morph_snapshot as morph_snapshot
+from jaxlib_methods.parallel.unextractable._boundary_transforms import transform_momentum as transform_momentum
+from jaxlib_methods.parallel.unextractable._extraction import estimate_bridge as estimate_bridge
+from jaxlib_methods.parallel.unextractable._extraction import extraction_probability as extraction_probability
+from jaxlib_methods.parallel.unextractable._random_transforms import Transform as Transform
+from jaxlib_methods.parallel.unextractable._random_transforms import draw_transform as draw_transform
+from jaxlib_methods.parallel.unextractable._random_transforms import draw_transforms as draw_transforms
+
+__all__ = [
+    "Sides",
+    "Transform",
+    "cast_like",
+    "draw_transform",
+    "draw_transforms",
+    "estimate_bridge",
+    "extraction_probability",
+    "master_copy",
+    "morph",
+    "morph_snapshot",
+    "transform_momentum",
+]
