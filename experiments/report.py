@@ -5,7 +5,7 @@ import json
 import pathlib
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from experiments.errors import ExperimentError
@@ -133,15 +133,13 @@ def print_table(table: list[Row]) -> None:
     console.print(shown)
 
 
-def markdown(table: list[Row], earlier: Iterable[str] = ()) -> str:
-    """The table; the rows of an `earlier` one (lines of Markdown) are put in by the name of their experiment."""
-    lines = ["| " + " | ".join(HEADER) + " |", "| --- | --- | ---: | ---: | ---: | ---: |"]
-    body = ["| " + " | ".join(row.cells()) + " |" for row in table]
-    return "\n".join(lines + sorted([*body, *earlier], key=_label)) + "\n"
-
-
-def _label(line: str) -> str:
-    return line.split(" | ")[0].removeprefix("| ")
+def markdown(table: list[Row], earlier: Mapping[str, list[str]] | None = None) -> str:
+    """A table for each experiment; those `earlier` ones (label -> rows, lines of Markdown) are put in by name."""
+    groups = dict(earlier or {})
+    for row in table:
+        groups.setdefault(row.experiment, []).append("| " + " | ".join(row.cells()[1:]) + " |")
+    head = "| " + " | ".join(HEADER[1:]) + " |\n| --- | ---: | ---: | ---: | ---: |"
+    return "\n".join(f"### {label}\n\n{head}\n" + "\n".join(groups[label]) + "\n" for label in sorted(groups))
 
 
 def provenance(results: list[dict[str, Any]], earlier: Iterable[str] = ()) -> str:
@@ -155,14 +153,20 @@ def provenance(results: list[dict[str, Any]], earlier: Iterable[str] = ()) -> st
     return "\n".join(sorted([*lines, *earlier], key=name)) + "\n"
 
 
-def earlier_rows(path: pathlib.Path, table: list[Row], results: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
-    """Rows and commands of the table in `path` that the new one does not replace, as lines of Markdown."""
+def earlier_rows(
+    path: pathlib.Path, table: list[Row], results: list[dict[str, Any]]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Tables (label -> rows) and commands in `path` that the new ones do not replace, as lines of Markdown."""
     text = path.read_text() if path.exists() else ""
     body, _, commands = text.removesuffix(notes(path)).partition("## Commands\n")
     labels, made = {row.experiment for row in table}, {result["command"] for result in results}
-    rows = [line for line in body.splitlines() if line.startswith("| ")][2:]
+    groups = {}
+    for section in body.split("\n### ")[1:]:
+        label, *lines = section.splitlines()
+        groups[label] = [line for line in lines if line.startswith("| ")][2:]
     entries = ["- " + entry.rstrip() for entry in commands.strip().removeprefix("- ").split("\n- ") if entry]
-    return [r for r in rows if _label(r) not in labels], [e for e in entries if e.split("`")[1] not in made]
+    kept = {label: rows for label, rows in groups.items() if label not in labels}
+    return kept, [entry for entry in entries if entry.split("`")[1] not in made]
 
 
 def notes(path: pathlib.Path) -> str:
@@ -214,7 +218,7 @@ def main(options: Any) -> int:
             "± is the standard deviation over seeds.\n"
         )
         path = pathlib.Path(options.write)
-        old_rows, old_commands = earlier_rows(path, table, kept) if options.keep else ([], [])
+        old_rows, old_commands = earlier_rows(path, table, kept) if options.keep else ({}, [])
         text = markdown(table, old_rows)
         body = f"{head}\n    {made}\n\n{text}\n## Commands\n\n{provenance(kept, old_commands)}"
         write_text(path, body + notes(path))
