@@ -1,8 +1,9 @@
 r"""A small CNN with a TRWP layer on top, trained end to end to segment noisy digits, against the same CNN alone.
 
-Paper: Xu, Ajanthan, Hartley, "Fast and Differentiable Message Passing on Pairwise Markov Random Fields", ACCV 2020,
-whose experiment refines a DeepLab on VOC; what is compared here is the same (no layer, mean field, TRWP), at the size
-that two cores can train.
+Paper: Xu, Ajanthan, Hartley, "Fast and Differentiable Message Passing on Pairwise Markov Random Fields", ACCV 2020
+
+The paper's experiment refines a DeepLab on VOC; what is compared here is the same (no layer, mean field, TRWP), at the
+size that two cores can train.
 
     python -m experiments run learned_mrf    # 2 x 2 digits of scikit-learn, 16 x 16 pixels
     python -m experiments run learned_mrf --data-dir DIR --dataset mnist --tiles 1    # one digit, 28 x 28 pixels

@@ -1,6 +1,7 @@
 """Language models trained by pipelines over a mesh, synchronous and asynchronous: loss by updates and by tokens.
 
 Paper: Ajanthan, Ramasinghe, Zuo, Avraham, Long, "Nesterov Method for Asynchronous Pipeline Parallel Optimization", ICML
+2025
 
     python -m experiments run pipeline                                     # embedded text, 8 stages on one CPU
     python -m experiments run pipeline --text tiny_shakespeare --data-dir DIR

@@ -1,7 +1,7 @@
 """Finds experiments without importing them: `list` must be instant and must not need JAX.
 
 An experiment is a module of this folder with `class Config` and `def train(config, workdir)`; the first line of its
-docstring describes it and a docstring line `Paper: ...` names its source.
+docstring describes it and a paragraph `Paper: ...` names its source.
 """
 
 import ast
@@ -29,9 +29,9 @@ def entries() -> list[Entry]:
     for path in sorted(FOLDER.glob("*.py")):
         tree = ast.parse(path.read_text())
         if {"Config", "train"} <= {getattr(node, "name", None) for node in tree.body}:
-            lines = (ast.get_docstring(tree) or "").splitlines() or [""]
-            paper = next((line.removeprefix("Paper:").strip() for line in lines if line.startswith("Paper:")), "")
-            found.append(Entry(path.stem, lines[0], paper))
+            paragraphs = [part.split() for part in (ast.get_docstring(tree) or "").split("\n\n")]
+            paper = next((words[1:] for words in paragraphs if words[:1] == ["Paper:"]), [])
+            found.append(Entry(path.stem, " ".join(paragraphs[0]), " ".join(paper)))
     return found
 
 

@@ -1,6 +1,7 @@
 """SENTINEL against seven kinds of malicious workers in a pipeline: who is found, how soon, and what it saves.
 
-Paper: Dolatabadi et al., "SENTINEL: Stagewise Integrity Verification for Pipeline Parallel Decentralized Training"
+Paper: Dolatabadi et al., "SENTINEL: Stagewise Integrity Verification for Pipeline Parallel Decentralized Training",
+2026
 
     python -m experiments run sentinel                                # embedded text, 6 stages x 8 replicas: one core
     python -m experiments run sentinel --share 0.375 --seeds 3

@@ -1,6 +1,7 @@
 """Prune at initialisation and repair the isometry that pruning destroys: singular values, trainability, no labels.
 
-Paper: Lee, Ajanthan, Gould, Torr, "A Signal Propagation Perspective for Pruning Neural Networks at Initialization"
+Paper: Lee, Ajanthan, Gould, Torr, "A Signal Propagation Perspective for Pruning Neural Networks at Initialization",
+ICLR 2020
 
     python -m experiments run signal_propagation                                       # embedded digits: minutes
     python -m experiments run signal_propagation --data-dir DIR --dataset mnist --width 100 --repair-steps 10000

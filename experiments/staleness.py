@@ -1,6 +1,7 @@
 """Language models trained with the stale gradients of asynchronous pipelines: does discounted Nesterov survive them?
 
 Paper: Ajanthan, Ramasinghe, Zuo, Avraham, Long, "Nesterov Method for Asynchronous Pipeline Parallel Optimization", ICML
+2025
 
     python -m experiments run staleness                                        # embedded text, 16 thin blocks: 2 cores
     python -m experiments run staleness --text tiny_shakespeare --data-dir DIR

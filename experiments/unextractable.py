@@ -1,6 +1,7 @@
 """Unextractable models: what transforms of stage boundaries cost in precision and training, and what they prevent.
 
-Paper: Long et al., "Unextractable Protocol Models: Collaborative Training and Inference without Weight Materialization"
+Paper: Long et al., "Unextractable Protocol Models: Collaborative Training and Inference without Weight
+Materialization", NeurIPS 2025
 
     python -m experiments run unextractable                              # embedded text, 3 blocks of width 48: one core
     python -m experiments run unextractable --transforms 1000 --seeds 3
