@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxlib_methods.parallel import _subsets
+from jaxlib_methods.parallel import _subsets, collectives
 from jaxlib_methods.parallel._sparse_averaging import (
     RULES,
     averaged_per_round,
@@ -285,6 +285,19 @@ def test_on_devices_it_is_what_it_is_under_vmap(interval):
         x, state = sharded(jax.tree.map(lambda leaf: leaf * 1.1, x), state)
         y, other = together(jax.tree.map(lambda leaf: leaf * 1.1, y), other)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), (x, state), (y, other))
+
+
+def test_a_compiled_round_reduces_exactly_the_numbers_of_the_formula():
+    averaging = sparse_averaging(0.3, key=KEY, tau=2)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    one = lambda *trees: jax.tree.map(
+        lambda leaf: leaf[None], averaging.apply(*jax.tree.map(lambda leaf: leaf[0], trees))
+    )
+    x = replicas(4)
+    program = jax.jit(jax.shard_map(one, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
+    sent = collectives(program.lower(x, jax.vmap(averaging.init)(x)))
+    K = averaged_per_round(jax.tree.map(lambda leaf: leaf[0], x), 0.3)
+    assert [(c.kind, c.bytes, c.count) for c in sent] == [("all-reduce", 4 * K, 1)]
 
 
 def test_half_precision_parameters_keep_their_type():
