@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import language_model, pipeline
-from jaxlib_methods import models, parallel
+from jaxlib_methods import parallel
 
 PyTree = Any
 Method = Literal["full_sync", "dp", "sparta", "async_sparta", "ema", "weight_update", "fed_avg", "diloco", "alone"]
@@ -51,7 +51,7 @@ class Config(language_model.Options):
     width: int | None = 32
     heads: int | None = 2
     block: int | None = 64
-    init_std: float = 0.1  # of the matrices: 0.02 at the paper's width of 768, kept in proportion to width^-1/2
+    init_std: float | None = 0.1  # of the matrices: 0.02 at the paper's width of 768, kept in proportion to width^-1/2
     batch_size: int = 8  # windows of a microbatch, shared by the replicas
     steps: int = 400  # updates
     validation_windows: int = 48
@@ -98,10 +98,6 @@ class Config(language_model.Options):
             raise ValueError(f"fraction must lie in (0, 1], got {self.fraction}")
         if self.tau < 0:
             raise ValueError(f"tau must be at least 0, got {self.tau}")
-
-    def model(self, vocab_size: int | None = None) -> models.GPTConfig:
-        """The decoder's configuration, with its initialisation."""
-        return dataclasses.replace(super().model(vocab_size), init_std=self.init_std)
 
 
 SMOKE = {

@@ -46,6 +46,7 @@ class Options:
     width: int | None = None
     heads: int | None = None
     block: int | None = None  # tokens of a training window
+    init_std: float | None = None  # of the matrices at the start; None: the preset's
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
     batch_size: int = 16  # windows per step
     steps: int = 500
@@ -69,6 +70,7 @@ class Options:
             "width": self.width,
             "heads": self.heads,
             "block_size": self.block,
+            "init_std": self.init_std,
             "vocab_size": vocab_size,
         }
         changes = {name: value for name, value in changes.items() if value is not None}

@@ -63,7 +63,7 @@ class Config(language_model.Options):
     width: int | None = 32
     heads: int | None = 2
     block: int | None = 64
-    init_std: float = 0.1  # of the matrices: 0.02 at the paper's width of 768, kept in proportion to width^-1/2
+    init_std: float | None = 0.1  # of the matrices: 0.02 at the paper's width of 768, kept in proportion to width^-1/2
     batch_size: int = 4  # windows of a microbatch
     steps: int = 400  # microbatches; updates, but for gpipe
     validation_windows: int = 48
@@ -97,10 +97,6 @@ class Config(language_model.Options):
             raise ValueError(f"learning_rates must be positive, got {self.learning_rates}")
         if not self.clip > 0:
             raise ValueError(f"clip must be positive, got {self.clip}")
-
-    def model(self, vocab_size: int | None = None) -> models.GPTConfig:
-        """The decoder's configuration, with its initialisation."""
-        return dataclasses.replace(super().model(vocab_size), init_std=self.init_std)
 
 
 SMOKE = {
@@ -331,37 +327,11 @@ def make_optimizer(config: Config, method: str, P: int) -> Any:
         return chain(adam)
     if method == "nesterov":
         return chain(nadam(b1=config.b1))
+    slower = lambda delay: optimizers.scale_by_delay(delay, anneal_steps)
     if method == "nesterov_no_stash":
         b1 = lambda delay: 0.9 + 0.09 * delay.astype(jnp.float32) / P
-        return lambda delay: chain(nadam(b1=b1(delay)), scale_by_delay_of_stage(delay, anneal_steps))
-    return lambda delay: chain(adam, scale_by_delay_of_stage(delay, anneal_steps), discrepancy_of_stage(delay))
-
-
-def scale_by_delay_of_stage(delay: jax.Array, anneal_steps: int) -> optax.GradientTransformation:
-    """`optimizers.scale_by_delay` for a delay that differs between the devices of one program."""
-
-    def update(updates: PyTree, state: optimizers.ScaleByDelayState, params: PyTree | None = None) -> Any:
-        del params
-        rho = 1 - jnp.minimum(state.count.astype(jnp.float32) / anneal_steps, 1)
-        factor = jnp.maximum(delay, 1).astype(jnp.float32) ** -rho
-        scaled = jax.tree.map(lambda u: u * factor, updates)
-        return scaled, optimizers.ScaleByDelayState(optax.safe_increment(state.count))
-
-    return optax.GradientTransformation(lambda params: optimizers.ScaleByDelayState(jnp.zeros((), jnp.int32)), update)
-
-
-def discrepancy_of_stage(delay: jax.Array, decay: float = math.exp(-2)) -> optax.GradientTransformation:
-    """`optimizers.discrepancy_correction` for a delay that differs between the devices of one program."""
-    tau = delay.astype(jnp.float32)
-    keep = decay ** (1 / jnp.maximum(tau, 1))
-
-    def update(updates: PyTree, state: optimizers.DiscrepancyCorrectionState, params: PyTree | None = None) -> Any:
-        del params
-        shift = jax.tree.map(lambda u, old: keep * old + (1 - keep) * tau * u, updates, state.shift)
-        return updates, optimizers.DiscrepancyCorrectionState(shift)
-
-    init = lambda params: optimizers.DiscrepancyCorrectionState(jax.tree.map(jnp.zeros_like, params))
-    return optax.GradientTransformation(init, update)
+        return lambda delay: chain(nadam(b1=b1(delay)), slower(delay))
+    return lambda delay: chain(adam, slower(delay), optimizers.discrepancy_correction(delay))
 
 
 def _figure(config: Config, chosen: dict[tuple[str, int], list[dict[str, Any]]], workdir: pathlib.Path) -> None:

@@ -61,7 +61,7 @@ class Config(language_model.Options):
     width: int | None = 32
     heads: int | None = 2
     block: int | None = 64
-    init_std: float = 0.1  # of the matrices: 0.02 at the paper's width of 768, kept in proportion to width^-1/2
+    init_std: float | None = 0.1  # of the matrices: 0.02 at the paper's width of 768, kept in proportion to width^-1/2
     batch_size: int = 4  # windows of a microbatch
     steps: int = 800  # microbatches; updates, but for gpipe
     validation_windows: int = 48
@@ -87,10 +87,6 @@ class Config(language_model.Options):
             raise ValueError(f"learning_rates must be positive, got {self.learning_rates}")
         if not self.clip > 0:
             raise ValueError(f"clip must be positive, got {self.clip}")
-
-    def model(self, vocab_size: int | None = None) -> models.GPTConfig:
-        """The decoder's configuration, with its initialisation."""
-        return dataclasses.replace(super().model(vocab_size), init_std=self.init_std)
 
 
 SMOKE = {

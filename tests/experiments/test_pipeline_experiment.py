@@ -54,10 +54,10 @@ def test_microbatches_depend_on_seed_and_number_alone():
 
 
 @pytest.mark.parametrize("delay", [0, 1, 3])
-def test_links_of_a_stage_equal_the_library_s_of_a_fixed_delay(delay):
+def test_links_of_a_traced_delay_equal_those_of_a_fixed_one(delay):
     params = {"w": jnp.linspace(-1.0, 1.0, 5)}
     traced = jnp.int32(delay)
-    ours = optax.chain(pipeline.scale_by_delay_of_stage(traced, 4), pipeline.discrepancy_of_stage(traced))
+    ours = optax.chain(optimizers.scale_by_delay(traced, 4), optimizers.discrepancy_correction(traced))
     theirs = optax.chain(optimizers.scale_by_delay(delay, 4), optimizers.discrepancy_correction(delay))
     states = [ours.init(params), theirs.init(params)]
     for t in range(6):
