@@ -208,6 +208,20 @@ def evaluations(history: list[Record]) -> list[dict[str, float]]:
     return [{name: record[name] for name in names} for record in history if "validation_loss" in record]
 
 
+def subspace_network(dense: models.GPTConfig, rank: int) -> models.GPTConfig:
+    """The subspace network with as many parameters as the dense model, to half a unit of its MLPs."""
+    config = dataclasses.replace(dense, subspace=rank)
+    hidden = config.mlp_width or 4 * config.width
+    wider = lambda units: dataclasses.replace(config, mlp_width=hidden + units)
+    missing = decoder_parameters(dense) - decoder_parameters(config)
+    return wider(round(missing / (decoder_parameters(wider(1)) - decoder_parameters(config))))
+
+
+def decoder_parameters(config: models.GPTConfig) -> int:
+    """How many parameters a decoder has."""
+    return parameter_count(nnx.state(nnx.eval_shape(lambda: models.GPT(config, rngs=nnx.Rngs(0))), nnx.Param))
+
+
 def parameter_count(params: PyTree) -> int:
     """Numbers in a tree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -84,12 +84,7 @@ class Config(language_model.Options):
 
     def subspace_model(self, vocab_size: int | None = None) -> models.GPTConfig:
         """The subspace network with as many parameters as the dense model, to half a unit of its MLPs."""
-        dense = self.model(vocab_size)
-        config = dataclasses.replace(dense, subspace=self.rank)
-        hidden = config.mlp_width or 4 * config.width
-        wider = lambda units: dataclasses.replace(config, mlp_width=hidden + units)
-        missing = count(dense) - count(config)
-        return wider(round(missing / (count(wider(1)) - count(config))))
+        return language_model.subspace_network(self.model(vocab_size), self.rank)
 
 
 SMOKE = {
@@ -215,13 +210,6 @@ def lossy_codecs(method: str, rank: int) -> tuple[parallel.codecs.Codec, paralle
         method, parallel.codecs.identity_codec()
     )
     return codec, codec
-
-
-def count(config: models.GPTConfig) -> int:
-    """Parameters of a decoder."""
-    return language_model.parameter_count(
-        nnx.state(nnx.eval_shape(lambda: models.GPT(config, rngs=nnx.Rngs(0))), nnx.Param)
-    )
 
 
 def steps_ratio(dense: list[dict], longer: list[dict], steps: int) -> list[float]:

@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from experiments import runner, subspace
+from experiments import language_model, runner, subspace
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +26,13 @@ def test_smoke_run_leaves_losses_bytes_and_a_figure(tmp_path):
 
 def test_the_subspace_network_has_the_parameters_of_the_dense_one():
     config = subspace.Config()
-    dense, constrained = subspace.count(config.model()), subspace.count(config.subspace_model())
+    dense, constrained = (
+        language_model.decoder_parameters(config.model()),
+        language_model.decoder_parameters(config.subspace_model()),
+    )
     half_a_unit = config.model().layers * 3 * config.width / 2
     assert abs(dense - constrained) <= half_a_unit
-    assert constrained != subspace.count(config.subspace_model(300))
+    assert constrained != language_model.decoder_parameters(config.subspace_model(300))
 
 
 def test_steps_ratio_is_read_off_the_curve():
