@@ -20,9 +20,13 @@ gradients cross it coded. What is trained is what such a pipeline computes, on o
     subspace        the subspace network, its parameters made equal to the dense ones by a wider MLP; AdamW on Z
     row_shared      the same with the paper's AdamW, one second moment for each row of Z
     subspace_long   the same as subspace for `longer` times as many steps
+    subspace_moving row_shared, and every `basis_every` steps all stages take a Grassmann step of the basis together,
+                    with Sigma measured on `basis_batches` training batches; off in all released code
 
 The learning rate of each method is the best of a grid by the validation loss of the first seed; subspace_long takes
 that of subspace. steps_ratio: the step at which subspace_long reaches the final loss of dense, over dense's steps.
+captured: the share of the boundaries' squared gradients that is in the subspace, at the first move and at the end; move
+cost: nats by which all moves together raised the validation loss. --basis-step 0 measures without moving.
 """
 
 import dataclasses
@@ -45,8 +49,10 @@ from jaxlib_methods import models, optimizers, parallel, trees
 
 PyTree = Any
 Method = Literal[
-    "dense", "bf16", "int8", "top_k", "top_k_plain", "unconstrained", "subspace", "row_shared", "subspace_long"
-]
+    "dense", "bf16", "int8", "top_k", "top_k_plain", "unconstrained", "subspace", "row_shared", "subspace_long",
+    "subspace_moving",
+]  # fmt: skip
+CONSTRAINED = ("subspace", "row_shared", "subspace_long", "subspace_moving")
 COORDINATES = r"^embed/tokens|(out|down)/(kernel|bias)$"  # of the constrained blocks
 
 
@@ -67,6 +73,9 @@ class Config(language_model.Options):
     )  # fmt: skip
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)  # the first seed tries all of them
     longer: int = 3
+    basis_every: int = 100  # steps between moves of the basis; about 500 in the paper, of many more
+    basis_step: float = 0.1  # eta of a move, for a Sigma U of spectral norm 1
+    basis_batches: int = 16  # of training text, that Sigma is measured on
     weight_decay: float = 0.01
     clip: float = 1.0
 
@@ -76,8 +85,9 @@ class Config(language_model.Options):
             raise ValueError("methods and learning_rates must each name at least one")
         if min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates must be positive, got {self.learning_rates}")
-        if self.longer < 1:
-            raise ValueError(f"longer must be at least 1, got {self.longer}")
+        for name in ("longer", "basis_every", "basis_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.model().layers < 2:
             raise ValueError(f"layers must be at least 2, for one boundary; got {self.model().layers}")
         self.subspace_model()
@@ -89,7 +99,8 @@ class Config(language_model.Options):
 
 SMOKE = {
     "layers": 2, "width": 16, "heads": 2, "block": 16, "rank": 4, "steps": 10, "seeds": 1, "evaluate_every": 10,
-    "validation_windows": 8, "learning_rates": (3e-3,), "methods": ("top_k", "row_shared"),
+    "validation_windows": 8, "learning_rates": (3e-3,), "methods": ("top_k", "subspace_moving"),
+    "basis_every": 5, "basis_step": 0.5, "basis_batches": 2,
 }  # fmt: skip
 
 
@@ -115,8 +126,12 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         metrics[f"learning_rate {method}"] = rates[method]
         metrics[f"parameters {method}"] = run.network.parameters
         metrics[f"bytes forward {method}"], metrics[f"bytes backward {method}"] = run.network.bytes
-        if losses := [result["validation_loss"] for result in chosen[method] if "validation_loss" in result]:
-            metrics[f"validation_loss {method}"] = losses
+        if finished := [result for result in chosen[method] if "validation_loss" in result]:
+            metrics[f"validation_loss {method}"] = [result["validation_loss"] for result in finished]
+            if moves := [result["moves"] for result in finished if result.get("moves")]:
+                metrics["captured first"] = [of_run[0]["captured"] for of_run in moves]
+                metrics["captured last"] = [of_run[-1]["captured"] for of_run in moves]
+                metrics["move cost"] = [sum(move["cost"] for move in of_run) for of_run in moves]
     ratios = steps_ratio(chosen.get("dense", []), chosen.get("subspace_long", []), config.steps)
     if ratios:
         metrics["steps_ratio"] = ratios
@@ -132,21 +147,26 @@ class Network(NamedTuple):
     codecs: tuple[parallel.codecs.Codec, parallel.codecs.Codec]
     like: PyTree  # shapes of the activations of a batch
     boundaries: int
-    losses: Callable[[PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]]  # see `of`
+    losses: Callable[..., tuple[jax.Array, PyTree]]  # see `of`
     coordinates: PyTree  # bools: which parameters are coordinates
     parameters: int
     bytes: tuple[float, float]  # of a token, forwards and backwards
+    basis: jax.Array | None  # U at the start, where it moves
 
     @classmethod
     def of(cls, config: Config, task: language_model.Task, method: str) -> "Network":
-        """`losses` maps (parameters, states of the boundaries, windows [B, T + 1]) to losses [B, T] and new states."""
-        constrained = method in ("subspace", "row_shared", "subspace_long")
+        """`losses` maps (parameters, states, windows [B, T + 1], pushes) to losses [B, T] and new states.
+
+        The states are those of the boundaries, behind U where it moves: then nothing is compiled anew for it. The
+        pushes, [boundaries, B, T, d] or None, are added to the stream behind the boundaries: their gradient is its.
+        """
+        constrained, moving = method in CONSTRAINED, method == "subspace_moving"
         V = task.config.vocab_size
         decoder = config.subspace_model(V) if constrained else task.config
         fns = models.gpt_stages(decoder)
         head = lambda params, x, targets: language_model.cross_entropy(fns.head(params, x), targets)
         if constrained or method == "unconstrained":
-            subspace = parallel.codecs.random_subspace(
+            drawn = parallel.codecs.random_subspace(
                 jax.random.key(0),
                 vocab_size=V,
                 width=decoder.width,
@@ -155,32 +175,41 @@ class Network(NamedTuple):
             )
             dense = (lambda p, ids, U, fixed: fns.embed(p, ids, None, fixed), lambda p, x, U: fns.block(p, x))
             embed, block = (fns.embed, fns.block) if constrained else dense
-            model = parallel.codecs.subspace_model(embed, block, head, subspace)
-            codecs = (
-                parallel.codecs.subspace_codec(subspace, activations=decoder.dtype),
-                parallel.codecs.subspace_gradient_codec(subspace),
-            )
+
+            def coded(U: jax.Array) -> tuple[parallel.StageModel, tuple[parallel.codecs.Codec, ...]]:
+                subspace = drawn._replace(U=U)
+                return parallel.codecs.subspace_model(embed, block, head, subspace), (
+                    parallel.codecs.subspace_codec(subspace, activations=decoder.dtype),
+                    parallel.codecs.subspace_gradient_codec(subspace),
+                )
+
+            model, codecs = coded(drawn.U)
         else:
             model = parallel.StageModel(fns.embed, fns.block, head)
             codecs = lossy_codecs(method, config.rank)
-        transmit = parallel.codecs.coded_boundary(*codecs)
         boundaries = decoder.layers - 1
 
-        def losses(params: PyTree, states: PyTree, windows: jax.Array) -> tuple[jax.Array, PyTree]:
+        def losses(
+            params: PyTree, states: PyTree, windows: jax.Array, pushes: jax.Array | None = None
+        ) -> tuple[jax.Array, PyTree]:
+            U, states = states if moving else (None, states)
+            stages, (forward, backward) = coded(U) if moving else (model, codecs)
+            transmit = parallel.codecs.coded_boundary(forward, backward)
             of_embed, of_blocks, of_head = models.split_gpt_params(decoder, params)
-            x, states = model.embed(of_embed, windows[:, :-1]), list(states)
+            x, states = stages.embed(of_embed, windows[:, :-1]), list(states)
             for i, of_block in enumerate(of_blocks):
-                x = model.block(of_block, x)
+                x = stages.block(of_block, x)
                 if i < boundaries:
                     x, states[i] = transmit(x, states[i])
-            return model.head(of_head, x, windows[:, 1:]), states
+                    x = x if pushes is None else x | {"x": x["x"] + pushes[i]}
+            return stages.head(of_head, x, windows[:, 1:]), (U, states) if moving else states
 
         init = jax.jit(lambda key: nnx.state(models.GPT(decoder, rngs=nnx.Rngs(key)), nnx.Param))
         params = jax.eval_shape(init, jax.random.key(0))
         windows = jax.ShapeDtypeStruct((config.batch_size, decoder.block_size), jnp.int32)
         like = jax.eval_shape(model.embed, models.split_gpt_params(decoder, params)[0], windows)
-        moving = [leaf for leaf in jax.tree.leaves(like) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        sizes = [parallel.codecs.payload_bytes(codec, x) for codec, x in zip(codecs, (like, moving), strict=True)]
+        floating = [leaf for leaf in jax.tree.leaves(like) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        sizes = [parallel.codecs.payload_bytes(codec, x) for codec, x in zip(codecs, (like, floating), strict=True)]
         return cls(
             init,
             codecs,
@@ -192,12 +221,26 @@ class Network(NamedTuple):
             ),
             language_model.parameter_count(params),
             tuple(size / windows.size for size in sizes),
+            drawn.U if moving else None,
         )
 
-    def states(self, like: PyTree | None = None) -> PyTree:
-        """Of both ends of all boundaries at the start."""
+    def states(self, like: PyTree | None = None, basis: jax.Array | None = None) -> PyTree:
+        """Of both ends of all boundaries at the start, behind the basis where it moves."""
         init = lambda: self.codecs[0].init(self.like if like is None else like)
-        return [(init(), init()) for _ in range(self.boundaries)]
+        ends = [(init(), init()) for _ in range(self.boundaries)]
+        return ends if self.basis is None else (self.basis if basis is None else basis, ends)
+
+    def moments(self, params: PyTree, states: PyTree, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Sigma U and tr Sigma of the gradients of the residual stream as they come to the boundaries [n, B, T + 1]."""
+        x = self.like["x"]
+
+        def of_batch(_: None, windows: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
+            loss = lambda pushes: self.losses(params, states, windows, pushes)[0].mean()
+            G = jax.grad(loss)(jnp.zeros((self.boundaries, *x.shape), x.dtype)).astype(jnp.float32)
+            return None, (parallel.codecs.gradient_moment(G, states[0]), jnp.mean(jnp.sum(G**2, axis=-1)))
+
+        Y, total = jax.lax.scan(of_batch, None, windows)[1]
+        return jnp.mean(Y, axis=0), jnp.mean(total)
 
 
 def lossy_codecs(method: str, rank: int) -> tuple[parallel.codecs.Codec, parallel.codecs.Codec]:
@@ -224,7 +267,7 @@ def steps_ratio(dense: list[dict], longer: list[dict], steps: int) -> list[float
 def make_optimizer(config: Config, network: Network, method: str, steps: int) -> optax.GradientTransformation:
     """AdamW with linear warm-up and a cosine, after clipping; the learning rate is `step_size` in the state."""
     adam = optax.scale_by_adam(b1=0.9, b2=0.99)
-    if method == "row_shared":
+    if method in ("row_shared", "subspace_moving"):
         width = config.model().width
         adam = optimizers.scale_by_row_shared_adam(b1=0.9, b2=0.99, shared=network.coordinates, row_size=width)
     return optax.chain(
@@ -252,9 +295,9 @@ class _Runs:
             return losses.mean(), (states, {})
 
         def per_window(params: PyTree, states: PyTree, windows: jax.Array) -> dict[str, jax.Array]:
-            del states  # the boundaries of validation windows remember nothing of the training batch
+            # The boundaries of validation windows remember nothing of the training batch.
             resized = lambda leaf: jax.ShapeDtypeStruct((len(windows), *leaf.shape[1:]), leaf.dtype)
-            states = network.states(jax.tree.map(resized, network.like))
+            states = network.states(jax.tree.map(resized, network.like), *([] if network.basis is None else states[:1]))
             return {"loss": network.losses(params, states, windows)[0].mean(axis=1)}
 
         held_out = text.validation_rows(task.text.validation, task.config.block_size, config.validation_windows)
@@ -271,28 +314,58 @@ class _Runs:
         params, states = self.network.init(init_key), self.network.states()
         state = training.init_state(params, self.optimizer, key=train_key, model_state=states)
         state = state._replace(opt_state=optax.tree_utils.tree_set(state.opt_state, step_size=jnp.float32(rate)))
+        moving, history, moves = self.network.basis is not None, [], []
+        every = config.basis_every if moving else self.steps
         try:
-            _, history = training.fit(
-                self.loss_fn,
-                self.optimizer,
-                state,
-                self.task.rows,
-                batch_size=config.batch_size,
-                steps=self.steps,
-                steps_per_call=min(25, config.evaluate_every),
-                augment=self.task.window,
-                evaluate=self.evaluate,
-                evaluate_every=config.evaluate_every,
-                workdir=case_dir,
-                checkpoint_every=200,
-                mesh=self.task.rows.mesh,
-                label=f"{self.method} lr={rate:g} seed={seed}",
-            )
+            for stop in (*range(every, self.steps, every), self.steps):
+                # The checkpoint at the end of a part holds the state before the move: each part has its own folder.
+                folder = case_dir / "checkpoints" / f"until_{stop}" if moving else case_dir
+                state, records = training.fit(
+                    self.loss_fn,
+                    self.optimizer,
+                    state,
+                    self.task.rows,
+                    batch_size=config.batch_size,
+                    steps=stop,
+                    steps_per_call=min(25, config.evaluate_every),
+                    augment=self.task.window,
+                    evaluate=self.evaluate,
+                    evaluate_every=config.evaluate_every,
+                    workdir=folder,
+                    checkpoint_every=200,
+                    mesh=self.task.rows.mesh,
+                    label=f"{self.method} lr={rate:g} seed={seed}",
+                )
+                history += records
+                if moving:
+                    windows = self.task.calibration(config.basis_batches * config.batch_size, seed=stop)
+                    captured, moved = self.move(state, windows.reshape(config.basis_batches, config.batch_size, -1))
+                    state = moved if stop < self.steps else state
+                    cost = self.evaluate(state)["validation_loss"] - records[-1]["validation_loss"]
+                    moves.append({"step": stop, "captured": float(captured), "cost": cost})
         except NonFiniteLossError as error:
             print(f"diverged: {error}", flush=True)
             return {"curve": []}
         curve = language_model.evaluations(history)
-        return {"curve": curve, "validation_loss": curve[-1]["validation_loss"]}
+        return {"curve": curve, "validation_loss": curve[-1]["validation_loss"], "moves": moves}
+
+    @functools.cached_property
+    def move(self) -> Callable[[training.TrainState, jax.Array], tuple[jax.Array, training.TrainState]]:
+        """Jitted: (state, windows) -> the share of the gradients in the subspace, the state in the moved basis."""
+
+        def move(state: training.TrainState, windows: jax.Array) -> tuple[jax.Array, training.TrainState]:
+            U, ends = state.model_state
+            Y, total = self.network.moments(state.params, state.model_state, windows)
+            moved = parallel.codecs.grassmann_step(U, Y / jnp.linalg.norm(Y, 2), self.config.basis_step)
+            change = lambda tree: parallel.codecs.change_basis(tree, U, moved, self.network.coordinates)
+            m = change(optax.tree_utils.tree_get(state.opt_state, "m"))
+            return jnp.sum(U * Y) / total, state._replace(
+                params=change(state.params),
+                opt_state=optax.tree_utils.tree_set(state.opt_state, m=m),
+                model_state=(moved, ends),
+            )
+
+        return jax.jit(move)
 
 
 def _figure(config: Config, chosen: dict[str, list[dict]], metrics: dict[str, Any], workdir: pathlib.Path) -> None:

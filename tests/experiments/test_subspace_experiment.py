@@ -1,11 +1,17 @@
 """The experiment on subspace networks: a smoke run, equal parameters, and what it refuses."""
 
+import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 from experiments import language_model, runner, subspace
+from experiments import train as training
+from jaxlib_methods import models, parallel
 
 
 @pytest.fixture(autouse=True)
@@ -17,11 +23,54 @@ def optax_promotes():
 def test_smoke_run_leaves_losses_bytes_and_a_figure(tmp_path):
     config = subspace.Config(**subspace.SMOKE | {"batch_size": 11})
     metrics = runner.run(subspace, config, tmp_path, smoke=True)["metrics"]
-    for name in ("top_k", "row_shared"):
+    for name in ("top_k", "subspace_moving"):
         assert 2 < metrics[f"validation_loss {name}"] < math.log(256) + 0.5
-    assert (metrics["bytes forward row_shared"], metrics["bytes backward row_shared"]) == (4 * 4 + 1, 4 * 4)
+    assert (metrics["bytes forward subspace_moving"], metrics["bytes backward subspace_moving"]) == (4 * 4 + 1, 4 * 4)
+    assert 0 < metrics["captured first"] < metrics["captured last"] < 1 and abs(metrics["move cost"]) < 0.1
     assert metrics["bytes forward top_k"] == metrics["bytes backward top_k"] == 3 * 5
     assert (tmp_path / "subspace.png").stat().st_size > 10_000
+
+
+def test_a_move_projects_the_constrained_weights_onto_the_new_subspace_and_changes_nothing_else(tmp_path):
+    """Z U^T becomes Z U^T U' U'^T: the moved network is the dense one with these weights."""
+    config = subspace.Config(**subspace.SMOKE | {"batch_size": 11})
+    task = language_model.Task.of(config)
+    runs = subspace._Runs(config, task, "subspace_moving", tmp_path)
+    rng = np.random.default_rng(0)
+    draw = lambda tree: jax.tree.map(lambda p: jnp.asarray(rng.normal(scale=0.3, size=p.shape), p.dtype), tree)
+    params = draw(jax.eval_shape(runs.network.init, jax.random.key(0)))
+    state = training.init_state(params, runs.optimizer, key=jax.random.key(1), model_state=runs.network.states())
+    state = state._replace(opt_state=optax.tree_utils.tree_set(state.opt_state, m=draw(params)))
+    windows = task.calibration(22).reshape(2, 11, -1)
+    captured, moved = runs.move(state, windows)
+    U, V = state.model_state[0], moved.model_state[0]
+    np.testing.assert_allclose(V.T @ V, np.eye(4), atol=1e-5)
+    assert float(captured) < float(runs.move(moved, windows)[0]) < 1
+
+    decoder = dataclasses.replace(config.subspace_model(task.config.vocab_size), subspace=None)
+    fns = models.gpt_stages(decoder)
+    fixed = parallel.codecs.random_subspace(jax.random.key(0), vocab_size=256, width=16, rank=4).T_fixed
+
+    def dense_loss(params, windows):
+        of_embed, of_blocks, of_head = models.split_gpt_params(decoder, params)
+        x = fns.embed(of_embed, windows[:, :-1], None, fixed[windows[:, :-1]])
+        for of_block in of_blocks:
+            x = fns.block(of_block, x)
+        return language_model.cross_entropy(fns.head(of_head, x), windows[:, 1:]).mean()
+
+    coordinates = runs.network.coordinates
+    times = lambda tree, M: jax.tree.map(lambda p, z: p @ M if z else p, tree, coordinates)
+    losses = jax.jit(lambda state, windows: runs.network.losses(state.params, state.model_state, windows)[0].mean())
+    batch = jnp.asarray(windows[0], jnp.int32)
+    predicted = [float(jax.jit(dense_loss)(times(params, M), batch)) for M in (U.T, U.T @ V @ V.T)]
+    np.testing.assert_allclose([float(losses(s, batch)) for s in (state, moved)], predicted, rtol=1e-5)
+    assert abs(predicted[0] - predicted[1]) > 1e-3
+
+    moments = lambda name: [optax.tree_utils.tree_get(s.opt_state, name) for s in (state, moved)]
+    for (before, after), M in ((moments("m"), U.T @ V), (moments("r"), None)):
+        expected = before if M is None else times(before, M)
+        for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 def test_the_subspace_network_has_the_parameters_of_the_dense_one():
@@ -54,6 +103,7 @@ def test_errors_name_the_option():
         ({"rank": 97}, "must not exceed width"),
         ({"layers": 1}, "layers must be at least 2"),
         ({"longer": 0}, "longer must be at least 1"),
+        ({"basis_every": 0}, "basis_every must be at least 1"),
         ({"learning_rates": ()}, "at least one"),
         ({"preset": "gpt2_small"}, "set tied=False"),
     ):
