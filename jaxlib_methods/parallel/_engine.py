@@ -205,7 +205,7 @@ def _transfer(
     """Sends `value` along the pairs; (what has arrived, state of the hooks)."""
     if not pairs:
         return inbox, state
-    cross = lambda tree: jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, "stage", pairs), tree)
+    cross = lambda tree: jax.tree.map(lambda leaf: _permute(leaf, pairs), tree)
     if hook is None:
         return vary(cross(value)), state
     stage, microbatches, exist = info
@@ -220,6 +220,15 @@ def _transfer(
     arrived, receiver = hook.receive(cross(message), state[1], receiving)
     arrived = jax.tree.map(lambda new, like: new.astype(like.dtype), arrived, inbox)
     return vary(arrived), (select(sending.active, sender, state[0]), select(receiving.active, receiver, state[1]))
+
+
+def _permute(leaf: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
+    """`ppermute` over the stages. Short floating types cross as integers: XLA on a CPU sends bfloat16 as float32."""
+    bits = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize)
+    if bits is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jax.lax.ppermute(leaf, "stage", pairs)
+    sent = jax.lax.bitcast_convert_type(leaf, bits)
+    return jax.lax.bitcast_convert_type(jax.lax.ppermute(sent, "stage", pairs), leaf.dtype)
 
 
 def run_phases(

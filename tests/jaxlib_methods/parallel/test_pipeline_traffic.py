@@ -1,11 +1,14 @@
 """What compiled pipelines send, read from their programs and counted by hand; what a stage keeps in memory."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 from jaxlib_methods import parallel
+from jaxlib_methods.parallel import _engine
 from tests.jaxlib_methods.parallel.pipeline_problems import chain, tokens
 
 EXAMPLES, LENGTH, WIDTH, COUNT = 2, 3, 8, 6
@@ -50,3 +53,13 @@ def test_replicas_reduce_the_gradient_of_their_stage_once_a_step():
     gradient = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params)) // 4
     assert sum(c.bytes * c.count for c in reduced) == gradient + 4 * COUNT  # and the losses
     assert parallel.link_bytes(program)[0, 2] == (COUNT + 1) * MESSAGE // 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float32", "uint8"])
+def test_a_short_type_takes_its_own_bytes_on_a_link_and_arrives_to_the_bit(dtype):
+    mesh, spec = parallel.make_mesh(2), PartitionSpec("stage")
+    x = jnp.arange(-10, 10).astype(jnp.float32).reshape(2, 10).astype(dtype)
+    cross = jax.jit(jax.shard_map(lambda x: _engine._permute(x, [(0, 1)]), mesh=mesh, in_specs=spec, out_specs=spec))
+    compiled = cross.lower(x).compile()
+    assert parallel.link_bytes(compiled) == {(0, 1): 10 * x.dtype.itemsize}
+    assert cross(x)[1].tobytes() == np.asarray(x[0]).tobytes()
