@@ -21,6 +21,10 @@ from jaxlib_methods.models._gpt import GPT as GPT
 from jaxlib_methods.models._gpt import GPT_CONFIGS as GPT_CONFIGS
 from jaxlib_methods.models._gpt import GPTConfig as GPTConfig
 from jaxlib_methods.models._gpt import rotate as rotate
+from jaxlib_methods.models._gpt_coordinates import coordinate_gpt_mask as coordinate_gpt_mask
+from jaxlib_methods.models._gpt_coordinates import coordinate_gpt_params as coordinate_gpt_params
+from jaxlib_methods.models._gpt_coordinates import coordinate_gpt_rules as coordinate_gpt_rules
+from jaxlib_methods.models._gpt_coordinates import coordinate_gpt_stages as coordinate_gpt_stages
 from jaxlib_methods.models._gpt_stages import GPTStages as GPTStages
 from jaxlib_methods.models._gpt_stages import gpt_stages as gpt_stages
 from jaxlib_methods.models._gpt_stages import split_gpt_params as split_gpt_params
@@ -65,6 +69,10 @@ __all__ = [
     "UNet3D",
     "WideResNet",
     "convolve",
+    "coordinate_gpt_mask",
+    "coordinate_gpt_params",
+    "coordinate_gpt_rules",
+    "coordinate_gpt_stages",
     "create",
     "gpt_stages",
     "gpt_transform_rules",

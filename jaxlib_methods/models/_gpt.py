@@ -293,7 +293,8 @@ class _Embed(nnx.Module):
         if config.position == "learned":
             self.positions = _table(config, config.block_size, rngs)
 
-    def __call__(self, tokens: jax.Array, U: jax.Array | None = None, fixed: jax.Array | None = None) -> jax.Array:
+    def coordinates(self, tokens: jax.Array) -> jax.Array:
+        """What is trained: (B, T, k) in a subspace network, (B, T, d) in another."""
         config = self.config
         x = self.tokens(tokens.astype(jnp.int32))
         if config.position == "learned":
@@ -303,10 +304,13 @@ class _Embed(nnx.Module):
                     "cut it, or build the model with a larger block_size"
                 )
             x += self.positions.embedding[...][None, : tokens.shape[1]]
-        x = x.astype(config.dtype)
-        if config.subspace is not None:
+        return x.astype(config.dtype)
+
+    def __call__(self, tokens: jax.Array, U: jax.Array | None = None, fixed: jax.Array | None = None) -> jax.Array:
+        x = self.coordinates(tokens)
+        if self.config.subspace is not None:
             x = _lift(x, U)
-        return x if fixed is None else x + fixed.astype(config.dtype)
+        return x if fixed is None else x + fixed.astype(x.dtype)
 
 
 class _Attention(nnx.Module):

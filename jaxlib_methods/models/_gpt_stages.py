@@ -51,18 +51,15 @@ def gpt_stages(config: GPTConfig) -> GPTStages:
     Source: this library.
     """
 
-    def parts(**changes: Any) -> GPT:
-        return nnx.eval_shape(lambda: GPT(dataclasses.replace(config, layers=1, **changes), rngs=nnx.Rngs(0)))
-
     def pure(module: nnx.Module) -> Callable[..., jax.Array]:
         graph = nnx.graphdef(module)
         return lambda params, *args: nnx.merge(graph, params)(*args)
 
-    model = parts(full_rank_blocks=0)
+    model = one_block(config)
     stages = GPTStages(pure(model.embed), pure(model.blocks[0]), pure(model.head))
     if not _dense_tail(config):
         return stages
-    dense = pure(parts(full_rank_blocks=1).blocks[0])
+    dense = pure(one_block(config, full_rank_blocks=1).blocks[0])
 
     def head(params: PyTree, x: jax.Array) -> jax.Array:
         for block in params["blocks"]:
@@ -70,6 +67,12 @@ def gpt_stages(config: GPTConfig) -> GPTStages:
         return stages.head(params["head"], x)
 
     return stages._replace(head=head)
+
+
+def one_block(config: GPTConfig, full_rank_blocks: int = 0) -> GPT:
+    """The shapes of a model with one block, which has the functions of all."""
+    one = dataclasses.replace(config, layers=1, full_rank_blocks=full_rank_blocks)
+    return nnx.eval_shape(lambda: GPT(one, rngs=nnx.Rngs(0)))
 
 
 def _dense_tail(config: GPTConfig) -> int:

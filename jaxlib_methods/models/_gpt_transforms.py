@@ -22,16 +22,15 @@ BibTeX:
 }
 """
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlib_methods.models._gpt import GPT, GPTConfig
-from jaxlib_methods.models._gpt_stages import GPTStages, gpt_stages
+from jaxlib_methods.models._gpt import GPTConfig
+from jaxlib_methods.models._gpt_stages import GPTStages, gpt_stages, one_block
 
 PyTree = Any
 _BEHIND_NORM = {"norm1": ("attention", ("query", "key", "value")), "norm2": ("mlp", ("up", "gate"))}
@@ -58,6 +57,7 @@ def transformable_gpt_params(
         have to be transformed with the embedding, a subspace network, or another number of rotations.
 
     Example:
+      >>> import dataclasses
       >>> from jaxlib_methods.models import GPT_CONFIGS, GPT, split_gpt_params
       >>> config = dataclasses.replace(GPT_CONFIGS["llama_tiny"], layers=1, width=8, heads=2, mlp_width=16)
       >>> params = split_gpt_params(config, nnx.state(GPT(config, rngs=nnx.Rngs(0)), nnx.Param))
@@ -69,21 +69,20 @@ def transformable_gpt_params(
     """
     _check(config)
     embed, blocks, head = params
-    if len(rotations) != 2 * len(blocks) + 1:
-        raise ValueError(f"rotations must be two for each block and one, {2 * len(blocks) + 1}, got {len(rotations)}")
+    check_count("rotations", rotations, len(blocks))
     rotations = [jnp.asarray(O, config.param_dtype) for O in rotations]
     eye = jnp.eye(config.width, dtype=config.param_dtype)
     new = []
     for index, block in enumerate(blocks):
-        block, (first, second) = _copy(block), rotations[2 * index : 2 * index + 2]
+        block, (first, second) = as_dicts(block), rotations[2 * index : 2 * index + 2]
         for norm, O in (("norm1", first), ("norm2", second)):
             part, names = _BEHIND_NORM[norm]
             kernels = [block[part][name] for name in names if name in block[part]]
             _fold_gain(block[norm], kernels, O)
         new.append({"block": block, "transforms": {"N1": first, "Q1": eye, "N2": second, "Q2": eye}})
-    head = _copy(head)
+    head = as_dicts(head)
     _fold_gain(head["norm"], [head["logits"]], rotations[-1])
-    return _copy(embed), new, {"head": head, "transforms": {"N": rotations[-1]}}
+    return as_dicts(embed), new, {"head": head, "transforms": {"N": rotations[-1]}}
 
 
 def _check(config: GPTConfig) -> None:
@@ -95,11 +94,18 @@ def _check(config: GPTConfig) -> None:
     if config.tied:
         raise ValueError("a tied head would have to be transformed with the embedding; set tied=False")
     if config.subspace is not None:
-        raise ValueError("the skip matrices of a subspace network are not implemented; set subspace=None")
+        raise ValueError("a subspace network is transformed in its coordinates; use coordinate_gpt_stages")
 
 
-def _copy(state: PyTree) -> dict[str, Any]:
-    return jax.tree.map(lambda leaf: leaf, nnx.to_pure_dict(state) if isinstance(state, nnx.State) else dict(state))
+def check_count(name: str, matrices: Sequence[jax.typing.ArrayLike], blocks: int) -> None:
+    if len(matrices) != 2 * blocks + 1:
+        raise ValueError(f"{name} must be two for each block and one, {2 * blocks + 1}, got {len(matrices)}")
+
+
+def as_dicts(params: PyTree) -> PyTree:
+    """A copy of the tree, with dictionaries in place of the states of nnx."""
+    is_state = lambda node: isinstance(node, nnx.State)
+    return jax.tree.map(lambda node: nnx.to_pure_dict(node) if is_state(node) else node, params, is_leaf=is_state)
 
 
 def _fold_gain(norm: dict[str, Any], linears: Sequence[dict[str, Any]], O: jax.Array) -> None:
@@ -132,23 +138,40 @@ def transformable_gpt_stages(config: GPTConfig, *, train_transforms: bool = Fals
     """
     _check(config)
     plain = gpt_stages(config)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(dataclasses.replace(config, layers=1), rngs=nnx.Rngs(0))).blocks[0])
-
-    def matrices(params: PyTree, x: jax.Array) -> PyTree:
-        fixed = params["transforms"] if train_transforms else jax.lax.stop_gradient(params["transforms"])
-        return jax.tree.map(lambda a: a.astype(x.dtype), fixed)
+    graph = nnx.graphdef(one_block(config).blocks[0])
+    matrices = lambda params, x: transforms_of(params, x.dtype, trained=train_transforms)
 
     def block(params: PyTree, x: jax.Array) -> jax.Array:
         part, T = nnx.merge(graph, params["block"]), matrices(params, x)
-        n, skip = jnp.split(x @ jnp.concatenate([T["N1"], T["Q1"]], axis=1), 2, axis=-1)
-        h = skip + part.attention(part.norm1(n))
-        n, skip = jnp.split(h @ jnp.concatenate([T["N2"], T["Q2"]], axis=1), 2, axis=-1)
-        return skip + part.mlp(part.norm2(n))
+        return add_sublayers(part, x, (T["N1"], T["N2"]), (T["Q1"], T["Q2"]))
 
     def head(params: PyTree, x: jax.Array) -> jax.Array:
         return plain.head(params["head"], x @ matrices(params, x)["N"])
 
     return GPTStages(plain.embed, block, head)
+
+
+def transforms_of(params: PyTree, dtype: jnp.dtype, *, trained: bool = False) -> PyTree:
+    """The matrices of a part that collect transforms, as constants unless they are trained."""
+    fixed = params["transforms"] if trained else jax.lax.stop_gradient(params["transforms"])
+    return jax.tree.map(lambda a: a.astype(dtype), fixed)
+
+
+def add_sublayers(
+    part: nnx.Module,
+    x: jax.Array,
+    entries: tuple[jax.Array, jax.Array],
+    skips: tuple[jax.Array, jax.Array],
+    seen: Callable[[jax.Array], jax.Array] = lambda n: n,
+    precision: str | None = None,
+) -> jax.Array:
+    """x Q1 + attention(norm1(seen(x N1))) and the same with Q2, N2 and the MLP."""
+    sublayers = (lambda n: part.attention(part.norm1(n)), lambda n: part.mlp(part.norm2(n)))
+    for sublayer, N, Q in zip(sublayers, entries, skips, strict=True):
+        both = jnp.matmul(x, jnp.concatenate([N, Q], axis=1), precision=precision)
+        n, skip = jnp.split(both, [N.shape[1]], axis=-1)
+        x = skip + sublayer(seen(n))
+    return x
 
 
 def gpt_transform_rules(
@@ -185,16 +208,23 @@ def gpt_transform_rules(
 
     Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable]; `entries`: this library.
     """
+    return transform_rules("N", layers, first, embed, blocks, head, entries)
+
+
+def transform_rules(
+    entry: str, layers: int, first: int, embed: str | None, blocks: str, head: str | None, entries: bool = False
+) -> list[tuple[str, tuple[Any, Any]]]:
+    """The rules of `gpt_transform_rules`, for matrices before the norms of any name."""
     rules = [] if embed is None else [(f"{embed}.*embedding", (None, ("boundary", first)))]
     for index in range(layers):
         i, at = first + index, f"{blocks}{index}/"
         before, middle, after = ("boundary", i), ("middle", i), ("boundary", i + 1)
         rotations = (("entry", i, 1), ("entry", i, 2)) if entries else (None, None)
         rules += [
-            (f"{at}transforms/N1$", (before, rotations[0])),
+            (f"{at}transforms/{entry}1$", (before, rotations[0])),
             (f"{at}transforms/Q1$", (before, middle)),
             (f"{at}block/attention/out/", (None, middle)),
-            (f"{at}transforms/N2$", (middle, rotations[1])),
+            (f"{at}transforms/{entry}2$", (middle, rotations[1])),
             (f"{at}transforms/Q2$", (middle, after)),
             (f"{at}block/mlp/down/", (None, after)),
         ]
@@ -203,4 +233,4 @@ def gpt_transform_rules(
                 (f"{at}block/attention/(query|key|value)/kernel", (rotations[0], None)),
                 (f"{at}block/mlp/(up|gate)/kernel", (rotations[1], None)),
             ]
-    return rules if head is None else [*rules, (f"{head}transforms/N$", (("boundary", first + layers), None))]
+    return rules if head is None else [*rules, (f"{head}transforms/{entry}$", (("boundary", first + layers), None))]

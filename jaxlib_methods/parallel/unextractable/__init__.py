@@ -20,10 +20,12 @@ from jaxlib_methods.parallel.unextractable._boundary_transforms import morph as 
 from jaxlib_methods.parallel.unextractable._boundary_transforms import morph_snapshot as morph_snapshot
 from jaxlib_methods.parallel.unextractable._boundary_transforms import transform_momentum as transform_momentum
 from jaxlib_methods.parallel.unextractable._extraction import estimate_bridge as estimate_bridge
+from jaxlib_methods.parallel.unextractable._extraction import estimate_entry_bridge as estimate_entry_bridge
 from jaxlib_methods.parallel.unextractable._extraction import extraction_probability as extraction_probability
 from jaxlib_methods.parallel.unextractable._random_transforms import Transform as Transform
 from jaxlib_methods.parallel.unextractable._random_transforms import draw_transform as draw_transform
 from jaxlib_methods.parallel.unextractable._random_transforms import draw_transforms as draw_transforms
+from jaxlib_methods.parallel.unextractable._rounding import rounding_bound as rounding_bound
 
 __all__ = [
     "Sides",
@@ -32,9 +34,11 @@ __all__ = [
     "draw_transform",
     "draw_transforms",
     "estimate_bridge",
+    "estimate_entry_bridge",
     "extraction_probability",
     "master_copy",
     "morph",
     "morph_snapshot",
+    "rounding_bound",
     "transform_momentum",
 ]

@@ -23,7 +23,7 @@ from jaxlib_methods.parallel.unextractable._random_transforms import Transform, 
 
 PyTree = Any
 Rules = Sequence[tuple[str, tuple[Hashable, Hashable]]]  # (regex, Sides)
-FIRST_MOMENTS = ("mu", "trace", "momentum", "moment")  # fields of optax's and this library's optimizer states
+FIRST_MOMENTS = ("mu", "m", "trace", "momentum", "moment")  # fields of optax's and this library's optimizer states
 
 
 class Sides(NamedTuple):
@@ -100,7 +100,8 @@ def transform_momentum(
     r"""Maps what an optimizer remembers of gradients, $G \leftarrow T_\mathrm{left}^\top G\, T_\mathrm{right}^{-\top}$.
 
     SGD, momentum and Muon then go on as if nothing had happened, if the transforms are orthogonal; for others, the step
-    is a valid one of another network. Squared gradients cannot be mapped, because their signs are lost.
+    is a valid one of another network. Squared gradients cannot be mapped, because their signs are lost; sums over a row
+    that is transformed on the right, as in `optimizers.row_shared_adamw`, need not be, and stay.
 
     Args:
       opt_state: of optax or of this library. A tree in it that has the paths and shapes of the parameters, below a

@@ -90,3 +90,33 @@ def estimate_bridge(x: jax.typing.ArrayLike, later: jax.typing.ArrayLike, *, ort
         left, _, right = np.linalg.svd(X.T @ Y)
         return left @ right
     return np.linalg.lstsq(X, Y, rcond=None)[0]
+
+
+def estimate_entry_bridge(entry: jax.typing.ArrayLike, later: jax.typing.ArrayLike) -> np.ndarray:
+    r"""The bridge between two times from an entry matrix that is not trained: $\hat T = D(t)\, D(t')^+$.
+
+    N of `models.transformable_gpt_stages` and D of `models.coordinate_gpt_stages` only collect transforms,
+    $D(t') = T^{-1} D(t)$. Who knows the first, from an earlier look or because everybody knows D(0), such as $U^\top$
+    of a subspace network, needs no inputs.
+
+    Args:
+      entry: D at time t, (k, d) with k <= d independent rows.
+      later: D of the same stage at time t'.
+
+    Returns:
+      float64 (k, k); the best in the sense of least squares if `later` is no transform of `entry`.
+
+    Raises:
+      ValueError: for different shapes.
+
+    Example:
+      >>> D, T = np.eye(2, 3), np.array([[1.0, 2.0], [0.0, 1.0]])
+      >>> bool(np.allclose(estimate_entry_bridge(D, np.linalg.inv(T) @ D), T))
+      True
+
+    Source: this library, for the transforms of Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
+    """
+    if np.shape(entry) != np.shape(later):
+        raise ValueError(f"entry matrices of one stage have one shape, got {np.shape(entry)} and {np.shape(later)}")
+    D, after = np.asarray(entry, np.float64), np.asarray(later, np.float64)
+    return np.linalg.lstsq(after.T, D.T, rcond=None)[0].T

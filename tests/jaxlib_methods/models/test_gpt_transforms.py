@@ -29,12 +29,6 @@ RULES = gpt_transform_rules(2)
 NAMES = [("boundary", 0), ("middle", 0), ("boundary", 1), ("middle", 1), ("boundary", 2)]
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # flax's norms promote float64 with float32
-        yield
-
-
 def rotations(width=8, count=5):
     return [draw_transform(jax.random.key(100 + k), width).matrix for k in range(count)]
 
@@ -64,7 +58,7 @@ def difference(a, b):
     return float(jnp.abs(a - b).max() / jnp.abs(a).max())
 
 
-def test_the_function_stays_after_fifty_orthogonal_and_fifty_skewed_transforms(x64):
+def test_the_function_stays_after_fifty_orthogonal_and_fifty_skewed_transforms(flax_x64):
     plain, stages, params = build()
     assert difference(plain, logits(stages, params)) < 1e-14
     start = params
@@ -81,7 +75,7 @@ def test_the_function_stays_after_fifty_orthogonal_and_fifty_skewed_transforms(x
     assert sum(moved) == 1 + 2 * 8 + 1
 
 
-def test_one_block_keeps_its_function_between_the_frames_of_its_ends(x64):
+def test_one_block_keeps_its_function_between_the_frames_of_its_ends(flax_x64):
     _, stages, (_, blocks, _) = build()
     X, block, rules = jax.random.normal(jax.random.key(1), (2, 6, 8), jnp.float64), blocks[0], gpt_transform_rules(1)
     before = stages.block(block, X)
@@ -95,7 +89,7 @@ def test_one_block_keeps_its_function_between_the_frames_of_its_ends(x64):
     assert float(jnp.abs(after - before).max()) < 1e-12
 
 
-def test_gains_without_the_rotation_change_a_trained_model(x64):
+def test_gains_without_the_rotation_change_a_trained_model(flax_x64):
     plain, stages, (embed, blocks, head) = build()
     O = rotations()[0]
     wrong = morph(
@@ -109,7 +103,7 @@ def test_gains_without_the_rotation_change_a_trained_model(x64):
     assert difference(plain, logits(stages, (embed, [wrong, blocks[1]], head))) > 0.01
 
 
-def test_interior_boundaries_may_be_dropped_and_entries_moved(x64):
+def test_interior_boundaries_may_be_dropped_and_entries_moved(flax_x64):
     plain, stages, params = build()
     outer = draw_transforms(jax.random.key(1), [("boundary", 0), ("boundary", 2)], 8)
     new = morph(params, outer, RULES)
@@ -125,7 +119,7 @@ def test_interior_boundaries_may_be_dropped_and_entries_moved(x64):
         assert sum(jax.tree.leaves(same)) == 4  # the gains, and the biases of up and gate
 
 
-def test_stages_of_different_times_do_not_fit_and_a_known_transform_repairs_them(x64):
+def test_stages_of_different_times_do_not_fit_and_a_known_transform_repairs_them(flax_x64):
     plain, stages, params = build()
     first, second, third = (draw_transforms(jax.random.key(k), NAMES, 8) for k in range(3))
     at_one = morph(params, first, RULES)
