@@ -26,7 +26,7 @@ from jaxlib_methods.parallel._engine import Traffic, read, write
 from jaxlib_methods.parallel._hooks import BoundaryHook, DataHook, HookInfo
 from jaxlib_methods.parallel._layout import SPEC, Layout, Optimizer
 from jaxlib_methods.parallel._packing import Packed
-from jaxlib_methods.parallel._pipeline import Losses, Pipeline, expand, local_program, squeeze
+from jaxlib_methods.parallel._pipeline import Losses, Pipeline, expand, local_program, replacing, squeeze
 from jaxlib_methods.parallel._schedules import Slot, one_forward_one_backward
 from jaxlib_methods.parallel._stages import StageModel, StageTree
 
@@ -233,5 +233,14 @@ def asynchronous_pipeline(
         start=jax.jit(shard_map(start, (SPEC, SPEC), SPEC)),
         current=jax.jit(shard_map(current, (SPEC,), SPEC)),
         step=jax.jit(shard_map(step, (SPEC, feed, feed), out), donate_argnums=0),
+        replaced=replacing(
+            layout,
+            (forward_hook, backward_hook),
+            data_hook,
+            lambda fresh, old, hooks: old._replace(
+                versions=fresh.versions, opt_state=fresh.opt_state, traffic=old.traffic._replace(hooks=hooks)
+            ),
+            lambda state: state.traffic.hooks,
+        ),
         drain=jax.jit(shard_map(drain, (SPEC,), out), donate_argnums=0),
     )

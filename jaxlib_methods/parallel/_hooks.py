@@ -36,6 +36,8 @@ class BoundaryHook(NamedTuple):
         device has one for sending and one for receiving).
       send: (x, state, info) -> (message, state); the message is any tree of arrays of fixed shapes.
       receive: (message, state, info) -> (x, state), x of the shapes and dtypes that entered `send`.
+      transform: (state, matrix (d, d)) -> state, when what crosses has become x @ matrix for good; None: the state does
+        not depend on it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -55,6 +57,7 @@ class BoundaryHook(NamedTuple):
     init: Callable[[PyTree], PyTree]
     send: Callable[[PyTree, PyTree, HookInfo], tuple[PyTree, PyTree]]
     receive: Callable[[PyTree, PyTree, HookInfo], tuple[PyTree, PyTree]]
+    transform: Callable[[PyTree, jax.Array], PyTree] | None = None
 
 
 class DataHook(NamedTuple):
@@ -63,6 +66,8 @@ class DataHook(NamedTuple):
     Args:
       init: packed parameters of one device (`Packed`: a tree of arrays, the same for all stages) -> state.
       apply: (packed parameters, state, info) -> (packed parameters, state); may use collectives over "data".
+      restart: state -> state, when the parameters of all replicas have been transformed: forgets what it keeps of the
+        old ones. None: the hook cannot.
 
     Example:
       >>> import jax
@@ -78,12 +83,14 @@ class DataHook(NamedTuple):
 
     init: Callable[[PyTree], PyTree]
     apply: Callable[[PyTree, PyTree, HookInfo], tuple[PyTree, PyTree]]
+    restart: Callable[[PyTree], PyTree] | None = None
 
 
 def chain_hooks(*hooks: BoundaryHook) -> BoundaryHook:
     """One hook out of several: sending runs them in order, receiving in the opposite order.
 
-    `init` of each is called with what the one before it sends, so that a monitor after a codec sees messages.
+    `init` of each is called with what the one before it sends, so that a monitor after a codec sees messages, and one
+    before it what the stage sends and what arrives there.
 
     Args:
       *hooks: from the stage outward to the link.
@@ -121,7 +128,15 @@ def chain_hooks(*hooks: BoundaryHook) -> BoundaryHook:
             out.append(state)
         return message, tuple(reversed(out))
 
-    return BoundaryHook(init, send, receive)
+    def transform(states: PyTree, matrix: jax.Array) -> PyTree:
+        return tuple(transformed(hook, state, matrix) for hook, state in zip(hooks, states, strict=True))
+
+    return BoundaryHook(init, send, receive, transform)
+
+
+def transformed(hook: BoundaryHook | None, state: PyTree, matrix: jax.Array) -> PyTree:
+    """The state of a hook after what crosses has become x @ matrix."""
+    return state if hook is None or hook.transform is None else hook.transform(state, matrix)
 
 
 def zeros(shapes: PyTree) -> PyTree:

@@ -71,14 +71,19 @@ class Layout:
             return self._optimizer
         return self._optimizer(jnp.asarray(self.num_stages - 1 - stage, jnp.int32))
 
-    def put(self, packing: Packing, trees: Sequence[PyTree]) -> Packed:
-        """The trees of all stages on the mesh, [P, D, ...]."""
-        packed = [packing.pack(kind, tree) for kind, tree in zip(self.kind_of, trees, strict=True)]
+    def put(self, packing: Packing, *replicas: Sequence[PyTree]) -> Packed:
+        """The trees of all stages on the mesh, [P, D, ...]: those of each replica, or one for all."""
+        pack = lambda trees: [packing.pack(kind, tree) for kind, tree in zip(self.kind_of, trees, strict=True)]
+        packed = [row for trees in replicas for row in pack(trees)]
         sharding = NamedSharding(self.mesh, SPEC)
 
         def place(*rows: jax.Array) -> jax.Array:
             shape = (self.num_stages, self.num_replicas, *rows[0].shape)
-            piece = lambda index: np.asarray(rows[index[0].start or 0])[None, None]
+
+            def piece(index: tuple[slice, ...]) -> np.ndarray:
+                stage, replica = index[0].start or 0, index[1].start or 0
+                return np.asarray(rows[replica % len(replicas) * self.num_stages + stage])[None, None]
+
             return jax.make_array_from_callback(shape, sharding, piece)
 
         return jax.tree.map(place, *packed)
@@ -92,11 +97,11 @@ class Layout:
             trees.append(jax.tree.map(lambda leaf: np.asarray(words(leaf)), tree))
         return trees
 
-    def snapshot(self, params: Packed, opt_state: Packed, updates: int) -> Snapshot:
-        """The packed state of all stages without stages."""
+    def snapshot(self, params: Packed, opt_state: Packed, updates: int, replica: int = 0) -> Snapshot:
+        """The packed state of all stages of a replica without stages."""
         named, moments, counters = {}, {}, {}
-        opt_rows = self.rows(self.opt_state, opt_state)
-        for j, (tree, of_optimizer) in enumerate(zip(self.rows(self.params, params), opt_rows, strict=True)):
+        rows, opt_rows = self.rows(self.params, params, replica), self.rows(self.opt_state, opt_state, replica)
+        for j, (tree, of_optimizer) in enumerate(zip(rows, opt_rows, strict=True)):
             names = self._names(j)
             leaves = dict(jax.tree_util.tree_flatten_with_path(tree)[0])
             named |= {names[path]: leaf for path, leaf in leaves.items()}

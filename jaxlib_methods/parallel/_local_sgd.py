@@ -112,7 +112,7 @@ def fed_avg(every: int, *, axis_name: str = "data") -> DataHook:
         (params,) = at_interval(every, lambda x: (_mean(x, axis_name),), steps, params)
         return params, FedAvgState(steps)
 
-    return DataHook(lambda params: FedAvgState(jnp.zeros((), jnp.int32)), apply)
+    return DataHook(lambda params: FedAvgState(jnp.zeros((), jnp.int32)), apply, restart=lambda state: state)
 
 
 def outer_sgd(

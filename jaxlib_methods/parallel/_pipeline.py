@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jaxlib_methods.parallel import _stages as stages_
-from jaxlib_methods.parallel._engine import Program
-from jaxlib_methods.parallel._hooks import BoundaryHook
-from jaxlib_methods.parallel._layout import Layout, Snapshot, to_host
+from jaxlib_methods.parallel._engine import Program, vary
+from jaxlib_methods.parallel._hooks import BoundaryHook, DataHook, transformed
+from jaxlib_methods.parallel._layout import SPEC, Layout, Snapshot, to_host
 from jaxlib_methods.parallel._packing import Packed
 from jaxlib_methods.parallel._stages import StageModel, StageTree
 
@@ -37,6 +38,7 @@ class Pipeline:
       start: (parameters, optimizer state), packed -> state.
       current: state -> newest (parameters, optimizer state), packed, and the micro-batches in flight.
       step: jitted (state, inputs (n, B, ...), targets (n, B, ...)) -> (state, `Losses`); the state is donated.
+      replaced: (state, fresh state, matrices) -> the fresh one with the states of the hooks of the other.
       drain: jitted state -> (state, `Losses`): finishes what is in flight; None for synchronous pipelines.
       value_and_grad: jitted (state, inputs, targets) -> (`Losses`, packed gradients); None for asynchronous ones.
 
@@ -50,6 +52,7 @@ class Pipeline:
     start: Callable[..., PyTree]
     current: Callable[..., Any]
     step: Callable[..., Any]
+    replaced: Callable[..., PyTree]
     drain: Callable[..., Any] | None = None
     value_and_grad: Callable[..., Any] | None = None
 
@@ -68,27 +71,26 @@ class Pipeline:
         opt_states = [layout.optimizer(j).init(tree) for j, tree in enumerate(stages)]
         return self.start(layout.put(layout.params, stages), layout.put(layout.opt_state, opt_states))
 
-    def stages(self, state: PyTree) -> list[StageTree]:
-        """The newest parameters as the trees of the stages, NumPy arrays, of the first replica."""
-        return self.layout.rows(self.layout.params, self.current(state)[0])
+    def stages(self, state: PyTree, replica: int = 0) -> list[StageTree]:
+        """The newest parameters of a replica as the trees of the stages, NumPy arrays."""
+        return self.layout.rows(self.layout.params, self.current(state)[0], replica)
 
     def unpack(self, grads: Packed) -> list[StageTree]:
         """Packed gradients as the trees of the stages."""
         return self.layout.rows(self.layout.params, grads)
 
-    def snapshot(self, state: PyTree) -> Snapshot:
+    def snapshot(self, state: PyTree, replica: int = 0) -> Snapshot:
         """The state without stages and replicas, which a pipeline with other numbers of them can `restore`.
 
-        It is that of the first replica, and without the states of hooks.
+        It is that of one replica, and without the states of hooks.
 
         Raises:
           ValueError: while micro-batches are in flight: `drain` first. To continue on the same mesh with the pipe full,
             save the state itself.
         """
         params, opt_state, flight = self.current(state)
-        if np.any(to_host(flight)):
-            raise ValueError("micro-batches are in flight; drain the pipeline before a snapshot, or save its state")
-        return self.layout.snapshot(params, opt_state, int(to_host(state.updates).max()))
+        self._check_drained(flight)
+        return self.layout.snapshot(params, opt_state, int(to_host(state.updates).max()), replica)
 
     def restore(self, snapshot: Snapshot) -> PyTree:
         """The state that continues from a snapshot, of a pipeline of any number of stages with this optimizer.
@@ -100,6 +102,85 @@ class Pipeline:
         layout = self.layout
         state = self.start(layout.put(layout.params, trees), layout.put(layout.opt_state, opt_states))
         return state._replace(updates=state.updates + jax.numpy.asarray(snapshot.updates))
+
+    def replace(
+        self,
+        state: PyTree,
+        snapshots: Sequence[Snapshot],
+        crossing: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] | None = None,
+    ) -> PyTree:
+        """The state with other parameters and moments of the same model, say transformed ones; hooks keep their states.
+
+        The hook on the data axis restarts: averages of the old parameters that are still to come are dropped.
+
+        Args:
+          state: without micro-batches in flight.
+          snapshots: one for each replica.
+          crossing: what has become of messages at the P - 1 boundaries, (P - 1, d, d) for activations, x <- x @ matrix,
+            and the same for their cotangents; None: nothing.
+
+        Returns:
+          The state to go on with.
+
+        Raises:
+          ValueError: for another number of snapshots, those of another model or optimizer, micro-batches in flight, and
+            a hook on the data axis that cannot restart.
+        """
+        layout, count = self.layout, self.layout.num_replicas
+        if len(snapshots) != count:
+            raise ValueError(f"snapshots must be one for each of the {count} replicas, got {len(snapshots)}")
+        self._check_drained(self.current(state)[2])
+        trees, opt_states = zip(*map(layout.restored, snapshots), strict=True)
+        fresh = self.start(layout.put(layout.params, *trees), layout.put(layout.opt_state, *opt_states))
+        return self.replaced(state, fresh, None if crossing is None else _at_ends(*crossing))
+
+    def _check_drained(self, flight: jax.Array) -> None:
+        if np.any(to_host(flight)):
+            raise ValueError("micro-batches are in flight; drain the pipeline first, or save its state as it is")
+
+
+def _at_ends(forward: jax.typing.ArrayLike, backward: jax.typing.ArrayLike) -> tuple[tuple[np.ndarray, ...], ...]:
+    """Matrices of boundaries as those of stages, [P, d, d]: of its (sending, receiving) end forward and backward."""
+    before = lambda M: np.concatenate([np.eye(M.shape[-1], dtype=M.dtype)[None], M])
+    behind = lambda M: np.concatenate([M, np.eye(M.shape[-1], dtype=M.dtype)[None]])
+    forward, backward = np.asarray(forward), np.asarray(backward)
+    return (behind(forward), before(forward)), (before(backward), behind(backward))
+
+
+def replacing(
+    layout: Layout,
+    hooks: tuple[BoundaryHook | None, BoundaryHook | None],
+    data_hook: DataHook | None,
+    carry_over: Callable[[PyTree, PyTree, PyTree], PyTree],
+    hooks_of: Callable[[PyTree], PyTree],
+) -> Callable[..., PyTree]:
+    """`Pipeline.replaced` from (fresh, old, states of the boundaries' hooks) -> state."""
+
+    def run(old: PyTree, fresh: PyTree, matrices: PyTree) -> PyTree:
+        ends = hooks_of(squeeze(old))
+        if matrices is not None:
+            of_stage = jax.tree.map(lambda leaf: leaf[0], matrices)
+            ends = tuple(
+                state and tuple(transformed(hook, end, M) for end, M in zip(state, of_ends, strict=True))
+                for hook, state, of_ends in zip(hooks, ends, of_stage, strict=True)
+            )
+        state = carry_over(squeeze(fresh), squeeze(old), ends)
+        if data_hook is not None:
+            state = state._replace(data_hook=data_hook.restart(state.data_hook))
+        return expand(vary(state))
+
+    specs = (SPEC, SPEC, PartitionSpec("stage"))
+    jitted = jax.jit(jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=SPEC))
+
+    def replaced(old: PyTree, fresh: PyTree, matrices: PyTree) -> PyTree:
+        if data_hook is not None and data_hook.restart is None:
+            raise ValueError(
+                "the hook on the data axis keeps what depends on the old parameters and cannot restart; "
+                "use sparse_averaging or fed_avg, or no transforms"
+            )
+        return jitted(old, fresh, matrices)
+
+    return replaced
 
 
 def local_program(

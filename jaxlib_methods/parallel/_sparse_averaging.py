@@ -45,6 +45,7 @@ class SparseAveragingState(NamedTuple):
     """
 
     steps: jax.Array  # int32 (): local steps seen
+    restarted: jax.Array  # int32 (): first round since the parameters were transformed; before it, nothing arrives
     means: jax.Array  # float32 (max(tau, 1), K): round s in row s mod tau
     snapshots: jax.Array  # float32 (max(tau, 1), K): likewise, the replica's own
     drift: PyTree  # float32, like the parameters: the average e_j; () for the other rules
@@ -154,7 +155,8 @@ def sparse_averaging(
     def init(params: PyTree) -> SparseAveragingState:
         ring = jnp.zeros((max(tau, 1), averaged_per_round(params, fraction, subsets=subsets)), jnp.float32)
         drift = optax.tree.zeros_like(params, dtype=jnp.float32) if rule == "ema" else ()
-        return SparseAveragingState(jnp.zeros((), jnp.int32), ring, ring, drift)
+        zero = jnp.zeros((), jnp.int32)
+        return SparseAveragingState(zero, zero, ring, ring, drift)
 
     def one_round(params: PyTree, state: SparseAveragingState) -> tuple[PyTree, SparseAveragingState]:
         t = state.steps // interval
@@ -164,18 +166,18 @@ def sparse_averaging(
         arrived, kept = (mean, own) if tau == 0 else (state.means[slot], state.snapshots[slot])
         means, snapshots = (ring.at[slot].set(new) for ring, new in ((state.means, mean), (state.snapshots, own)))
 
-        S = subset(params, t - tau)
+        S, late = subset(params, t - tau), t - tau - state.restarted
         drift = state.drift
         moved = _gather(params, S) - kept
         if rule == "ema":
-            weight = jnp.where(t == tau, 1.0, jnp.asarray(ema_weight(t), jnp.float32))
+            weight = jnp.where(late == 0, 1.0, jnp.asarray(ema_weight(t), jnp.float32))
             before = _gather(drift, S)
             moved = before + weight * (moved - before)
-            drift = _scatter(drift, S, moved, t >= tau)
+            drift = _scatter(drift, S, moved, late >= 0)
         if rule != "avg":
             arrived = arrived + jnp.float32(correction) * moved
-        params = _scatter(params, S, arrived, t >= tau)
-        return params, SparseAveragingState(state.steps, means, snapshots, drift)
+        params = _scatter(params, S, arrived, late >= 0)
+        return params, state._replace(means=means, snapshots=snapshots, drift=drift)
 
     def apply(params: PyTree, state: SparseAveragingState, info: Any = None) -> tuple[PyTree, SparseAveragingState]:
         del info
@@ -183,7 +185,11 @@ def sparse_averaging(
             params, state = at_interval(interval, one_round, state.steps, params, state)
         return params, state._replace(steps=optax.safe_increment(state.steps))
 
-    return DataHook(init, apply)
+    def restart(state: SparseAveragingState) -> SparseAveragingState:
+        next_round = -(-state.steps // interval)
+        return state._replace(restarted=next_round, drift=optax.tree.zeros_like(state.drift))
+
+    return DataHook(init, apply, restart)
 
 
 def averaged_per_round(params: PyTree, fraction: float | int, *, subsets: str = "partition") -> int:

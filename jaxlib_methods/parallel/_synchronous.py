@@ -22,7 +22,7 @@ from jaxlib_methods.parallel._engine import Program, read
 from jaxlib_methods.parallel._hooks import BoundaryHook, DataHook, HookInfo, zeros
 from jaxlib_methods.parallel._layout import SPEC, Layout, Optimizer
 from jaxlib_methods.parallel._packing import Packed
-from jaxlib_methods.parallel._pipeline import Losses, Pipeline, expand, local_program, squeeze
+from jaxlib_methods.parallel._pipeline import Losses, Pipeline, expand, local_program, replacing, squeeze
 from jaxlib_methods.parallel._schedules import Slot, check_schedule, phases_of
 from jaxlib_methods.parallel._stages import StageModel, StageTree
 
@@ -189,6 +189,13 @@ def synchronous_pipeline(
         start=jax.jit(shard_map(start, (SPEC, SPEC), SPEC)),
         current=jax.jit(shard_map(current, (SPEC,), SPEC)),
         step=jax.jit(shard_map(step, (SPEC, feed, feed), (SPEC, PartitionSpec())), donate_argnums=0),
+        replaced=replacing(
+            layout,
+            (forward_hook, backward_hook),
+            data_hook,
+            lambda fresh, old, hooks: old._replace(params=fresh.params, opt_state=fresh.opt_state, hooks=hooks),
+            lambda state: state.hooks,
+        ),
         value_and_grad=jax.jit(shard_map(value_and_grad, (SPEC, feed, feed), (PartitionSpec(), SPEC))),
     )
 

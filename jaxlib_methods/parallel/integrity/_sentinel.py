@@ -9,7 +9,7 @@ receive, or else a second malicious worker could use what nobody tests; 1/2 says
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxlib_methods.parallel._hooks import BoundaryHook, HookInfo
 from jaxlib_methods.parallel._mesh import mesh_sizes
-from jaxlib_methods.parallel._stages import StageModel, StageTree, run_stage, stage_vjp
+from jaxlib_methods.parallel._stages import StageModel, StageTree, differentiable, run_stage, stage_vjp
 from jaxlib_methods.parallel.integrity._attacks import Attack, AttackState, check_attacks, init_attacks, tamper
 from jaxlib_methods.parallel.integrity._message_distances import expand_reference, message_summary
 from jaxlib_methods.parallel.integrity._verification import (
@@ -37,7 +37,7 @@ def guard_model(model: StageModel) -> StageModel:
     """The model with a weight for each example of its activations, which verification needs.
 
     Args:
-      model: with activations that are one array (B, ..., D).
+      model: with one floating array (B, ..., D) in its activations; integers, such as token ids, are not verified.
 
     Returns:
       The model on pairs (x, weight (B,)), of the same parameters: the blocks pass the weight through, and the head's
@@ -52,15 +52,16 @@ def guard_model(model: StageModel) -> StageModel:
     Source: this library.
     """
 
-    def embed(params: PyTree, inputs: PyTree) -> tuple[jax.Array, jax.Array]:
+    def embed(params: PyTree, inputs: PyTree) -> tuple[PyTree, jax.Array]:
         x = model.embed(params, inputs)
-        first = x.reshape(x.shape[0], -1)[:, 0]
+        moving = next(leaf for leaf in jax.tree.leaves(x) if differentiable(leaf))
+        first = moving.reshape(moving.shape[0], -1)[:, 0]
         return x, jnp.where(first == first, jnp.float32(1), jnp.float32(1))  # varies over the mesh as x does
 
-    def block(params: PyTree, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def block(params: PyTree, x: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
         return model.block(params, x[0]), x[1]
 
-    def head(params: PyTree, x: tuple[jax.Array, jax.Array], targets: PyTree) -> jax.Array:
+    def head(params: PyTree, x: tuple[PyTree, jax.Array], targets: PyTree) -> jax.Array:
         return _weighted(model.head(params, x[0], targets), x[1])
 
     return StageModel(embed, block, head)
@@ -96,7 +97,9 @@ def verification_hook(
     """Verification at every boundary of a pipeline of a `guard_model`, and attacks for it to find.
 
     The devices of a stage exchange the summaries of what they have received, (N, D) floats each, over the axis "data";
-    all come to the same decision. A banned worker's slot goes to an honest newcomer: its attacks stop.
+    all come to the same decision. A banned worker's slot goes to an honest newcomer: its attacks stop. Where boundaries
+    are transformed, `Pipeline.replace` moves the references along; three of the distances depend on the basis, so that
+    their fences, which stay, have to learn again.
 
     Args:
       options: of the verifiers; None: there are none, and the attacks go through.
@@ -124,7 +127,7 @@ def verification_hook(
     from_stage = -1 if direction == "forward" else 1  # the sender, seen from the receiver
 
     def init(shapes: PyTree) -> tuple[VerifierState | None, AttackState]:
-        x, _ = _pair(shapes)
+        (x, _), _ = _pair(shapes)
         verifier = None if options is None else init_verifier(options, replicas, x.shape, key)
         return verifier, init_attacks(attacks, x)
 
@@ -132,7 +135,7 @@ def verification_hook(
         return x, state
 
     def receive(message: PyTree, state: PyTree, info: HookInfo) -> tuple[PyTree, PyTree]:
-        (x, weight), (verifier, attack) = _pair(message), state
+        ((x, weight), put_back), (verifier, attack) = _pair(message), state
         replica = jax.lax.axis_index("data")
         sender = info.stage + from_stage
         worker = functools.reduce(jax.random.fold_in, (sender, replica, attack.count), key)
@@ -160,18 +163,33 @@ def verification_hook(
             if direction == "backward":
                 x = jnp.where(weight[0] == 1, jnp.zeros_like(x), x)
             weight = jnp.where(accept, weight, 0.0 if direction == "forward" else jnp.maximum(weight, 0.5))
-        return jax.tree.unflatten(jax.tree.structure(message), [x, weight]), (verifier, attack)
+        return put_back(x, weight), (verifier, attack)
 
-    return BoundaryHook(init, send, receive)
+    def transform(state: PyTree, matrix: jax.Array) -> PyTree:
+        verifier, attack = state
+        if verifier is not None:
+            moved = jnp.matmul(verifier.reference, matrix.astype(jnp.float32), precision="highest")
+            verifier = verifier._replace(reference=moved)
+        return verifier, attack
+
+    return BoundaryHook(init, send, receive, transform)
 
 
-def _pair(tree: PyTree) -> list[Any]:
-    leaves = jax.tree.leaves(tree)
-    if len(leaves) != 2 or leaves[1].shape != leaves[0].shape[:1]:
+def _pair(tree: PyTree) -> tuple[list[Any], Callable[[Any, Any], PyTree]]:
+    """The two floating leaves of a message, and how to put others in their place."""
+    leaves, structure = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if differentiable(leaf)]
+    pair = [leaves[i] for i in places]
+    if len(pair) != 2 or pair[1].shape != pair[0].shape[:1]:
         raise ValueError(
             f"verification needs activations (x, weight), got {tree}; build the pipeline of guard_model(model)"
         )
-    return leaves
+
+    def put_back(x: Any, weight: Any) -> PyTree:
+        new = dict(zip(places, (x, weight), strict=True))
+        return structure.unflatten([new.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return pair, put_back
 
 
 # ------------------------------------------------------------------------------ all workers on one device

@@ -17,6 +17,7 @@ from jaxlib_methods.parallel.unextractable._boundary_transforms import Sides as 
 from jaxlib_methods.parallel.unextractable._boundary_transforms import cast_like as cast_like
 from jaxlib_methods.parallel.unextractable._boundary_transforms import master_copy as master_copy
 from jaxlib_methods.parallel.unextractable._boundary_transforms import morph as morph
+from jaxlib_methods.parallel.unextractable._boundary_transforms import morph_pipeline as morph_pipeline
 from jaxlib_methods.parallel.unextractable._boundary_transforms import morph_snapshot as morph_snapshot
 from jaxlib_methods.parallel.unextractable._boundary_transforms import transform_momentum as transform_momentum
 from jaxlib_methods.parallel.unextractable._extraction import estimate_bridge as estimate_bridge
@@ -38,6 +39,7 @@ __all__ = [
     "extraction_probability",
     "master_copy",
     "morph",
+    "morph_pipeline",
     "morph_snapshot",
     "rounding_bound",
     "transform_momentum",

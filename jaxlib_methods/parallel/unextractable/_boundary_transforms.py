@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxlib_methods import trees
 from jaxlib_methods.parallel._layout import Snapshot
+from jaxlib_methods.parallel._pipeline import Pipeline
 from jaxlib_methods.parallel.unextractable._random_transforms import Transform, transpose
 
 PyTree = Any
@@ -235,7 +236,7 @@ def morph_snapshot(
 ) -> Snapshot:
     """Folds transforms into the snapshot of a pipeline: its parameters and its optimizer's first moments.
 
-        state = pipe.restore(morph_snapshot(pipe.snapshot(state), transforms, rules))
+    `morph_pipeline` does it for all replicas of a running one.
 
     Args:
       snapshot: of a pipeline; an asynchronous one is drained before.
@@ -261,6 +262,65 @@ def morph_snapshot(
     """
     moments = transform_momentum(snapshot.moments, snapshot.params, transforms, rules, **options)
     return snapshot._replace(params=morph(snapshot.params, transforms, rules), moments=moments)
+
+
+def morph_pipeline(
+    pipe: Pipeline,
+    state: PyTree,
+    transforms: Mapping[Hashable, Transform],
+    rules: Rules,
+    boundaries: Sequence[Hashable],
+    **options: Any,
+) -> PyTree:
+    r"""Folds transforms into all replicas of a pipeline and into what its hooks remember of messages.
+
+    Activations that were x become x T, and their cotangents $g\, T^{-\top}$: references of verifiers follow them.
+    Averages on the data axis that are still to come are of the old parameters and are dropped.
+
+    Args:
+      pipe: of the state.
+      state: without micro-batches in flight: `drain` an asynchronous pipeline before.
+      transforms: as for `morph`; the same for all replicas.
+      rules: as for `morph_snapshot`.
+      boundaries: the name of the transform at each of the P - 1 boundaries between stages.
+      **options: of `transform_momentum`.
+
+    Returns:
+      The state to go on with.
+
+    Raises:
+      ValueError: as `transform_momentum` and `Pipeline.replace`, and for another number of boundaries.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxlib_methods.parallel import StageModel, make_mesh, synchronous_pipeline
+      >>> from jaxlib_methods.parallel.unextractable import draw_transform
+      >>> model = StageModel(lambda E, i: E[i], lambda w, x: x @ w, lambda w, x, y: jnp.mean((x @ w - y) ** 2))
+      >>> stages = ({"embed": jnp.ones((5, 2)), "blocks": (jnp.eye(2),), "head": jnp.ones(2)},)
+      >>> batch = np.zeros((6, 4), np.int32), np.zeros((6, 4), np.float32)
+      >>> pipe = synchronous_pipeline(model, stages, optax.sgd(0.1), make_mesh(1), batch, 1)
+      >>> rules = [("^embed$", Sides(right="b")), ("^blocks/0$", Sides(left="b"))]
+      >>> state, T = pipe.init(stages), draw_transform(jax.random.key(0), 2)
+      >>> (stage,) = pipe.stages(morph_pipeline(pipe, state, {"b": T}, rules, boundaries=[]))
+      >>> bool(np.allclose(stage["embed"] @ stage["blocks"][0], np.ones((5, 2)), atol=1e-6))
+      True
+
+    Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
+    """
+    count = pipe.layout.num_stages - 1
+    if len(boundaries) != count:
+        raise ValueError(f"boundaries must name the transforms at {count} boundaries of stages, got {len(boundaries)}")
+    snapshots = [
+        morph_snapshot(pipe.snapshot(state, replica), transforms, rules, **options)
+        for replica in range(pipe.layout.num_replicas)
+    ]
+    crossed = [transforms[name] for name in boundaries if name in transforms]
+    if not crossed:
+        return pipe.replace(state, snapshots)
+    eye = np.eye(crossed[0].matrix.shape[-1])
+    at = [transforms.get(name, Transform(eye, eye)) for name in boundaries]
+    matrices = np.stack([T.matrix for T in at]), np.stack([transpose(T.inverse) for T in at])
+    return pipe.replace(state, snapshots, matrices)
 
 
 def master_copy(params: PyTree) -> PyTree:

@@ -65,7 +65,7 @@ def test_a_saved_state_continues_to_the_bit(tmp_path):
         checkpointer.wait_until_finished()
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         restored = checkpointer.restore(tmp_path / "state", like)
-    with pytest.raises(ValueError, match="micro-batches are in flight; drain the pipeline before a snapshot"):
+    with pytest.raises(ValueError, match="micro-batches are in flight; drain the pipeline first"):
         pipe.snapshot(state)
     results = []
     for start in (state, restored):

@@ -90,12 +90,14 @@ def test_overlap_share_of_redrawn_partitions_and_none_without_redrawing():
 partition = jax.jit(functools.partial(_subsets.subsets, "partition"), static_argnums=(2, 3))
 
 
-def in_numpy(x, rounds, rule, tau, weight, c, increments, fraction):
+def in_numpy(x, rounds, rule, tau, weight, c, increments, fraction, restart=None):
     """The specification's loop, with a Python queue."""
     x = {name: np.array(leaf, np.float64) for name, leaf in x.items()}
     drift = {name: np.zeros_like(leaf) for name, leaf in x.items()}
     queue, applied = [], 0
     for t in range(rounds):
+        if t == restart:
+            drift, queue, applied = {name: np.zeros_like(leaf) for name, leaf in x.items()}, [], 0
         for leaf in x.values():
             leaf += increments[:, None]
         now = {}
@@ -117,14 +119,15 @@ def in_numpy(x, rounds, rule, tau, weight, c, increments, fraction):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("tau", [0, 3])
-def test_equals_the_loop_with_a_queue(rule, tau):
+@pytest.mark.parametrize(("tau", "restart"), [(0, None), (3, None), (3, 5), (0, 5)])
+def test_equals_the_loop_with_a_queue_that_a_restart_empties(rule, tau, restart):
     weight = ema_weight_schedule(40, warmup_rounds=10, start=0.5, end=0.1)
     averaging = sparse_averaging(0.3, key=KEY, tau=tau, rule=rule, ema_weight=weight, correction=0.8)
     x, increments = replicas(3), jnp.array([0.1, -0.2, 0.3])
-    expected = in_numpy(x, 12, rule, tau, weight, 0.8, np.asarray(increments, np.float64), 0.3)
+    expected = in_numpy(x, 12, rule, tau, weight, 0.8, np.asarray(increments, np.float64), 0.3, restart)
     state, run = jax.vmap(averaging.init)(x), runner(averaging)
-    for _ in range(12):
+    for t in range(12):
+        state = averaging.restart(state) if t == restart else state
         x, state = run(x, state, increments)
     for name, leaf in x.items():
         np.testing.assert_allclose(leaf, expected[name], atol=2e-6)
