@@ -25,6 +25,8 @@ _BUILDERS: dict[str, Callable[..., nnx.Module]] = {
     "wrn_16_8": functools.partial(WideResNet, depth=16, width=8),
     "wrn_16_10": functools.partial(WideResNet, depth=16, width=10),
     "wrn_22_8": functools.partial(WideResNet, depth=22, width=8),
+    "resnet8_strided": functools.partial(ResNet, depth=8, stem="strided"),
+    "resnet20": functools.partial(ResNet, depth=20),
     "resnet18": functools.partial(ResNet, depth=18),
     "resnet50": functools.partial(ResNet, depth=50),
     "resnet18_imagenet": functools.partial(ResNet, depth=18, stem="imagenet"),

@@ -1,4 +1,4 @@
-"""Residual networks: ResNet-18/50 and wide residual networks.
+"""Residual networks: ResNet-18/50, the thin ResNets for CIFAR and wide residual networks.
 
 BibTeX:
 @inproceedings{he2016deep,
@@ -17,8 +17,10 @@ BibTeX:
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxlib_methods.models._convolution import Conv
@@ -42,9 +44,13 @@ def _batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
 
 
 class _ResidualBlock(nnx.Module):
-    """relu(x + F(x)): two 3 x 3 convolutions, or 1 x 1, 3 x 3, 1 x 1 with a bottleneck; the 3 x 3 has the stride."""
+    """relu(x + F(x)): two 3 x 3 convolutions, or 1 x 1, 3 x 3, 1 x 1 with a bottleneck; the 3 x 3 has the stride.
 
-    def __init__(self, features_in: int, width: int, stride: int, *, bottleneck: bool, rngs: nnx.Rngs):
+    Where F changes the shape x is projected, or without weights every second pixel taken and zeros put for the new
+    channels.
+    """
+
+    def __init__(self, features_in: int, width: int, stride: int, *, bottleneck: bool, projects: bool, rngs: nnx.Rngs):
         features = 4 * width if bottleneck else width
         shapes = (
             [(1, width, 1), (3, width, stride), (1, features, 1)] if bottleneck else [(3, width, stride), (3, width, 1)]
@@ -55,7 +61,8 @@ class _ResidualBlock(nnx.Module):
             bns.append(_batch_norm(out, rngs))
             channels = out
         self.conv, self.bn = nnx.List(convs), nnx.List(bns)
-        self.projects = stride != 1 or features_in != features
+        self.stride, self.new_channels = stride, features - features_in
+        self.projects = projects and (stride != 1 or features_in != features)
         if self.projects:
             self.shortcut = _conv(features_in, features, 1, stride, rngs)
             self.shortcut_bn = _batch_norm(features, rngs)
@@ -64,20 +71,41 @@ class _ResidualBlock(nnx.Module):
         out = x
         for index, (conv, bn) in enumerate(zip(self.conv, self.bn, strict=True)):
             out = bn(conv(nnx.relu(out) if index else out))
-        return nnx.relu(out + (self.shortcut_bn(self.shortcut(x)) if self.projects else x))
+        if self.projects:
+            x = self.shortcut_bn(self.shortcut(x))
+        elif x.shape != out.shape:
+            x = jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (0, self.new_channels)))
+        return nnx.relu(out + x)
+
+
+class _Shape(NamedTuple):
+    counts: tuple[int, ...]  # of the blocks of every stage
+    width: int  # of the first stage; each further one has twice that at half the resolution
+    bottleneck: bool
+    projects: bool  # whether shortcuts from stage to stage have weights: options B and A of the paper
+
+
+_SHAPES = {6 * n + 2: _Shape((n, n, n), 16, False, False) for n in (1, 2, 3, 5, 7, 9, 18)} | {
+    18: _Shape((2, 2, 2, 2), 64, False, True),
+    50: _Shape((3, 4, 6, 3), 64, True, True),
+}
+_STEMS = {"cifar": (3, 1), "strided": (3, 2), "imagenet": (7, 2)}  # window and stride of the first convolution
 
 
 class ResNet(nnx.Module):
-    """ResNet-18 and ResNet-50.
+    """ResNet-18, ResNet-50 and the paper's thin networks for CIFAR.
 
-    Parameters, batch norm included: 11,173,962 and 23,520,842 with the CIFAR stem and 10 classes, 11,689,512 and
-    25,557,032 with the ImageNet stem and 1000 classes.
+    Parameters, batch norm included: 11,173,962 and 23,520,842 of ResNet-18 and 50 with the CIFAR stem and 10 classes,
+    11,689,512 and 25,557,032 with the ImageNet stem and 1000 classes; 269,722 of ResNet-20 with 10 classes, whose
+    shortcuts have none (option A).
 
     Args:
       num_classes: number of logits.
-      depth: 18 (basic blocks) or 50 (bottlenecks, the stride in the 3 x 3 convolution).
+      depth: 18 (basic blocks), 50 (bottlenecks, the stride in the 3 x 3 convolution), or one of the thin networks'
+        6 n + 2: 20, 32, 44, 56, 110, and 8 and 14 as smaller ones, with n basic blocks of 16, of 32 and of 64 channels.
       input_shape: (H, W, C) of one image; only C matters.
-      stem: "cifar" (3 x 3 convolution, no pooling) or "imagenet" (7 x 7 with stride 2, then max-pooling).
+      stem: "cifar" (3 x 3 convolution, no pooling), "strided" (the same with stride 2, for images of 64 x 64 or for a
+        quarter of the time) or "imagenet" (7 x 7 with stride 2, then max-pooling).
       rngs: of the initialisation: kernels from a variance-scaling truncated normal (fan-in).
 
     Raises:
@@ -89,7 +117,7 @@ class ResNet(nnx.Module):
       >>> net.dense.kernel.shape
       (512, 10)
 
-    Source: He, Zhang, Ren, Sun (CVPR 2016), arXiv:1512.03385, Table 1 [he2016deep].
+    Source: He, Zhang, Ren, Sun (CVPR 2016), arXiv:1512.03385, Table 1 and section 4.2 [he2016deep].
     """
 
     def __init__(
@@ -101,21 +129,21 @@ class ResNet(nnx.Module):
         stem: str = "cifar",
         rngs: nnx.Rngs,
     ):
-        counts = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
-        if depth not in counts:
-            raise ValueError(f"depth must be 18 or 50, got {depth}")
-        if stem not in ("cifar", "imagenet"):
-            raise ValueError(f"stem must be 'cifar' or 'imagenet', got {stem!r}")
-        bottleneck = depth == 50
+        if depth not in _SHAPES:
+            raise ValueError(f"depth must be one of {', '.join(map(str, sorted(_SHAPES)))}, got {depth}")
+        if stem not in _STEMS:
+            raise ValueError(f"stem must be one of {', '.join(_STEMS)}, got {stem!r}")
+        shape = _SHAPES[depth]
         self.pools = stem == "imagenet"
-        self.conv = _conv(input_shape[-1], 64, 7 if self.pools else 3, 2 if self.pools else 1, rngs)
-        self.bn = _batch_norm(64, rngs)
-        blocks, channels = [], 64
-        for stage, count in enumerate(counts[depth]):
+        self.conv = _conv(input_shape[-1], shape.width, *_STEMS[stem], rngs)
+        self.bn = _batch_norm(shape.width, rngs)
+        kind = {"bottleneck": shape.bottleneck, "projects": shape.projects}
+        blocks, channels = [], shape.width
+        for stage, count in enumerate(shape.counts):
             for index in range(count):
-                width, stride = 64 * 2**stage, 2 if stage and not index else 1
-                blocks.append(_ResidualBlock(channels, width, stride, bottleneck=bottleneck, rngs=rngs))
-                channels = 4 * width if bottleneck else width
+                width, stride = shape.width * 2**stage, 2 if stage and not index else 1
+                blocks.append(_ResidualBlock(channels, width, stride, **kind, rngs=rngs))
+                channels = 4 * width if shape.bottleneck else width
         self.block = nnx.List(blocks)
         self.dense = nnx.Linear(channels, num_classes, rngs=rngs)
 

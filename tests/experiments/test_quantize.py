@@ -1,6 +1,5 @@
 """The quantization experiment: a short run from end to end, what it compares with, and what it refuses."""
 
-import dataclasses
 import json
 
 import jax
@@ -108,14 +107,14 @@ def test_the_papers_recipe_of_every_method():
     assert quantize._recipe(config, "pmf")[0] == quantize.Recipe(1e-3, 0.3, 1.1, 1000)
 
 
-@pytest.mark.parametrize("model", ["vgg_d", "resnet18"])
-def test_the_networks_for_a_gpu_are_quantized_but_for_the_batch_norm(model):
+@pytest.mark.parametrize("model", ["vgg_d", "resnet18", "resnet8_strided"])
+def test_convolutional_networks_are_quantized_but_for_the_batch_norm(model):
     images, labels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8), np.arange(10, dtype=np.int32)
     split = data.Split(images, labels)
     dataset = data.Dataset("tiny", split, None, split, 10)
-    config = quantize.Config(dataset="cifar10", model=model, recipe="paper", batch_size=10, keep_float=("^dense/bias",))
-    if model == "vgg_d":
-        config = dataclasses.replace(config, keep_float=())
+    keep_float = ("^dense/bias",) if model == "resnet18" else ()
+    recipe = "paper" if model in quantize.PAPER_RECIPES else "short"
+    config = quantize.Config(dataset="cifar10", model=model, recipe=recipe, batch_size=10, keep_float=keep_float)
     task = quantize._task(config, dataset, quantize.build_network(config, dataset), "pmf")
     aux, _ = jax.eval_shape(task.init, jax.random.key(0))
     sets = quantization.label_sets(task.lattice, aux, strict=True)

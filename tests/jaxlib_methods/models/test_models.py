@@ -32,6 +32,8 @@ TOTAL = {
     "wrn_16_8": 10_961_370,
     "wrn_16_10": 17_116_634,
     "wrn_22_8": 17_158_106,
+    "resnet8_strided": 75_290,
+    "resnet20": 269_722,
     "resnet18": 11_173_962,
     "resnet50": 23_520_842,
     "resnet18_imagenet": 11_689_512,
@@ -139,6 +141,31 @@ class TestForward:
         expected = model.dense(nnx.relu(h).mean((1, 2)))
         np.testing.assert_allclose(jax.jit(lambda x: model(x))(x), expected, rtol=1e-4, atol=1e-5)
 
+    def test_a_thin_resnet_is_the_papers_with_shortcuts_without_parameters(self, key):
+        model = models.ResNet(10, depth=8, stem="strided", rngs=nnx.Rngs(0))
+        model.eval()
+        x = jax.random.normal(key, (2, 16, 16, 3))
+
+        def conv_bn(conv, bn, x, stride=1):
+            out = jax.lax.conv_general_dilated(
+                x, conv.kernel[...], (stride,) * 2, ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            return bn(out)
+
+        h = nnx.relu(conv_bn(model.conv, model.bn, x, 2))
+        assert h.shape == (2, 8, 8, 16)
+        for block, stride in zip(model.block, (1, 2, 2), strict=True):
+            out = nnx.relu(conv_bn(block.conv[0], block.bn[0], h, stride))
+            out = conv_bn(block.conv[1], block.bn[1], out)
+            if stride == 2:
+                taken = np.zeros(out.shape, np.float32)
+                taken[..., : h.shape[-1]] = np.asarray(h)[:, ::2, ::2]
+                h = jnp.asarray(taken)
+            h = nnx.relu(h + out)
+        assert h.shape == (2, 2, 2, 64)
+        expected = model.dense(h.mean((1, 2)))
+        np.testing.assert_allclose(jax.jit(lambda x: model(x))(x), expected, rtol=1e-4, atol=1e-5)
+
 
 class TestInitialisation:
     def test_kernels_have_variance_one_over_fan_in_and_biases_are_zero(self):
@@ -233,8 +260,8 @@ class TestErrors:
         ("build", "message"),
         [
             (lambda rngs: models.VGG(10, variant="e", rngs=rngs), "'c', 'd' or 'like', got 'e'"),
-            (lambda rngs: models.ResNet(10, depth=34, rngs=rngs), "18 or 50, got 34"),
-            (lambda rngs: models.ResNet(10, stem="mnist", rngs=rngs), "'cifar' or 'imagenet', got 'mnist'"),
+            (lambda rngs: models.ResNet(10, depth=34, rngs=rngs), "18, 20, 32, 44, 50, 56, 110, got 34"),
+            (lambda rngs: models.ResNet(10, stem="mnist", rngs=rngs), "cifar, strided, imagenet, got 'mnist'"),
             (lambda rngs: models.WideResNet(10, depth=17, rngs=rngs), r"6 n \+ 4.*got 17"),
             (lambda rngs: models.GRUClassifier(10, input_shape=(5,), rngs=rngs), r"steps, features.*got \(5,\)"),
         ],
