@@ -25,6 +25,7 @@ from flax import nnx
 from benchmarks.timing import Case, Implementation, Options, Record, Skip, measure
 from jaxlib_methods import models, quantization
 from jaxlib_methods.kernels import packed_matmul as kernel
+from jaxlib_methods.kernels.packed_matmul import pallas_gpu, pallas_tpu
 
 NETWORKS = {"lenet300": (100, (28, 28, 1)), "lenet5": (100, (28, 28, 1)), "resnet18": (32, (32, 32, 3))}
 BETA = quantization.inverse_temperature_schedule(1.02, 100)
@@ -101,15 +102,22 @@ def _matmul_case(name: str, spec: kernel.ArgSpec) -> Case:
     packed = lambda implementation: functools.partial(
         kernel.packed_matmul, labels=labels, implementation=implementation
     )
-    on_tpu = jax.default_backend() == "tpu"
+
+    def on_its_device(platform: str) -> Implementation | Skip:
+        if jax.default_backend() != platform:
+            return Skip(f"it runs on a {platform.upper()}, this is a {jax.default_backend().upper()}")
+        kernel_module = {"gpu": pallas_gpu, "tpu": pallas_tpu}[platform]
+        if reason := kernel_module.can_use((spec.m, spec.depth, spec.n), x.dtype, spec.num_labels):
+            return Skip(reason)
+        return Implementation(jax.jit(packed(f"pallas_{platform}")), (x, words))
+
     return Case(
         benchmark="quantization",
         name=name,
         implementations={
             "packed": Implementation(jax.jit(packed("xla")), (x, words)),
-            "packed, TPU kernel": Implementation(jax.jit(packed("pallas_tpu")), (x, words))
-            if on_tpu
-            else Skip(f"it runs on a TPU, this is a {jax.default_backend().upper()}"),
+            "packed, GPU kernel": on_its_device("gpu"),
+            "packed, TPU kernel": on_its_device("tpu"),
             "float32": Implementation(jax.jit(jnp.matmul), (x, dense)),
             "int8": Implementation(jax.jit(lambda x, w: x @ w.astype(jnp.float32)), (x, int8)),
         },

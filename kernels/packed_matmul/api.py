@@ -28,8 +28,8 @@ def packed_matmul(
       x: [..., K], floating.
       words: uint32 [ceil(K bits / 32), N] from `pack_codes`, bits = `bits_for(len(labels))`.
       labels: the value of each code; at most 256.
-      implementation: None or "xla" for the program that runs everywhere, "pallas_tpu" for the TPU kernel, which has not
-        been timed on a TPU and so is never chosen unasked. There is no GPU kernel.
+      implementation: None or "xla" for the program that runs everywhere; "pallas_gpu" (Hopper, at most 8 rows of x) and
+        "pallas_tpu" for the kernels, which have not been timed on their devices and so are never chosen unasked.
 
     Returns:
       [..., N] in the dtype of x, summed in float32.
@@ -52,15 +52,16 @@ def packed_matmul(
     if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x must be floating [..., K], got {x.dtype} {x.shape}")
     layout.check_words(words, bits, x.shape[-1])
+    # A JAX without one of these backends still runs the others.
     if implementation == "pallas_gpu":
-        raise NotImplementedError("pallas_gpu: packed_matmul has no GPU kernel; use implementation=None or 'xla'")
-    if implementation == "pallas_tpu":
-        from jaxlib_methods.kernels.packed_matmul import pallas_tpu  # a JAX without this backend still runs the other
+        from jaxlib_methods.kernels.packed_matmul import pallas_gpu
 
-        run = pallas_tpu.matmul
-    else:
-        run = reference.matmul
-    return _apply(x, words, labels, bits, run)
+        return _apply(x, words, labels, bits, pallas_gpu.matmul)
+    if implementation == "pallas_tpu":
+        from jaxlib_methods.kernels.packed_matmul import pallas_tpu
+
+        return _apply(x, words, labels, bits, pallas_tpu.matmul)
+    return _apply(x, words, labels, bits, reference.matmul)
 
 
 @functools.partial(jax.jit, static_argnames=("labels", "bits", "run"))

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxlib_methods._compat import MOSAIC_GPU_MISSING, mosaic_gpu_store
+from jaxlib_methods.kernels._hopper import device_reason
 from jaxlib_methods.kernels.scanline import _pallas_minplus as mp
 from jaxlib_methods.kernels.scanline.api import index_dtype
 from jaxlib_methods.kernels.scanline.pairwise import Pairwise
@@ -55,20 +56,6 @@ def can_use(shape: tuple[int, ...], dtype: Any, pairwise: Pairwise, *, step: tup
         return f"the GPU kernel stores uint8 indices, at most 256 labels, got {shape[1]}"
     config = choose(shape[1], pairwise)
     return config if isinstance(config, str) else None
-
-
-def device_reason() -> str | None:
-    """Why the GPU at hand is not for this kernel; None if it is, or if there is none (to lower for another machine).
-
-    Source: this library.
-    """
-    if jax.default_backend() != "gpu":
-        return None
-    device = jax.devices()[0]
-    capability = str(device.compute_capability)
-    if capability.startswith("9."):
-        return None
-    return f"the GPU kernel is written for Hopper (compute capability 9), got {device.device_kind} with {capability}"
 
 
 def sweep(

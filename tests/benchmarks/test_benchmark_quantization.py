@@ -15,7 +15,8 @@ def test_products_agree_to_the_last_bit(spec):
     records = {r.implementation: r for r in measure(case, options, clock=iter(range(10**6)).__next__)}
     assert set(records) == {"packed", "float32", "int8"}
     assert all(record.error == 0 for record in records.values())
-    assert any("TPU" in note for note in options.notes)
+    assert any("runs on a TPU" in note for note in options.notes)
+    assert any("runs on a GPU" in note for note in options.notes)
 
 
 @pytest.mark.parametrize("network", ["lenet300", "lenet5"])

@@ -13,17 +13,7 @@ import pytest
 from jaxlib_methods import quantization as qn
 from jaxlib_methods.kernels import packed_matmul as pm
 from jaxlib_methods.kernels.packed_matmul import pallas_tpu, reference
-
-LABELS = {2: (-1.0, 1.0), 3: (-1.0, 0.0, 1.0), 4: (-2.0, -1.0, 1.0, 2.0), 7: (-3.0, -2.0, -1.0, 0.5, 1.0, 2.0, 3.0)}
-
-
-def problem(m, depth, n, d, dtype=jnp.float32):
-    """Activations and weights of small integers, whose products are exact in any order of addition."""
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, d, (depth, n))
-    x = rng.integers(-8, 9, (m, depth)).astype(np.float32)
-    dense = np.asarray(LABELS[d], np.float64)[codes]
-    return jnp.asarray(x, dtype), pm.pack_codes(jnp.asarray(codes), pm.bits_for(d)), x @ dense
+from tests.kernels.packed_matmul.packed_cases import LABELS, problem, shapes_of
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -76,12 +66,6 @@ def test_the_interpreted_tpu_kernel_over_several_ragged_blocks(monkeypatch):
     x, words, expected = problem(13, 32 * 7 - 5, 40, 2)  # seven rows of words in blocks of two
     run = functools.partial(pallas_tpu.matmul, labels=LABELS[2], bits=1, interpret=True)
     np.testing.assert_array_equal(jax.jit(run)(x, words), expected)
-
-
-def shapes_of(spec, dtype):
-    bits = pm.bits_for(spec.num_labels)
-    words = jax.eval_shape(lambda c: pm.pack_codes(c, bits), jax.ShapeDtypeStruct((spec.depth, spec.n), jnp.int32))
-    return jax.ShapeDtypeStruct((spec.m, spec.depth), dtype), words
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -140,8 +124,6 @@ def test_what_the_kernels_do_not_do():
     x, words, _ = problem(2, 40, 8, 7)
     with pytest.raises(NotImplementedError, match="up to four labels"):
         pm.packed_matmul(x, words, LABELS[7], implementation="pallas_tpu")
-    with pytest.raises(NotImplementedError, match="no GPU kernel"):
-        pm.packed_matmul(x, words, LABELS[7], implementation="pallas_gpu")
     assert "float16" in pallas_tpu.can_use((2, 3, 4), jnp.float16, 2)
 
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlib_methods import _compat
 from jaxlib_methods.kernels import scanline
 from jaxlib_methods.kernels.scanline import Pairwise, arg_specs
+from tests.kernels.mosaic_gpu import export_for_h200, interpreted, needs_mosaic
 from tests.kernels.scanline.scanline_cases import (
     PAIRWISE,
     assert_same_backward,
@@ -27,7 +27,6 @@ from tests.kernels.scanline.scanline_cases import (
 
 pallas_gpu = pytest.importorskip("jaxlib_methods.kernels.scanline.pallas_gpu")
 layouts = pytest.importorskip("jaxlib_methods.kernels.scanline.pallas_gpu_config")
-needs_mosaic = pytest.mark.skipif(_compat.MOSAIC_GPU_MISSING is not None, reason=str(_compat.MOSAIC_GPU_MISSING))
 
 # (reverse, opposite, weighted, lanes per line): every path in registers, shifts and table loops across lanes as well
 RUNS = {
@@ -49,12 +48,6 @@ ACROSS_LANES = {
 CASES = [(name, *run) for runs in (RUNS, ACROSS_LANES) for name, run in runs.items()]
 LINES = 40  # one block of 128 or 64 padded lines, two of 32: the interpreter takes its time for each
 IDS = [f"{name}-{lanes}lanes" for name, *_, lanes in CASES]
-
-
-def interpreted(**options):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.InterpretGPUParams(**options)
 
 
 @needs_mosaic
@@ -118,14 +111,6 @@ def test_no_copy_overtakes_a_read_whatever_the_length_of_the_ring(slots):
     options = {"config": layouts.Config(1, slots), "interpret": interpreted(detect_races=True)}
     found = forward(pallas_gpu, static, **options)(*arguments)
     assert_same_sweep(found, expected, True)
-
-
-def export_for_h200(function, *arguments):
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    unstable = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[unstable])(*arguments)
-    return exported.mlir_module()
 
 
 @needs_mosaic
