@@ -39,7 +39,7 @@ class Verifier:
       decay: beta of the reference's moving average: 0.9 for activations, 0.8 for their gradients.
       warmup_steps: steps in which all finite messages are accepted.
       reduce_axes: axes of a message (B, N, D) over which it is averaged: (0,) keeps the tokens, (0, 1) does not.
-      distances: which of `DISTANCES` are compared.
+      distances: which of `DISTANCES` are computed and compared.
       votes: how many of them must lie beyond their fence; 1 is any.
       directions: random projections of the sliced Wasserstein distance, L.
       window: steps whose accepted distances make the fences, W.
@@ -116,7 +116,7 @@ class VerifierState(NamedTuple):
     reference: jax.Array  # float32 [N', D]: m
     started: jax.Array  # bool []: whether m has seen a message
     projections: jax.Array  # float32 [D, L]: unit columns w
-    window: jax.Array  # float32 [W, R, 4]: distances of accepted messages, NaN elsewhere
+    window: jax.Array  # float32 [W, R, 4]: distances of accepted messages; NaN elsewhere, and where not computed
     fence_factor: jax.Array  # float32 []: c
     fences: jax.Array  # float32 [4]: tau
     flags: jax.Array  # bool [horizon, R]: violations of recent steps
@@ -241,7 +241,7 @@ def judge(state: VerifierState, summaries: jax.Array, taint: jax.Array, options:
     """The decision alone: it is all that the next stage waits for."""
     finite = jnp.all(jnp.isfinite(summaries), axis=(1, 2))
     summaries = jnp.where(finite[:, None, None], summaries, 0.0)
-    distances = message_distances(summaries, state.reference, state.projections)
+    distances = message_distances(summaries, state.reference, state.projections, options.distances)
     armed = (state.count >= options.warmup_steps) & state.started
     return Judged(summaries, distances, ~finite | (armed & ~taint & _outvoted(distances, state.fences, options)))
 
@@ -290,7 +290,7 @@ def _fences(state: VerifierState, window: jax.Array, options: Verifier) -> tuple
     fences = tukey_fence(samples, state.fence_factor)
     fences = jnp.where(jnp.isnan(fences), state.fences, fences)
     count = lambda which: jnp.sum(which.astype(jnp.float32))
-    there = ~jnp.isnan(samples[:, 0])
+    there = ~jnp.all(jnp.isnan(samples), axis=1)
     share = count(there & _outvoted(samples, fences, options)) / jnp.maximum(count(there), 1)
     # Later, the window no longer holds what lies beyond the fence, and an empty tail is no reason to go lower.
     shrink = jnp.where(state.count < options.warmup_steps, options.shrink, 1.0)

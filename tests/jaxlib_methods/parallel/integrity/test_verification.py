@@ -22,6 +22,7 @@ from jaxlib_methods.parallel.integrity import (
     verify,
     verify_summaries,
 )
+from jaxlib_methods.parallel.integrity._message_distances import sorting_network
 
 D1, D2, D3, D4 = range(4)
 
@@ -49,6 +50,21 @@ def test_distances_of_a_scaled_reference(m, projections, sigma):
     assert float(distances[D2]) == pytest.approx(abs(sigma - 1), rel=1e-5)
     assert float(distances[D3]) == (1.0 if sigma <= 0 else 0.0)
     assert float(distances[D1]) == pytest.approx(abs(sigma - 1) * float(jnp.abs(m).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("points", [1, 2, 7, 64, 100])
+def test_the_network_sorts(points):
+    y = jax.random.normal(jax.random.key(points), (3, points, 4)).round(1).at[0, 0, 0].set(jnp.inf)  # with ties
+    np.testing.assert_array_equal(jax.jit(sorting_network)(y), np.sort(y, axis=1))
+
+
+def test_only_what_is_asked_for_is_computed(m, projections):
+    x, asked = m + 1.0, ("sign", "euclidean")
+    distances = message_distances(x, m, projections, asked)
+    expected = np.where([name in asked for name in DISTANCES], message_distances(x, m, projections), np.nan)
+    np.testing.assert_array_equal(distances, expected)
+    traced = jax.make_jaxpr(lambda x: message_distances(x, m, projections, asked))(x)
+    assert "dot_general" not in str(traced) and "sort" not in str(traced)
 
 
 def test_wasserstein_does_not_see_the_order_of_tokens_and_sees_a_shift_by_its_projection(m, projections):
