@@ -34,7 +34,7 @@ def test_the_worked_example():
 def test_measured_errors_stay_below_the_bounds(dtype, spread):
     """W has condition number 30; the reference is in float64, whose own errors are far smaller."""
     P = draw_transform(jax.random.key(1), WIDTH).matrix
-    start = {"V": jnp.asarray(P * np.geomspace(1, 30, WIDTH)[None], dtype)}
+    start = {"V": (P * np.geomspace(1, 30, WIDTH)[None]).astype(jnp.dtype(dtype))}
     exact, copies = master_copy(start)["V"], {"in place": start, "each": start, "master": master_copy(start)}
     options = {"in place": {"precision": "parameter"}, "each": {}, "master": {}}
     condition = float(np.linalg.cond(exact))
