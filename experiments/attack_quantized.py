@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data, quantize
+from experiments import cases, data, quantize
 from experiments.errors import DataError
 from experiments.files import write_json
 from jaxlib_methods import robustness
@@ -54,11 +54,11 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The networks are cases of the experiment quantize."""
+    """The networks are cases of the experiment quantize; all attacks on one of them are one case here."""
 
     dataset: str = "digits"  # digits, mnist, cifar10, another TFDS set, or a path to an .npz
     data_dir: str | None = None  # folder of prepared TFDS sets; None: TFDS's own default
-    model: str = "lenet300"  # lenet300, lenet5, vgg_d, resnet18, or another of the library
+    model: str = "lenet300"  # lenet300, lenet5, resnet8_strided, vgg_d, resnet18, or another of the library
     methods: tuple[quantize.Name, ...] = ("float", "bc", "pmf", "md_tanh_s")
     attacks: tuple[Literal["fgsm", "pgd", "pgd_l2"], ...] = ("fgsm", "pgd", "pgd_l2")
     networks: str | None = None  # folder of a finished quantize run; None: train them here
@@ -131,10 +131,12 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     curves: dict[str, Any] = {}
     for method in config.methods:
         for seed in range(config.seeds):
-            trained = quantize.load_trained(folder / "cases" / f"{method}-seed{seed}", network)
-            found, curve = _attack_network(config, target, trained, method, seed)
-            curves[f"{method} seed {seed}"] = curve
-            for name, value in found.items():
+            case = f"{method}-seed{seed}"
+            trained = quantize.load_trained(folder / "cases" / case, network)
+            attack = functools.partial(_attack_network, config, target, trained, method, seed)
+            found = cases.run_or_load(workdir / "attacks" / case, attack)
+            curves[f"{method} seed {seed}"] = found["curve"]
+            for name, value in found["metrics"].items():
                 metrics.setdefault(name, []).append(value)
     if jax.process_index() == 0:
         write_json(workdir / "curves.json", curves)
@@ -187,9 +189,10 @@ def _target(config: Config, dataset: data.Dataset, network: quantize.Network) ->
 
 
 def _attack_network(
-    config: Config, target: _Target, trained: Any, method: str, seed: int
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics at the table's radius, and the accuracies of every attack by radius."""
+    config: Config, target: _Target, trained: Any, method: str, seed: int, case_dir: pathlib.Path
+) -> dict[str, Any]:
+    """The metrics at the table's radius, and the curve: the accuracies of every attack by radius."""
+    del case_dir  # nothing to resume from
     some = jnp.asarray(target.images[:100])
     njs = robustness.network_jacobian_scaling(target.of_normalised, trained, target.normalise(some))
     scalings = {"plain": None, "njs": njs, "hns": robustness.HessianNormScaling()}
@@ -216,7 +219,7 @@ def _attack_network(
             f"{config.model} {method} seed {seed}  {attack}  "
             + "  ".join(f"{s} {curve[f'{attack} {s}']}" for s in scalings)
         )
-    return metrics, curve
+    return {"metrics": metrics, "curve": curve}
 
 
 def _attack(
