@@ -1,4 +1,4 @@
-"""What the plug-ins of a decentralised pipeline cost beside the work of a stage.
+"""What the plug-ins of a decentralised pipeline cost beside the work of a stage, and what they send.
 
 Cases `coordinates d=D k=K`: encoding 512 tokens of a subspace network with a vocabulary of 50,304. `bytes` is the model
 of the form without intermediates, X read and C written.
@@ -7,7 +7,14 @@ of the form without intermediates, X read and C written.
 
 Cases `share d=D`: one block of a decoder of width D on 512 tokens, forward and backward, and each codec's encoding and
 decoding of what crosses one boundary in both directions. ratios[codec] of "block" is the codec's share of the stage's
-time, with one block a stage.
+time, with one block a stage. Cases `monitor d=D` likewise: SENTINEL's verifiers of one boundary in both directions on
+one of eight replicas: the summary of its own message, the distances of all summaries, the fences.
+
+Cases `bytes d=D k=K`: eight updates of an asynchronous pipeline with each codec, all stages on one core; notes tell
+what the compiled program sends beside the formula. Cases `averaging P=P`: four updates of P stages and two replicas
+with each exchange on the data axis; notes tell bytes of a round and of the state. Cases `transforms d=D`: drawing and
+folding the transforms of four blocks, and what the matrices cost in every pass. Cases `links d=D`: the times of a stage
+of one block; notes tell the predicted wall-clock over slow links, from those and for the papers' sizes.
 """
 
 from collections.abc import Iterator
@@ -15,22 +22,27 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from benchmarks import link_traffic, replica_averaging, staged_decoder, weight_transforms
 from benchmarks.timing import Case, Implementation, Options, Record, measure
 from jaxlib_methods import models, parallel
 
-TOKENS, VOCABULARY = (4, 128), 50_304
+TOKENS, VOCABULARY, REPLICAS = (4, 128), 50_304, 8
 
 
 def run(options: Options) -> Iterator[Record]:
     """Yields every case; with --quick the narrow ones."""
+    staged_decoder.fake_devices()
     for d, k in [(256, 16)] if options.quick else [(1024, 160), (1024, 16)]:
         if options.selects(f"coordinates d={d} k={k}"):
             yield from measure(coordinates_case(d, k), options)
     for d in (256,) if options.quick else (512, 1024):
         if options.selects(f"share d={d}"):
             yield from measure(share_case(d), options)
+        if options.selects(f"monitor d={d}"):
+            yield from measure(monitor_case(d), options)
+    for cases in (link_traffic, replica_averaging, weight_transforms):
+        yield from cases.run_cases(options)
 
 
 def activations(d: int, k: int) -> tuple[parallel.codecs.Subspace, dict[str, jax.Array]]:
@@ -65,13 +77,6 @@ def coordinates_case(d: int, k: int) -> Case:
 def share_case(d: int) -> Case:
     """A block's forward and backward pass, and the codecs of one boundary."""
     subspace, x = activations(d, d // 8)
-    config = models.GPTConfig(vocab_size=8, block_size=TOKENS[1], layers=1, width=d, heads=d // 64, norm="rms")
-    block = models.gpt_stages(config).block
-    params = nnx.state(models.GPT(config, rngs=nnx.Rngs(0)), nnx.Param)["blocks"][0]
-
-    def stage(params, X):
-        out, pullback = jax.vjp(block, params, X)
-        return pullback(out)
 
     def both_ways(forward: parallel.codecs.Codec, backward: parallel.codecs.Codec, x) -> Implementation:
         def cross(x, G):
@@ -86,7 +91,7 @@ def share_case(d: int) -> Case:
         "decentralised",
         f"share d={d}",
         {
-            "block": Implementation(jax.jit(stage), (params, x["x"])),
+            "block": _block(d, x["x"]),
             "subspace": both_ways(
                 parallel.codecs.subspace_codec(subspace), parallel.codecs.subspace_gradient_codec(subspace), x
             ),
@@ -96,3 +101,57 @@ def share_case(d: int) -> Case:
         },
         seconds=8.0,
     )
+
+
+def monitor_case(d: int) -> Case:
+    """The same block, and verifiers with all distances, without the one that sorts, and with one point a message."""
+    message = jax.random.normal(jax.random.key(2), (*TOKENS, d))
+    others = jax.random.normal(jax.random.key(3), (REPLICAS, *TOKENS, d))
+    three = tuple(name for name in parallel.integrity.DISTANCES if name != "wasserstein")
+    return Case(
+        "decentralised",
+        f"monitor d={d}",
+        {
+            "block": _block(d, message),
+            "four distances": _verifiers(message, others),
+            "without Wasserstein": _verifiers(message, others, distances=three),
+            "means over tokens": _verifiers(message, others, reduce_axes=(0, 1)),
+        },
+        seconds=8.0,
+    )
+
+
+def _block(d: int, x: jax.Array) -> Implementation:
+    """A block's forward and backward pass."""
+    config = models.GPTConfig(vocab_size=8, block_size=TOKENS[1], layers=1, width=d, heads=d // 64, norm="rms")
+    block = models.gpt_stages(config).block
+    params = staged_decoder.initial(config)["blocks"][0]
+
+    def stage(params, X):
+        out, pullback = jax.vjp(block, params, X)
+        return pullback(out)
+
+    return Implementation(jax.jit(stage), (params, x))
+
+
+def _verifiers(message: jax.Array, others: jax.Array, **options) -> Implementation:
+    """What a replica does at a boundary, forward and backward, with the summaries of all; after the warm-up."""
+    integrity = parallel.integrity
+    verifiers = [integrity.Verifier(decay=decay, warmup_steps=1, **options) for decay in (0.9, 0.8)]
+    axes, taint = verifiers[0].reduce_axes, jnp.zeros(len(others), bool)
+    summaries = jax.vmap(lambda other: integrity.message_summary(other, axes))(others)
+    started = {"count": jnp.int32(1), "started": jnp.bool_(True), "reference": summaries.mean(axis=0)}
+    states = [
+        integrity.init_verifier(v, len(others), message.shape, jax.random.key(4))._replace(**started) for v in verifiers
+    ]
+
+    def receive(verifier, state, message, summaries):
+        summaries = summaries.at[0].set(integrity.message_summary(message, axes))
+        reference = integrity.expand_reference(state.reference, message.shape, axes)
+        state, accept = integrity.verify_summaries(state, summaries, taint, verifier)
+        return jnp.where(accept[0], message, reference), state
+
+    def both(states, messages, summaries):
+        return [receive(*of_direction, summaries) for of_direction in zip(verifiers, states, messages, strict=True)]
+
+    return Implementation(jax.jit(both), (states, [message, -message], summaries))

@@ -7,17 +7,14 @@ whose prediction is told in a note). Memory against its formulas is told in note
 
 import contextlib
 import functools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from flax import nnx
 
-from benchmarks import slow_link, two_processes
+from benchmarks import slow_link, staged_decoder, two_processes
 from benchmarks.timing import Case, Implementation, Options, Record, Skip, measure, peer
 from jaxlib_methods import models, parallel
 
@@ -33,9 +30,7 @@ LINKS = {
 
 def run(options: Options) -> Iterator[Record]:
     """Yields the cases of the docstring; with --quick only the smallest of each."""
-    jax.config.update("jax_num_cpu_devices", 8)
-    if hasattr(os, "sched_setaffinity"):  # before there are threads: all stages share a core
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    staged_decoder.fake_devices()
     for P in (4,) if options.quick else (2, 4, 8):
         if options.selects(f"update P={P}"):
             yield from _update(P, options)
@@ -52,27 +47,24 @@ def run(options: Options) -> Iterator[Record]:
 
 @functools.cache
 def _model() -> tuple[parallel.StageModel, Any]:
-    config = models.GPTConfig(VOCABULARY, BLOCK, LAYERS, WIDTH, HEADS)
-    functions = models.gpt_stages(config)
+    return staged_decoder.decoder(_config())
 
-    def head(params: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(functions.head(params, x), targets).mean()
 
-    params = nnx.state(models.GPT(config, rngs=nnx.Rngs(0)), nnx.Param)
-    return parallel.StageModel(functions.embed, functions.block, head), models.split_gpt_params(config, params)
+def _config() -> models.GPTConfig:
+    return models.GPTConfig(VOCABULARY, BLOCK, LAYERS, WIDTH, HEADS)
 
 
 def make_pipeline(schedule: str, P: int, n: int) -> tuple[parallel.Pipeline, tuple[Any, ...]]:
     """A pipeline and the arguments of its `step` on n microbatches; without "async", n are one update's."""
     model, params = _model()
     stages, mesh = parallel.split_stages(params, P), parallel.make_mesh(P)
-    tokens = np.random.default_rng(0).integers(VOCABULARY, size=(2, n, BATCH, BLOCK)).astype(np.int32)
-    common = (model, stages, optax.adamw(1e-3), mesh, tuple(tokens[:, 0]))
+    inputs, targets = staged_decoder.tokens(_config(), n, BATCH)
+    common = (model, stages, optax.adamw(1e-3), mesh, (inputs[0], targets[0]))
     if schedule == "async":
         pipe = parallel.asynchronous_pipeline(*common)
     else:
         pipe = parallel.synchronous_pipeline(*common, n, schedule=schedule)
-    return pipe, (pipe.init(stages), *parallel.shard_batch(mesh, tuple(tokens)))
+    return pipe, (pipe.init(stages), *parallel.shard_batch(mesh, (inputs, targets)))
 
 
 def without_pipeline(P: int, n: int, *, every: bool, keep: bool = False) -> tuple[Any, ...]:
@@ -82,7 +74,6 @@ def without_pipeline(P: int, n: int, *, every: bool, keep: bool = False) -> tupl
     """
     model, params = _model()
     stages, optimizer = parallel.split_stages(params, P), optax.adamw(1e-3)
-    tokens = np.random.default_rng(0).integers(VOCABULARY, size=(2, n, BATCH, BLOCK)).astype(np.int32)
 
     def loss(stages: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
         x = model.embed(stages[0]["embed"], inputs)
@@ -109,14 +100,14 @@ def without_pipeline(P: int, n: int, *, every: bool, keep: bool = False) -> tupl
         return update(carry, jax.tree.map(lambda g: g / n, total))
 
     carry = jax.tree.map(jnp.copy, (stages, optimizer.init(stages)))  # `_model` keeps what is donated here
-    return step, carry, *map(jnp.asarray, tokens)
+    return step, carry, *map(jnp.asarray, staged_decoder.tokens(_config(), n, BATCH))
 
 
 def _update(P: int, options: Options) -> list[Record]:
     implementations = {}
     for schedule in ("async", "gpipe", "1f1b"):
         pipe, arguments = make_pipeline(schedule, P, MICROBATCHES)
-        implementations[schedule] = Implementation(_Training(pipe.step, *arguments))
+        implementations[schedule] = Implementation(staged_decoder.Training(pipe.step, *arguments))
         if schedule != "async":
             share = parallel.bubble_fraction(schedule, P, MICROBATCHES)
             options.note(f"update P={P}: {schedule} leaves {share:.3f} of the slots idle by its schedule")
@@ -125,22 +116,12 @@ def _update(P: int, options: Options) -> list[Record]:
         ("one device, as gpipe", False, False),
         ("one device, as gpipe, nothing twice", False, True),
     ):
-        implementations[name] = Implementation(_Training(*without_pipeline(P, MICROBATCHES, every=every, keep=keep)))
+        implementations[name] = Implementation(
+            staged_decoder.Training(*without_pipeline(P, MICROBATCHES, every=every, keep=keep))
+        )
     records = measure(Case("pipeline", f"update P={P}", implementations, seconds=20.0, min_rounds=7), options)
     _memory(*make_pipeline("async", P, MICROBATCHES), P, options)
     return records
-
-
-class _Training:
-    """Goes on from call to call: an asynchronous pipeline does its full work only when it has been filled."""
-
-    def __init__(self, step: Callable[..., Any], state: Any, *batches: Any):
-        self.step, self.state, self.batches = step, state, batches
-
-    def __call__(self) -> Any:
-        new = self.step(self.state, *self.batches)
-        self.state = new[0] if isinstance(new[1], parallel.Losses) else new
-        return jax.tree.leaves(self.state)[0]
 
 
 def _memory(pipe: parallel.Pipeline, arguments: tuple[Any, ...], P: int, options: Options) -> None:

@@ -81,26 +81,18 @@ def main(address: str, number: int) -> None:
 
 class _Worker:
     def __init__(self, number: int):
-        import jax
-        import numpy as np
         import optax
-        from flax import nnx
 
+        from benchmarks import staged_decoder
         from jaxlib_methods import models, parallel
 
         self.number = number
         config = models.GPTConfig(VOCABULARY, BLOCK, LAYERS, WIDTH, HEADS)
-        functions = models.gpt_stages(config)
-
-        def head(params: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
-            return optax.softmax_cross_entropy_with_integer_labels(functions.head(params, x), targets).mean()
-
-        self.model = parallel.StageModel(functions.embed, functions.block, head)
-        params = nnx.state(models.GPT(config, rngs=nnx.Rngs(0)), nnx.Param)
-        self.stages = parallel.split_stages(models.split_gpt_params(config, params), P)
+        self.model, params = staged_decoder.decoder(config)
+        self.stages = parallel.split_stages(params, P)
         self.mesh = parallel.make_mesh(P)
         self.optimizer = optax.adamw(1e-3)
-        self.tokens = np.random.default_rng(0).integers(VOCABULARY, size=(2, 64, BATCH, BLOCK)).astype(np.int32)
+        self.tokens = staged_decoder.tokens(config, 64, BATCH)
         self.running: dict[str, Any] = {}
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -117,14 +109,14 @@ class _Worker:
 
         n = count if schedule == "async" else M
         if schedule not in self.running:
-            batch = tuple(self.tokens[:, 0])
+            batch = tuple(of_all[0] for of_all in self.tokens)
             common = (self.model, self.stages, self.optimizer, self.mesh, batch)
             if schedule == "async":
                 pipe = parallel.asynchronous_pipeline(*common)
             else:
                 name, _, keep = schedule.partition(" ")
                 pipe = parallel.synchronous_pipeline(*common, M, schedule=name, remat=not keep)
-            put = lambda at: parallel.shard_batch(self.mesh, tuple(self.tokens[:, at : at + n]))
+            put = lambda at: parallel.shard_batch(self.mesh, tuple(of_all[at : at + n] for of_all in self.tokens))
             state, batches = pipe.init(self.stages), [put(at) for at in range(0, count, n)]
             hlo = pipe.step.lower(state, *batches[0]).compile().as_text()
             self.running[schedule] = [pipe, state, batches, parallel.collectives(hlo)]
@@ -168,7 +160,7 @@ class _Worker:
         import optax
 
         stage, model = self.stages[self.number], self.model
-        inputs, targets = (jnp.asarray(tokens) for tokens in self.tokens[:, 0])
+        inputs, targets = (jnp.asarray(of_all[0]) for of_all in self.tokens)
         x = jnp.ones((BATCH, BLOCK, WIDTH))
 
         def run(params: Any, x: jax.Array) -> jax.Array:

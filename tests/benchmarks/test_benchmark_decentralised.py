@@ -31,3 +31,16 @@ def test_the_codecs_of_a_boundary_return_what_crossed(monkeypatch):
             lambda a, b: np.allclose(a, b, atol=tolerance), implementation.function(*implementation.args)[0], x
         )
         assert all(jax.tree.leaves(close)), name
+
+
+def test_verifiers_let_messages_of_the_same_kind_through_and_learn_from_them():
+    messages = 1 + 0.01 * jax.random.normal(jax.random.key(0), (3, 2, 3, 8))
+    implementation = decentralised._verifiers(messages[0], messages, directions=4, window=5)
+    (forward, state), (backward, other) = implementation.function(*implementation.args)
+    np.testing.assert_array_equal(forward, messages[0])
+    np.testing.assert_array_equal(backward, -messages[0])
+    assert int(state.count) == 2 and int(state.violations.sum()) == 0
+    expected = np.array(messages.mean(axis=1).mean(axis=0))
+    np.testing.assert_allclose(state.reference, expected, atol=1e-6)
+    moved = (messages.mean(axis=1).sum(axis=0) - 2 * messages[0].mean(axis=0)) / 3  # with the negative of the first
+    np.testing.assert_allclose(other.reference, 0.8 * expected + 0.2 * moved, atol=1e-6)

@@ -1,0 +1,66 @@
+"""What the benchmark tells about links: bytes of compiled programs, and times that a formula on paper gives."""
+
+import jax
+import pytest
+
+from benchmarks import link_traffic
+from jaxlib_methods import models, parallel
+
+K = 6
+
+
+@pytest.fixture(autouse=True)
+def lenient():
+    """As the benchmarks run: AdamW of optax mixes types."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_a_compiled_pipeline_sends_what_the_formula_says():
+    config = models.GPTConfig(300, 8, 2, 32, 1, **link_traffic.DESIGN)
+    coding = link_traffic.codings(300, 32, K)["subspace bf16"]
+    compiled, _ = link_traffic.coded_pipeline(config, coding, 2, 3, 2)
+    forward, backward = link_traffic.message_bytes(coding, (2, 8), 32)
+    assert link_traffic.boundary_bytes(compiled, 3) == ({forward}, {backward})
+    assert (forward, backward) == (16 * (2 * K + 2), 16 * 2 * K)
+
+
+@pytest.mark.parametrize(
+    ("codec", "a_token"),
+    [("dense", (128, 128)), ("bf16", (64, 64)), ("int8", (36, 36)), ("top_k", (5 * K, 5 * K)), ("subspace", (26, 24))],
+)
+def test_bytes_a_token(codec, a_token):
+    coding = link_traffic.codings(300, 32, K)[codec]
+    assert link_traffic.message_bytes(coding, (2, 8), 32) == tuple(16 * size for size in a_token)
+
+
+def test_messages_of_the_paper_are_a_hundred_times_smaller():
+    messages = link_traffic.messages_of(link_traffic.PROTOCOL_MODELS)
+    assert messages == {"dense": (1024 * 8192, 1024 * 8192), "subspace": (1024 * 82, 1024 * 80)}
+
+
+def test_a_late_average_hides_behind_the_update_until_its_link_is_full():
+    setting = link_traffic.ASYNC_MESH
+    costs = parallel.StageCosts(3 * [1.0] + [0.0], 4 * [2.0], 0, 0)
+    seconds = lambda size, link, **options: link_traffic.update_seconds(
+        setting, link_traffic.Shapes(costs, {"dense": (0, 0)}, {"all": size}), link, averaged="all", **options
+    )
+    link = parallel.Link(8e6)  # a second for a megabyte: two replicas exchange half of it twice
+    assert seconds(1e6, link) == pytest.approx(4.0)
+    assert seconds(1e6, link, tau=10) == pytest.approx(3.0)
+    assert seconds(9e6, link, tau=10) == pytest.approx(9.0)
+    assert seconds(1e6, link._replace(latency=20.0), tau=1) == pytest.approx(41.0)  # the pipeline alone: 32.75
+
+
+def test_shapes_of_a_setting_need_no_arrays():
+    setting = link_traffic.ASYNC_MESH
+    small = setting._replace(config=models.GPTConfig(100, 16, 4, 32, 2, dtype="bfloat16"), examples=2)
+    shapes = link_traffic.shapes_of(small, 1e9)
+    d, tokens = 32, 32
+    products = 24 * d * d * tokens + 4 * 2 * 16 * 16 * d  # the block's matrices, and attention's two products
+    assert shapes.costs.forward[0] * 1e9 == pytest.approx(products, rel=0.1)
+    assert shapes.costs.forward[-1] == 0 and shapes.costs.backward[-1] > shapes.costs.backward[0]
+    embedding = (100 + 16) * d
+    block = 12 * d * d + 9 * d + 4 * d + 0 * d
+    assert shapes.reduced["all"] == pytest.approx(4 * (embedding + block), rel=0.01)
+    assert shapes.reduced["5 %"] == pytest.approx(0.05 * shapes.reduced["all"], rel=0.02)
