@@ -72,6 +72,7 @@ class Config(language_model.Options):
     window: int = 100
     reduce_axes: tuple[int, ...] = (0,)
     distances: tuple[Literal["absolute", "euclidean", "sign", "wasserstein"], ...] = parallel.integrity.DISTANCES
+    collusion: float = 0.0  # share of a stage's malicious workers who send what the first of them sends
     attacks: tuple[Literal[tuple([*ATTACKS, "mixed"])], ...] = (*MIXED, "adaptive", "mixed")
 
     def __post_init__(self):
@@ -80,6 +81,8 @@ class Config(language_model.Options):
             raise ValueError(
                 f"share must name at least one of {self.replicas} replicas and less than half, got {self.share}"
             )
+        if not 0 <= self.collusion <= 1:
+            raise ValueError(f"collusion must lie between 0 and 1, got {self.collusion}")
         if self.model().layers < 3:
             raise ValueError(f"the first and the last stage are honest: take 3 layers or more, got {self.layers}")
         if self.warmup < 1 or self.clean_steps < self.steps:
@@ -147,7 +150,7 @@ class _Task:
     """A model cut into stages, its text, and the state after the clean start."""
 
     def __init__(self, config: Config, seed: int):
-        self.config = config
+        self.config, self.seed = config, seed
         loaded = text.load(config.text, validation=config.validation_text, data_dir=config.data_dir)
         gpt = config.model(loaded.vocab_size)
         parts = models.gpt_stages(gpt)
@@ -179,7 +182,9 @@ class _Task:
         self, attacks: tuple[parallel.integrity.Attack, ...] = (), protected: bool = True
     ) -> parallel.integrity.VerifiedPipeline:
         verifiers = self.config.verifiers() if protected else {"forward": None, "backward": None}
-        return parallel.integrity.VerifiedPipeline(self.model, self.config.replicas, attacks=attacks, **verifiers)
+        return parallel.integrity.VerifiedPipeline(
+            self.model, self.config.replicas, attacks=attacks, collusion=self.config.collusion, **verifiers
+        )
 
     @functools.cached_property
     def validation_loss(self) -> Any:
@@ -245,7 +250,7 @@ def _clean(task: _Task, case_dir: pathlib.Path) -> dict[str, Any]:
 
 
 def plan(config: Config, attack: str, seed: int = 0) -> tuple[parallel.integrity.Attack, ...]:
-    """The malicious workers: a share of each stage but the first and the last, the same for all attacks."""
+    """The malicious workers: a share of each stage but the first and the last, the same for all attacks of a seed."""
     random = np.random.default_rng(seed)
     count, chosen = round(config.share * config.replicas), []
     for stage in range(1, config.model().layers - 1):
@@ -257,7 +262,7 @@ def plan(config: Config, attack: str, seed: int = 0) -> tuple[parallel.integrity
 
 def _attacked(task: _Task, attack: str, protected: bool, case_dir: pathlib.Path) -> dict[str, Any]:
     config = task.config
-    attacks = plan(config, attack)
+    attacks = plan(config, attack, task.seed)
     (stages, opt_state, verified), _ = task.start()
     pipeline = task.pipeline(attacks, protected)
     if attack == "adaptive" and not protected:  # it needs what it adapts to

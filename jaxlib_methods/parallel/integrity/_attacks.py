@@ -87,6 +87,11 @@ class Attack:
         """The value, or the default of the kind."""
         return ATTACKS[self.kind][1] if self.value is None else self.value
 
+    def acts(self, step: jax.Array) -> jax.Array:
+        """Whether the worker tampers with his message in a step; one who delays is honest until he has one to send."""
+        first = self.start + (int(self.strength) if self.kind == "delay" else 0)
+        return (step >= first) & (True if self.stop is None else step < self.stop)
+
 
 class AttackState(NamedTuple):
     """What a delaying worker remembers.
@@ -329,10 +334,7 @@ def tamper(
     for index, attack in enumerate(attacks):
         if attack.direction not in ("both", direction) or (isinstance(stage, int) and stage != attack.stage):
             continue
-        first = attack.start + (int(attack.strength) if attack.kind == "delay" else 0)
-        active = (t >= first) & jnp.logical_not(banned)
-        active &= True if attack.stop is None else t < attack.stop
-        active &= (stage == attack.stage) & (replica == attack.replica)
+        active = attack.acts(t) & jnp.logical_not(banned) & (stage == attack.stage) & (replica == attack.replica)
         own = jax.random.fold_in(key, index)
         sent = jnp.where(active, _tampered(attack, state, x, own, verifier, reduce_axes), sent)
     past = state.past.at[t % length].set(x) if length else state.past

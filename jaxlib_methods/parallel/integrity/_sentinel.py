@@ -18,7 +18,14 @@ import jax.numpy as jnp
 from jaxlib_methods.parallel._hooks import BoundaryHook, HookInfo
 from jaxlib_methods.parallel._mesh import mesh_sizes
 from jaxlib_methods.parallel._stages import StageModel, StageTree, differentiable, run_stage, stage_vjp
-from jaxlib_methods.parallel.integrity._attacks import Attack, AttackState, check_attacks, init_attacks, tamper
+from jaxlib_methods.parallel.integrity._attacks import (
+    Attack,
+    AttackState,
+    check_attacks,
+    collude,
+    init_attacks,
+    tamper,
+)
 from jaxlib_methods.parallel.integrity._message_distances import expand_reference, message_summary
 from jaxlib_methods.parallel.integrity._verification import (
     Judged,
@@ -228,6 +235,7 @@ class VerifiedPipeline(NamedTuple):
       attacks: what malicious workers do.
       cascade: whether what is rejected is replaced and its taint handed on. Without, it goes on as it is, and the
         workers who are fed with it are blamed.
+      collusion: share q of a stage's malicious workers who all send what the first of them sends, see `collude`.
 
     Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
     """
@@ -238,6 +246,7 @@ class VerifiedPipeline(NamedTuple):
     backward: Verifier | None = Verifier(decay=0.8)
     attacks: tuple[Attack, ...] = ()
     cascade: bool = True
+    collusion: float | int = 0
 
     def init(self, stages: Sequence[StageTree], inputs: PyTree, key: jax.Array) -> VerifiedState:
         """The state before the first step.
@@ -348,6 +357,8 @@ class _Boundaries:
         )
         numbers = jnp.arange(self.pipeline.replicas, dtype=jnp.int32)
         attack, x = jax.vmap(send)(at(self.attacks), x, numbers, banned)
+        if self.pipeline.collusion:
+            x = collude(x, self._acting(sender, attack.count - 1) & ~banned, self.pipeline.collusion)
         if verifier is None:
             accept = jnp.ones(self.pipeline.replicas, bool)
             judged = Judged(x, x, ~accept)
@@ -360,6 +371,14 @@ class _Boundaries:
         replacement = expand_reference(verifier.reference, x.shape[1:], axes).astype(x.dtype)
         rejected = judged.rejected
         return jnp.where(rejected.reshape(-1, *(1,) * (x.ndim - 1)), replacement[None], x), taint | rejected
+
+    def _acting(self, sender: int, steps: jax.Array) -> jax.Array:
+        """Which workers (R,) of a stage tamper with what they send in this direction."""
+        acting = jnp.zeros(self.pipeline.replicas, bool)
+        for attack in self.pipeline.attacks:
+            if attack.stage == sender and attack.direction in ("both", self.direction):
+                acting = acting.at[attack.replica].max(attack.acts(steps[attack.replica]))
+        return acting
 
     def accepted(self) -> jax.Array:
         return jnp.stack([~self.seen[s][1].rejected for s in range(len(self.seen))])

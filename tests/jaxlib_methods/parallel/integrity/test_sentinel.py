@@ -75,6 +75,15 @@ def test_the_worker_who_attacks_is_found_and_not_those_behind_him():
     assert losses[35:40, 0].min() > 0 and finite.all()
 
 
+def test_who_colludes_with_an_attacker_is_found_with_him():
+    plan = [Attack("scale", stage=2, replica=r, value=value, start=35) for r, value in ((1, -1.0), (3, 1.0), (4, 1.0))]
+    state, _ = simulate(plan, steps=40, collusion=0.6)  # the second sends the first's, the third his own: honest ones
+    expected = np.zeros((S - 1, R), int)
+    expected[2, [1, 3]] = 5
+    np.testing.assert_array_equal(violations(state, "forward"), expected)
+    np.testing.assert_array_equal(violations(state, "backward"), 0)
+
+
 def test_without_the_taint_honest_workers_behind_an_attacker_are_blamed():
     attack = Attack("scale", stage=2, replica=1, direction="forward", value=-1.0, start=40)
     state, _ = simulate([attack], cascade=False, steps=44)
