@@ -10,6 +10,15 @@ BibTeX:
   number = {5},
   year = {2007},
 }
+
+@article{stewart1980efficient,
+  title = {The Efficient Generation of Random Orthogonal Matrices with an Application to Condition Estimators},
+  author = {Stewart, G. W.},
+  journal = {SIAM Journal on Numerical Analysis},
+  volume = {17},
+  number = {3},
+  year = {1980},
+}
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -43,7 +52,8 @@ def draw_transform(
 ) -> Transform:
     r"""A random transform: uniform on the orthogonal group, or with a bounded condition number.
 
-    Orthogonal: G = QR of a normal matrix, $T = Q\,\mathrm{diag}(\mathrm{sign}(\mathrm{diag} R))$. With a spread,
+    Orthogonal: $T = Q\,\mathrm{diag}(\mathrm{sign}(\mathrm{diag} R))$ for the QR decomposition of a normal matrix. Its
+    reflections are drawn and the matrix is not, which saves the decomposition. With a spread,
     $T = P_1\,\mathrm{diag}(s\,e^{u_i})\,P_2^\top$ with two such matrices and $u_i$ uniform in
     $[-\epsilon, \epsilon]$: its condition number is at most $e^{2 \epsilon}$.
 
@@ -66,7 +76,7 @@ def draw_transform(
       (True, True)
 
     Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable]; the signs: Mezzadri (2007),
-    arXiv:math-ph/0609050 [mezzadri2007generate].
+    arXiv:math-ph/0609050 [mezzadri2007generate]; the reflections: Stewart (1980) [stewart1980efficient].
     """
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
@@ -84,8 +94,26 @@ def draw_transform(
 
 
 def _haar(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    Q, R = np.linalg.qr(random.standard_normal(shape))
-    return Q * np.sign(np.diagonal(R, axis1=-2, axis2=-1))[..., None, :]
+    """Reflection i takes the normal vector x_i, d - i long, to the axis i: what is left of a column is still normal."""
+    x = np.triu(random.standard_normal(shape))  # rows x_i
+    first = np.diagonal(x, axis1=-2, axis2=-1).copy()
+    diagonal = -np.copysign(np.linalg.norm(x, axis=-1), first)  # of R
+    x /= (first - diagonal)[..., None]
+    factors = 1 - first / diagonal
+    factors[..., -1], diagonal[..., -1] = 0, first[..., -1]  # nothing to reflect
+    return _reflections(x, factors) * np.sign(diagonal)[..., None, :]
+
+
+def _reflections(vectors: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """The products of I - f_i v_i v_i^T with v_i = (0, ..., 0, 1, vectors[i, i + 1 :])."""
+    from scipy.linalg import lapack  # with JAX, but not loaded by it
+
+    if vectors.ndim > 2:
+        return np.stack(list(map(_reflections, vectors, factors)))
+    product, _, error = lapack.dorgqr(vectors.T, factors, lwork=64 * len(factors), overwrite_a=1)
+    if error:
+        raise RuntimeError(f"LAPACK's dorgqr refused argument {-error}")
+    return product
 
 
 def transpose(a: np.ndarray) -> np.ndarray:

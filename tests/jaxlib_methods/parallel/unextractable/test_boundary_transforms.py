@@ -38,6 +38,27 @@ def test_orthogonal_transforms_are_orthogonal_and_uniform(large):
     assert abs((draws < 0).mean() - 0.5) < 0.05 and abs(draws.mean()) < 0.03
     raw = np.linalg.qr(np.random.default_rng(0).standard_normal((2000, 8, 8)))[0][:, 0, 0]
     assert (raw < 0).all() and abs(raw.mean() + 0.285) < 0.02  # LAPACK's own signs are not uniform
+    traces = np.trace(draw_transform(jax.random.key(2), 8, batch=(40, 50)).matrix, axis1=-2, axis2=-1)
+    moments = [(traces**n).mean() for n in (1, 2, 4)]
+    np.testing.assert_allclose(moments, [0, 1, 3], atol=0.7)  # of the uniform distribution on O(8), like a normal's
+    assert abs(moments[0]) < 0.1 and abs(moments[1] - 1) < 0.15
+
+
+def test_the_product_of_reflections_against_a_loop():
+    key, width = jax.random.key(5), 6
+    rows = np.random.default_rng(np.asarray(jax.random.key_data(key)).reshape(-1)).standard_normal((width, width))
+    product = np.eye(width)
+    for i in range(width - 1):
+        x = rows[i] * (np.arange(width) >= i)
+        axis = np.eye(width)[i]
+        v = x + np.copysign(np.linalg.norm(x), x[i]) * axis
+        sign = -np.sign(x[i])  # the reflection takes x to sign ||x|| axis
+        H = np.eye(width) - 2 * np.outer(v, v) / (v @ v)
+        np.testing.assert_allclose(H @ x, sign * np.linalg.norm(x) * axis, atol=1e-12)
+        product = product @ H @ (np.eye(width) + (sign - 1) * np.outer(axis, axis))
+    product[:, -1] *= np.sign(rows[-1, -1])
+    np.testing.assert_allclose(draw_transform(key, width).matrix, product, atol=1e-14)
+    assert draw_transform(key, 1).matrix.shape == (1, 1) and abs(draw_transform(key, 1).matrix.item()) == 1
 
 
 def test_a_transformed_matrix_is_scrambled(large):
