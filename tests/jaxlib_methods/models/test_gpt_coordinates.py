@@ -94,30 +94,38 @@ def difference(a, b):
     return np.abs(a - b).max() / np.abs(a).max()
 
 
-@pytest.mark.parametrize("config", [CONFIG, LLAMA])
-def test_with_the_basis_of_all_it_is_the_subspace_network(flax_x64, config):
-    config = wide(config)
-    plain, parts = gpt_stages(config), drawn(config)
+def subspace_network(config, parts):
+    """The logits of the network with the basis U for all."""
+    plain = gpt_stages(config)
     model = subspace_model(plain.embed, plain.block, lambda p, X, _: plain.head(p, X), SUBSPACE)
+    embed, blocks, head = parts
+    x = model.embed(embed, TOKENS)
+    for block in blocks:
+        x = model.block(block, x)
+    return model.head(head, x, None)
 
-    def subspace_loss(parts):
-        embed, blocks, head = parts
-        x = model.embed(embed, TOKENS)
-        for block in blocks:
-            x = model.block(block, x)
-        return cross_entropy(model.head(head, x, None))
 
-    (_, expected), of_plain = jax.jit(jax.value_and_grad(subspace_loss, has_aux=True))(parts)
-    stages, params = stages_of(config), coordinate_gpt_params(config, parts, (2 * len(parts[1]) + 1) * [SUBSPACE.U])
+def test_with_the_basis_of_all_it_is_the_subspace_network_and_has_its_gradients(flax_x64):
+    config = wide(CONFIG)
+    parts, (stages, params) = drawn(config), build(PUBLIC)
+    of_network = jax.value_and_grad(lambda parts: cross_entropy(subspace_network(config, parts)), has_aux=True)
+    (_, expected), theirs = jax.jit(of_network)(parts)
     (_, y), (embed, blocks, head) = value_and_grad(stages, params)
     assert difference(expected, y) < 1e-12
-    trained = (embed, [block["block"] for block in blocks], head["head"])
-    for ours, theirs in zip(jax.tree.leaves(trained), jax.tree.leaves(of_plain), strict=True):
-        size = np.abs(theirs).max()
-        assert size > 1e-6
-        np.testing.assert_allclose(ours, theirs, atol=1e-12 * size)
+    ours = (embed, [block["block"] for block in blocks], head["head"])
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.abs(b).max() > 1e-6
+        np.testing.assert_allclose(a, b, atol=1e-12 * np.abs(b).max())
     constants = jax.tree.leaves([head["transforms"], *(block["transforms"] for block in blocks)])
     assert max(np.abs(leaf).max() for leaf in constants) == 0
+
+
+def test_a_llama_with_a_dense_block_at_the_end_is_its_subspace_network(flax_x64):
+    config = wide(LLAMA)
+    parts = drawn(config)
+    params = coordinate_gpt_params(config, parts, PUBLIC[:3])
+    expected = jax.jit(lambda parts: subspace_network(config, parts))(parts)
+    assert difference(expected, logits(stages_of(config), params)) < 1e-12
 
 
 def test_coordinates_and_ids_are_what_crosses_a_boundary():

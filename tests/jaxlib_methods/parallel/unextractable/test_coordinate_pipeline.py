@@ -23,14 +23,15 @@ from jaxlib_methods.parallel.codecs import fixed_embedding, random_subspace
 from jaxlib_methods.parallel.unextractable import draw_transform, draw_transforms, morph_snapshot
 from tests.jaxlib_methods.parallel.pipeline_problems import tokens
 
-CONFIG = GPTConfig(vocab_size=11, block_size=5, layers=3, width=8, heads=2, mlp_width=16, init_std=0.3, subspace=3)
+SIZES = {"vocab_size": 11, "block_size": 5, "layers": 2, "width": 8, "heads": 2, "mlp_width": 16, "subspace": 3}
+CONFIG = GPTConfig(**SIZES, full_rank_blocks=0, init_std=0.3)
 RULES = coordinate_gpt_rules(2, embed="^embed/", blocks="^blocks/", head="^head/")
 NAMES = [("boundary", 0), ("middle", 0), ("boundary", 1), ("middle", 1), ("boundary", 2)]
 
 
 @pytest.fixture(scope="module")
 def problem():
-    """(pipeline of two stages, its start, two micro-batches per step); the dense third block is the last stage's."""
+    """(pipeline of two stages, its start, two micro-batches per step)."""
     subspace = random_subspace(jax.random.key(1), vocab_size=11, width=8, rank=3)
     parts = coordinate_gpt_stages(CONFIG, functools.partial(fixed_embedding, subspace=subspace))
     loss = lambda p, x, y: optax.softmax_cross_entropy_with_integer_labels(parts.head(p, x), y).mean()
