@@ -49,9 +49,9 @@ def morph(
     Axis -2 is the left side and axis -1 the right one, so that the kernel of a convolution (..., in, out) is
     transformed at every tap. A transform (*batch, d, d) belongs to stacked layers (*batch, ...).
 
-    Rounding: a chain of n orthogonal transforms of W has an error of n d u cond(W) at most, one of transforms with
-    condition number k of u d cond(W) sum_j k^j. For parameters in half precision keep a `master_copy`, fold into that,
-    and serve `cast_like(master, params)`: what is rounded after each fold is lost after some.
+    Rounding: the errors of a chain of transforms add up, by `rounding_bound` at most. For parameters in half precision
+    keep a `master_copy`, fold into that, and serve `cast_like(master, params)`: what is rounded after each fold is lost
+    after some.
 
     Args:
       params: any tree of arrays, on the host or on devices. On devices each process folds what it holds; the last two
