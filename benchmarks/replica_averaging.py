@@ -1,5 +1,7 @@
 """What the hooks on the data axis cost: time beside an update, bytes of a round, memory of their states."""
 
+import re
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -7,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import staged_decoder
+from benchmarks import staged_decoder, traces
 from benchmarks.timing import Case, Implementation, Options, Record, measure
 from jaxlib_methods import models, parallel
 
@@ -88,6 +90,28 @@ def state_bytes(pipe: parallel.Pipeline, state: PyTree) -> int:
     return sum(leaf.nbytes for leaf in floating) // (pipe.layout.num_stages * pipe.layout.num_replicas)
 
 
+def computed_meanwhile(compiled: jax.stages.Compiled, training: staged_decoder.Training) -> tuple[float, float]:
+    """Shares of a call in which a device waits for sums over the replicas, and in which it computes while it waits.
+
+    By a trace on a CPU, where every operation of a program is an event; the means of all devices.
+    """
+    sums = set(re.findall(r"%([\w.-]+) = [^\n]* all-reduce(?:-start)?\(", compiled.as_text()))
+    before = time.perf_counter_ns()
+    events, _ = traces.record(training)
+    called = time.perf_counter_ns() - before
+    devices = {event.device for event in events} - {None}
+    waiting = computing = 0.0
+    for device in devices:
+        mine = [event for event in events if event.device == device and not event.name.startswith(("end:", *_WHOLE))]
+        waits = traces.union(event for event in mine if event.name in sums)
+        others = traces.union(event for event in mine if event.name not in sums)
+        waiting, computing = waiting + traces.length(waits), computing + traces.common(waits, others)
+    return waiting / called / len(devices), computing / called / len(devices)
+
+
+_WHOLE = ("while", "conditional", "call")  # operations that stand for others
+
+
 def averaging_records(config: models.GPTConfig, P: int, examples: int, options: Options) -> list[Record]:
     """Times COUNT updates with each exchange, all devices on one core, and tells bytes and memory."""
     D, name = 2, f"averaging P={P}"
@@ -108,7 +132,16 @@ def averaging_records(config: models.GPTConfig, P: int, examples: int, options: 
             f"state holds {kept} bytes, by the formula {4 * exchange.kept}; the program's arguments take "
             f"{memory.argument_size_in_bytes}, its temporaries {memory.temp_size_in_bytes}"
         )
-        implementations[what] = Implementation(staged_decoder.Training(compiled, *arguments))
+        training = staged_decoder.Training(compiled, *arguments)
+        implementations[what] = Implementation(training)
+        if what == "sparse ema" and jax.devices()[0].platform == "cpu":
+            for _ in range(2):  # the pipe fills
+                jax.block_until_ready(training())
+            waits, computes = computed_meanwhile(compiled, training)
+            options.note(
+                f"{name}: by a trace, a device is in the all-reduces of {what} for {waits:.2%} of the time, and also "
+                f"computes in {computes:.2%}"
+            )
     records = measure(Case("decentralised", name, implementations, seconds=30.0), options)
     alone = records[0].median_ms
     for record in records[1:]:

@@ -7,12 +7,10 @@ microbatches, {"costs": 9} times its own stage alone, the median of 9.
 import contextlib
 import json
 import os
-import pathlib
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -138,20 +136,11 @@ class _Worker:
 
     def trace(self, schedule: str, count: int) -> dict[str, float]:
         """The share of the time in which this process is in a permute or a sum over stages, by XLA's own trace."""
-        import jax
+        from benchmarks import traces
 
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                seconds = self.train(schedule, count)["seconds"]
-            (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
-            planes = jax.profiler.ProfileData.from_file(str(path)).planes
-            events = [event for plane in planes for line in plane.lines for event in line.events]
-        waits = [(e.start_ns, e.start_ns + e.duration_ns) for e in events if e.name.startswith(("ppermute", "psum"))]
-        waiting, until = 0.0, 0.0
-        for start, end in sorted(waits):  # on several threads at a time
-            waiting += max(0.0, end - max(start, until))
-            until = max(until, end)
-        return {"waiting": waiting * 1e-9 / seconds}
+        events, trained = traces.record(lambda: self.train(schedule, count))
+        waiting = traces.union(e for e in events if e.name.startswith(("ppermute", "psum")))  # of several threads
+        return {"waiting": traces.length(waiting) * 1e-9 / trained["seconds"]}
 
     def costs(self, samples: int) -> dict[str, float]:
         """Seconds of this stage alone: forward, backward with recomputation, update."""
