@@ -35,7 +35,7 @@ def test_the_codecs_of_a_boundary_return_what_crossed(monkeypatch):
 
 def test_verifiers_let_messages_of_the_same_kind_through_and_learn_from_them():
     messages = 1 + 0.01 * jax.random.normal(jax.random.key(0), (3, 2, 3, 8))
-    implementation = decentralised._verifiers(messages[0], messages, directions=4, window=5)
+    implementation = decentralised._verifiers(messages[0], messages, distances=("absolute",), window=5)
     (forward, state), (backward, other) = implementation.function(*implementation.args)
     np.testing.assert_array_equal(forward, messages[0])
     np.testing.assert_array_equal(backward, -messages[0])

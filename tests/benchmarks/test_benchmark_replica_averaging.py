@@ -14,7 +14,7 @@ def test_a_compiled_exchange_sends_its_numbers_in_both_slots(monkeypatch):
     monkeypatch.setattr(staged_decoder, "decoder", lambda config: chain(layers=2))
     monkeypatch.setattr(optax, "adamw", optax.sgd)
     packed = replica_averaging.packed_shapes(config, 2)
-    exchange = replica_averaging.exchanges(packed)["sparse ema"]
+    exchange = replica_averaging.exchanges(packed)["diloco"]
     pipe, arguments = replica_averaging.mesh_pipeline(config, 2, 2, 2, exchange)
     compiled = pipe.step.lower(*arguments).compile()
     both_slots = 2 * replica_averaging.COUNT
