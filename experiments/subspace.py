@@ -74,7 +74,7 @@ class Config(language_model.Options):
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)  # the first seed tries all of them
     longer: int = 3
     basis_every: int = 100  # steps between moves of the basis; about 500 in the paper, of many more
-    basis_step: float = 0.1  # eta of a move, for a Sigma U of spectral norm 1
+    basis_step: float = 0.5  # eta of a move, for a Sigma U of spectral norm 1
     basis_batches: int = 16  # of training text, that Sigma is measured on
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -100,7 +100,7 @@ class Config(language_model.Options):
 SMOKE = {
     "layers": 2, "width": 16, "heads": 2, "block": 16, "rank": 4, "steps": 10, "seeds": 1, "evaluate_every": 10,
     "validation_windows": 8, "learning_rates": (3e-3,), "methods": ("top_k", "subspace_moving"),
-    "basis_every": 5, "basis_step": 0.5, "basis_batches": 2,
+    "basis_every": 5, "basis_batches": 2,
 }  # fmt: skip
 
 
