@@ -22,8 +22,9 @@ BibTeX:
 }
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +37,7 @@ from jaxlib_methods.parallel._subsets import SUBSETS
 
 PyTree = Any
 RULES = ("avg", "weight_update", "ema")
+SMALL = 1 << 16  # entries of an array that is worth an operation of its own
 
 
 class SparseAveragingState(NamedTuple):
@@ -161,12 +163,14 @@ def sparse_averaging(
     def one_round(params: PyTree, state: SparseAveragingState) -> tuple[PyTree, SparseAveragingState]:
         t = state.steps // interval
         slot = t % max(tau, 1)
-        own = _gather(params, subset(params, t))
+        both = jax.vmap(lambda t: subset(params, t))(jnp.stack([t, t - tau]))
+        now, S = ([rows[i] for rows in both] for i in (0, 1))
+        own = _gather(params, now)
         mean = jax.lax.pmean(own, axis_name)
         arrived, kept = (mean, own) if tau == 0 else (state.means[slot], state.snapshots[slot])
         means, snapshots = (ring.at[slot].set(new) for ring, new in ((state.means, mean), (state.snapshots, own)))
 
-        S, late = subset(params, t - tau), t - tau - state.restarted
+        late = t - tau - state.restarted
         drift = state.drift
         moved = _gather(params, S) - kept
         if rule == "ema":
@@ -253,17 +257,47 @@ def _check_fraction(fraction: float | int) -> None:
 
 def _gather(tree: PyTree, S: list[jax.Array]) -> jax.Array:
     """The chosen entries of all arrays in one vector, float32; zero at empty places."""
-    take = lambda x, s: x.ravel().at[s].get(mode="fill", fill_value=0).astype(jnp.float32)
-    return jnp.concatenate([take(x, s) for x, s in zip(jax.tree.leaves(tree), S, strict=True)])
+    leaves, chosen = jax.tree.leaves(tree), {}
+    for group in _groups(leaves):
+        flat, index = _flat(leaves, S, group)
+        values = flat.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
+        chosen |= dict(zip(group, jnp.split(values, _ends(S[i].size for i in group)), strict=True))
+    return jnp.concatenate([chosen[i] for i in range(len(leaves))])
 
 
 def _scatter(tree: PyTree, S: list[jax.Array], values: jax.Array, wanted: jax.Array) -> PyTree:
     """The arrays with the chosen entries replaced, if it is wanted."""
     leaves, structure = jax.tree.flatten(tree)
-    written, start = [], 0
-    for x, s in zip(leaves, S, strict=True):
-        new = values[start : start + s.size].astype(x.dtype)
-        start += s.size
-        s = jnp.where(wanted, s, x.size)
-        written.append(x.ravel().at[s].set(new, mode="drop", unique_indices=False).reshape(x.shape))
-    return structure.unflatten(written)
+    parts, written = jnp.split(values, _ends(s.size for s in S)), {}
+    for group in _groups(leaves):
+        flat, index = _flat(leaves, S, group)
+        new = jnp.concatenate([parts[i] for i in group]).astype(flat.dtype)
+        flat = flat.at[jnp.where(wanted, index, flat.size)].set(new, mode="drop", unique_indices=False)
+        pieces = jnp.split(flat, _ends(leaves[i].size for i in group))
+        written |= {i: piece.reshape(leaves[i].shape) for i, piece in zip(group, pieces, strict=True)}
+    return structure.unflatten([written[i] for i in range(len(leaves))])
+
+
+def _groups(leaves: list[jax.Array]) -> list[list[int]]:
+    """Large arrays are written in place, each on its own; the small ones of a type are one vector and one operation."""
+    small: dict[str, list[int]] = {}
+    groups = []
+    for i, leaf in enumerate(leaves):
+        if leaf.size < SMALL:
+            small.setdefault(leaf.dtype.name, []).append(i)
+        else:
+            groups.append([i])
+    return [*small.values(), *groups]
+
+
+def _flat(leaves: list[jax.Array], S: list[jax.Array], group: list[int]) -> tuple[jax.Array, jax.Array]:
+    """The arrays of a group as one, and the chosen entries in it; behind its end where a place is empty."""
+    flat = jnp.concatenate([leaves[i].ravel() for i in group])
+    starts = [0, *_ends(leaves[i].size for i in group)]
+    index = [jnp.where(S[i] < leaves[i].size, S[i] + start, flat.size) for i, start in zip(group, starts, strict=True)]
+    return flat, jnp.concatenate(index)
+
+
+def _ends(sizes: Iterable[int]) -> list[int]:
+    """Where one part ends and the next begins."""
+    return list(itertools.accumulate(sizes))[:-1]
