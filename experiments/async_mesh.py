@@ -32,6 +32,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments import language_model, pipeline
 from jaxlib_methods import parallel
@@ -128,7 +129,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     metrics: dict[str, list[float] | float] = {}
     curves: dict[str, list[list[dict[str, float]]]] = {}
     for method in config.methods:
-        run = _Runs(config, model, method, config.stages, workdir / "cases")
+        run = Runs(config, model, method, config.stages, workdir / "cases")
         results = [run(config.learning_rate, seed) for seed in range(config.seeds)]
         curves[method] = [result["curve"] for result in results if result["curve"]]
         metrics[f"diverged {method}"] = [float("validation_loss" not in result) for result in results]
@@ -137,7 +138,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             metrics[f"spread {method}"] = [end["spread"] for end in ends]
         metrics[f"averaged share per update {method}"] = averaged_share(config, method)
     if jax.process_index() == 0:
-        _figure(config, curves, workdir)
+        figure(config, curves, workdir / "async_mesh.png")
     return metrics
 
 
@@ -152,18 +153,20 @@ def averaging(config: Config, method: str) -> parallel.DataHook | None:
         return parallel.diloco(config.local_steps)
     if method == "dp":
         return parallel.sparse_averaging(1.0, key=key, tau=0, rule="avg")
-    weight = 0.5
-    if method == "ema":
-        warmup = max(1, round(WARMUP_ROUNDS * config.steps / PAPER_STEPS))
-        weight = parallel.ema_weight_schedule(max(config.steps, warmup + 2), warmup_rounds=warmup)
     return parallel.sparse_averaging(
         config.fraction,
         key=key,
         tau=0 if method == "sparta" else config.tau,
         rule=method if method in ("ema", "weight_update") else "avg",
-        ema_weight=weight,
+        ema_weight=ema_weight(config.steps),
         redraw=config.redraw,
     )
+
+
+def ema_weight(steps: int) -> optax.Schedule:
+    """lambda of the EMA rule, the paper's in proportion to the length of the run."""
+    warmup = max(1, round(WARMUP_ROUNDS * steps / PAPER_STEPS))
+    return parallel.ema_weight_schedule(max(steps, warmup + 2), warmup_rounds=warmup)
 
 
 def averaged_share(config: Config, method: str) -> float:
@@ -173,7 +176,7 @@ def averaged_share(config: Config, method: str) -> float:
     return {"alone": 0.0, "full_sync": 1.0, "dp": 1.0}.get(method, config.fraction)
 
 
-class _Runs(pipeline.Runs):
+class Runs(pipeline.Runs):
     """All runs of one method."""
 
     @functools.cached_property
@@ -204,14 +207,14 @@ class _Runs(pipeline.Runs):
         return self.model.evaluate(mean) | {"spread": math.sqrt(np.mean(np.square(away))) / norm(mean)}
 
 
-def _figure(config: Config, curves: dict[str, list[list[dict[str, float]]]], workdir: pathlib.Path) -> None:
-    """Validation loss and spread by updates."""
+def figure(config: Any, curves: dict[str, list[list[dict[str, float]]]], path: pathlib.Path) -> None:
+    """Validation loss and spread by updates, of each method."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    drawing, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axis, name, label in zip(
         axes, ("validation_loss", "spread"), ("validation loss of the mean (nats per token)", "spread"), strict=True
     ):
@@ -224,9 +227,9 @@ def _figure(config: Config, curves: dict[str, list[list[dict[str, float]]]], wor
     axes[1].set_yscale("log")
     axes[0].legend(fontsize="x-small")
     model = config.model()
-    figure.suptitle(
+    drawing.suptitle(
         f"GPT of {model.layers} blocks of width {model.width} on {pathlib.Path(config.text).stem}, "
         f"{config.stages} x {config.replicas} mesh, {config.seeds} seed(s)"
     )
-    figure.savefig(workdir / "async_mesh.png", dpi=130)
-    plt.close(figure)
+    drawing.savefig(path, dpi=130)
+    plt.close(drawing)

@@ -163,21 +163,25 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _by_path(tree: PyTree) -> dict[str, jax.Array]:
-    """Leaves by their position and path, so that any pytree type can be saved and none has to be importable later."""
+    """Leaves by their position and path, so that any pytree type can be saved and none has to be importable later.
+
+    Arrays without entries are left out: orbax refuses them.
+    """
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         f"{i:04d}.{jax.tree_util.keystr(path, simple=True, separator='.')}": jax.random.key_data(leaf)
         if _is_key(leaf)
         else leaf
         for i, (path, leaf) in enumerate(paths)
+        if leaf.size
     }
 
 
 def _like(template: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
     wanted, treedef = jax.tree.flatten(template)
-    found = [leaves[name] for name in sorted(leaves)]
+    found = iter([leaves[name] for name in sorted(leaves)])
     back = lambda old, new: jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new
-    return jax.tree.unflatten(treedef, map(back, wanted, found))
+    return treedef.unflatten([back(old, next(found)) if old.size else old for old in wanted])
 
 
 def _digest(leaves: dict[str, jax.Array], history: list[dict[str, Any]]) -> str:

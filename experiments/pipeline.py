@@ -150,12 +150,12 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 class Model:
     """The decoder, its text and its validation loss, for all methods and numbers of stages."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Any):
         self.text = text.load(
             config.text, validation=config.validation_text, tokenizer=config.tokenizer, data_dir=config.data_dir
         )
-        self.config = config.model(self.text.vocab_size)
-        functions = models.gpt_stages(self.config)
+        self.config = self.decoder(config, self.text.vocab_size)
+        functions = self.functions()
 
         def head(params: PyTree, x: jax.Array, targets: jax.Array) -> jax.Array:
             return language_model.cross_entropy(functions.head(params, x), targets).mean()
@@ -173,10 +173,28 @@ class Model:
         self._mesh = device_data.data_mesh()
         self._evaluate = training.evaluator(per_window, held_out, prefix="validation_", mesh=self._mesh)
 
+    def decoder(self, config: Any, vocab_size: int) -> models.GPTConfig:
+        """The decoder's configuration."""
+        return config.model(vocab_size)
+
+    def functions(self) -> models.GPTStages:
+        """Embedding, block and head."""
+        return models.gpt_stages(self.config)
+
     def init(self, key: jax.Array) -> tuple[PyTree, list[PyTree], PyTree]:
         """Parameters of the embedding, of each block and of the head."""
         params = nnx.state(models.GPT(self.config, rngs=nnx.Rngs(key)), nnx.Param)
         return models.split_gpt_params(self.config, params)
+
+    @functools.cached_property
+    def message_bytes(self) -> float:
+        """Of one token, across one boundary, forwards."""
+        embed, tokens = (
+            jax.eval_shape(self.init, jax.random.key(0))[0],
+            jnp.zeros((1, self.config.block_size), jnp.int32),
+        )
+        message = jax.tree.leaves(jax.eval_shape(self.parts.embed, embed, tokens))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in message) / tokens.size
 
     def evaluate(self, params: tuple[PyTree, list[PyTree], PyTree]) -> dict[str, float]:
         """{"validation_loss": nats per token} of parameters on the host."""
@@ -195,6 +213,11 @@ class Runs:
     def __call__(self, rate: float, seed: int) -> dict[str, Any]:
         case_dir = self.folder / f"P{self.P}-{self.method}-lr{rate:g}-seed{seed}"
         return cases.run_or_load(case_dir, functools.partial(self._run, rate, seed))
+
+    @property
+    def chunk(self) -> int:
+        """Microbatches between two looks at the state."""
+        return math.gcd(self.config.evaluate_every, self.config.checkpoint_every, self.config.steps)
 
     @functools.cached_property
     def pipe(self) -> parallel.Pipeline:
@@ -228,8 +251,7 @@ class Runs:
         )
 
     def _run(self, rate: float, seed: int, case_dir: pathlib.Path) -> dict[str, Any]:
-        config = self.config
-        chunk = math.gcd(config.evaluate_every, config.checkpoint_every, config.steps)
+        config, chunk = self.config, self.chunk
         state, history = self._start(rate, seed), []
         label = f"{self.method} P={self.P} lr={rate:g} seed={seed}"
         with contextlib.ExitStack() as at_end:
