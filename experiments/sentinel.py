@@ -43,6 +43,7 @@ ATTACKS: dict[str, tuple[str, float | int]] = {
     "scale 2": ("scale", 2.0),
     "random sign": ("random_sign", 0.5),
     "delay 100": ("delay", 100),
+    "delay 200": ("delay", 200),
     "bias": ("bias", 1.0),
     "invisible noise": ("invisible_noise", 0.99),
     "adaptive": ("adaptive", 0.9),
