@@ -332,7 +332,9 @@ def tamper(
     """
     t, length, sent = state.count, state.past.shape[0], x
     for index, attack in enumerate(attacks):
-        if attack.direction not in ("both", direction) or (isinstance(stage, int) and stage != attack.stage):
+        if attack.direction not in ("both", direction) or any(
+            isinstance(own, int) and own != of for own, of in ((stage, attack.stage), (replica, attack.replica))
+        ):
             continue
         active = attack.acts(t) & jnp.logical_not(banned) & (stage == attack.stage) & (replica == attack.replica)
         own = jax.random.fold_in(key, index)

@@ -18,14 +18,7 @@ import jax.numpy as jnp
 from jaxlib_methods.parallel._hooks import BoundaryHook, HookInfo
 from jaxlib_methods.parallel._mesh import mesh_sizes
 from jaxlib_methods.parallel._stages import StageModel, StageTree, differentiable, run_stage, stage_vjp
-from jaxlib_methods.parallel.integrity._attacks import (
-    Attack,
-    AttackState,
-    check_attacks,
-    collude,
-    init_attacks,
-    tamper,
-)
+from jaxlib_methods.parallel.integrity._attacks import Attack, AttackState, check_attacks, collude, init_attacks, tamper
 from jaxlib_methods.parallel.integrity._message_distances import expand_reference, message_summary
 from jaxlib_methods.parallel.integrity._verification import (
     Judged,
@@ -203,15 +196,15 @@ def _pair(tree: PyTree) -> tuple[list[Any], Callable[[Any, Any], PyTree]]:
 
 
 class VerifiedState(NamedTuple):
-    """Verifiers and attackers of S - 1 boundaries, in a leading axis: boundary s joins the stages s and s + 1.
+    """Verifiers of S - 1 boundaries, in a leading axis, and attackers: boundary s joins the stages s and s + 1.
 
     Source: this library.
     """
 
     forward: VerifierState | None  # arrays [S - 1, ...]
     backward: VerifierState | None
-    forward_attacks: AttackState  # arrays [S - 1, R, ...]
-    backward_attacks: AttackState
+    forward_attacks: tuple[tuple[AttackState, ...], ...]  # of each boundary's malicious senders, by replica
+    backward_attacks: tuple[tuple[AttackState, ...], ...]
 
 
 class Verdicts(NamedTuple):
@@ -263,12 +256,21 @@ class VerifiedPipeline(NamedTuple):
         whole = {"embed": stages[0]["embed"], "blocks": ()}
         x = jax.eval_shape(lambda inputs: run_stage(self.model, whole, inputs), inputs)
         stack = lambda tree, *sizes: jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*sizes, *leaf.shape)), tree)
-        count, attacks = len(stages) - 1, init_attacks(self.attacks, x)
+        count = len(stages) - 1
         verifiers = lambda options: (
             None if options is None else stack(init_verifier(options, self.replicas, x.shape, key), count)
         )
-        attackers = stack(attacks, count, self.replicas)
-        return VerifiedState(verifiers(self.forward), verifiers(self.backward), attackers, attackers)
+        attackers = lambda direction, first: tuple(
+            tuple(init_attacks(plan, x) for plan in self.plans(s + first, direction).values()) for s in range(count)
+        )
+        return VerifiedState(
+            verifiers(self.forward), verifiers(self.backward), attackers("forward", 0), attackers("backward", 1)
+        )
+
+    def plans(self, stage: int, direction: str) -> dict[int, list[Attack]]:
+        """What each malicious worker of a stage does to what it sends in a direction, by replica."""
+        here = [a for a in self.attacks if a.stage == stage and a.direction in ("both", direction)]
+        return {r: [a for a in here if a.replica == r] for r in sorted({a.replica for a in here})}
 
     def value_and_grad(
         self, stages: Sequence[StageTree], inputs: PyTree, targets: PyTree, state: VerifiedState, key: jax.Array
@@ -328,13 +330,13 @@ class _Boundaries:
         pipeline: VerifiedPipeline,
         direction: str,
         verifiers: VerifierState | None,
-        attacks: AttackState,
+        attacks: tuple[tuple[AttackState, ...], ...],
         key: jax.Array,
     ):
         self.pipeline, self.direction, self.verifiers, self.attacks = pipeline, direction, verifiers, attacks
         self.options = getattr(pipeline, direction)
         self.key = jax.random.fold_in(key, direction == "backward")
-        self.seen: dict[int, tuple[AttackState, Judged, jax.Array]] = {}
+        self.seen: dict[int, tuple[tuple[AttackState, ...], Judged, jax.Array]] = {}
 
     def cross(
         self, boundary: int, sender: int, x: jax.Array, taint: jax.Array, banned: jax.Array
@@ -343,48 +345,46 @@ class _Boundaries:
         at = functools.partial(jax.tree.map, lambda leaf: leaf[boundary])
         verifier, key = at(self.verifiers), jax.random.fold_in(self.key, boundary)
         axes = (0,) if self.options is None else self.options.reduce_axes
-        send = lambda attack, x, replica, banned: tamper(
-            self.pipeline.attacks,
-            attack,
-            x,
-            jax.random.fold_in(key, replica),
-            stage=sender,
-            replica=replica,
-            direction=self.direction,
-            banned=banned,
-            verifier=verifier,
-            reduce_axes=axes,
-        )
-        numbers = jnp.arange(self.pipeline.replicas, dtype=jnp.int32)
-        attack, x = jax.vmap(send)(at(self.attacks), x, numbers, banned)
+        attackers, acting = [], jnp.zeros(self.pipeline.replicas, bool)
+        for (replica, plan), attacker in zip(
+            self.pipeline.plans(sender, self.direction).items(), self.attacks[boundary], strict=True
+        ):
+            for attack in plan:
+                acting = acting.at[replica].max(attack.acts(attacker.count))
+            attacker, sent = tamper(
+                self.pipeline.attacks,
+                attacker,
+                x[replica],
+                jax.random.fold_in(key, replica),
+                stage=sender,
+                replica=replica,
+                direction=self.direction,
+                banned=banned[replica],
+                verifier=verifier,
+                reduce_axes=axes,
+            )
+            attackers.append(attacker)
+            x = x.at[replica].set(sent)
         if self.pipeline.collusion:
-            x = collude(x, self._acting(sender, attack.count - 1) & ~banned, self.pipeline.collusion)
+            x = collude(x, acting & ~banned, self.pipeline.collusion)
         if verifier is None:
             accept = jnp.ones(self.pipeline.replicas, bool)
             judged = Judged(x, x, ~accept)
         else:
             summaries = jax.vmap(lambda message: message_summary(message, axes))(x)
             judged = judge(verifier, summaries, taint, self.options)
-        self.seen[boundary] = attack, judged, taint
+        self.seen[boundary] = tuple(attackers), judged, taint
         if verifier is None or not self.pipeline.cascade:
             return x, jnp.zeros_like(taint)
         replacement = expand_reference(verifier.reference, x.shape[1:], axes).astype(x.dtype)
         rejected = judged.rejected
         return jnp.where(rejected.reshape(-1, *(1,) * (x.ndim - 1)), replacement[None], x), taint | rejected
 
-    def _acting(self, sender: int, steps: jax.Array) -> jax.Array:
-        """Which workers (R,) of a stage tamper with what they send in this direction."""
-        acting = jnp.zeros(self.pipeline.replicas, bool)
-        for attack in self.pipeline.attacks:
-            if attack.stage == sender and attack.direction in ("both", self.direction):
-                acting = acting.at[attack.replica].max(attack.acts(steps[attack.replica]))
-        return acting
-
     def accepted(self) -> jax.Array:
         return jnp.stack([~self.seen[s][1].rejected for s in range(len(self.seen))])
 
-    def tampered(self) -> AttackState:
-        return _stack([self.seen[s][0] for s in range(len(self.seen))])
+    def tampered(self) -> tuple[tuple[AttackState, ...], ...]:
+        return tuple(self.seen[s][0] for s in range(len(self.seen)))
 
     def learned(self) -> VerifierState | None:
         if self.verifiers is None:
