@@ -44,7 +44,8 @@ def create(name: str, *, num_classes: int, input_shape: Sequence[int], rngs: nnx
     """Builds a model by its name, one of `NAMES`.
 
     Args:
-      name: for example "lenet5", "vgg_d", "wrn_16_8", "resnet18" (CIFAR stem), "resnet50_imagenet", "lstm_s".
+      name: for example "lenet5", "vgg_d", "wrn_16_8", "resnet18" (CIFAR stem), "resnet50_imagenet", "lstm_s";
+        "resnet8" is without batch norm, "resnet8_strided" is `ResNet` of that depth.
       num_classes: number of logits.
       input_shape: shape of one example, (H, W, C) for images; the recurrent models read an image row by row.
       rngs: of the initialisation.
