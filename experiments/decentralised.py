@@ -12,8 +12,7 @@ Papers: Ajanthan et al., "AsyncMesh", 2026; Ramasinghe et al., "Protocol Models"
 Every device of the mesh ("stage", "data") holds one stage of one replica. Methods, each with all that the one before
 it has:
 
-    synchronous    one update per microbatch, gradients averaged over the replicas: the plain pipeline
-    asynchronous   weight stashing, every stage updates after each of its backward passes; gradients still averaged
+    plain          gradients averaged over the replicas before every update
     averaging      replicas average a twentieth of their weights after each update, `tau` updates late, by the EMA rule
     subspace       the residual stream has k coordinates, which alone cross the boundaries, with the token ids; as many
                    parameters as before; AdamW with one second moment for each row of coordinates
@@ -23,10 +22,12 @@ it has:
     attacked       the same, while one worker of the second stage sends its messages with the opposite sign
     unprotected    the same attack without verification
 
-The four compose because the coordinates are the frame of everything: messages, references of the verifiers and the
-matrices that write to the residual stream are rotated, the second moments of a row are not changed by a rotation, and
-matrices that read from the stream stay as they are. Stages have private bases unless `--shared-basis`: with one public
-basis the matrices that read reveal the product of all transforms. A pipeline runs dry before a transform.
+By default all stages update together, once a microbatch; with `--asynchronous` each after its own backward passes, at
+stashed weights. The four compose because the coordinates are the frame of everything: messages, references of the
+verifiers and the matrices that write to the residual stream are rotated, the second moments of a row are not changed by
+a rotation, and matrices that read from the stream stay as they are. Stages have private bases unless `--shared-basis`:
+with one public basis the matrices that read reveal the product of all transforms. Verifiers compare the two distances
+that do not depend on the coordinates. An asynchronous pipeline runs dry before a transform.
 
 The validation loss is that of the replicas' mean; `spread` is how far they are from it; `bans` counts honest workers
 who were banned. Figure: loss and spread by updates.
@@ -48,10 +49,8 @@ from experiments import async_mesh, language_model, pipeline
 from jaxlib_methods import models, optimizers, parallel, trees
 
 PyTree = Any
-METHODS = (
-    "synchronous", "asynchronous", "averaging", "subspace", "verification", "transforms", "attacked", "unprotected"
-)  # fmt: skip
-PLUG_INS = METHODS[2:6]
+METHODS = ("plain", "averaging", "subspace", "verification", "transforms", "attacked", "unprotected")
+PLUG_INS = METHODS[1:5]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +62,14 @@ class Config(language_model.Options):
     heads: int | None = 2
     block: int | None = 64
     batch_size: int = 12  # windows of a microbatch, shared by the replicas
-    steps: int = 600  # updates
+    steps: int = 800  # updates
     seeds: int = 2
     validation_windows: int = 48
-    evaluate_every: int = 60
-    checkpoint_every: int = 300
+    evaluate_every: int = 80
+    checkpoint_every: int = 400
     stages: int = 4  # P
     replicas: int = 3  # R; a minority of a stage's must be able to be malicious
+    asynchronous: bool = False
     methods: tuple[Literal[METHODS], ...] = METHODS
     learning_rate: float = 3e-3
     warmup: float = 0.1  # share of the steps
@@ -79,8 +79,8 @@ class Config(language_model.Options):
     tau: int = 10  # updates between a snapshot and the arrival of its average
     rank: int = 16  # k
     shared_basis: bool = False
-    verified_from: int = 200  # updates without verdicts, in which references and fences are built
-    attack_from: int = 300  # messages before the attack begins
+    verified_from: int = 400  # updates without verdicts, in which references and fences are built
+    attack_from: int = 500  # messages before the attack begins
     morph_every: int = 100  # updates between transforms
 
     def __post_init__(self):
@@ -110,7 +110,7 @@ class Config(language_model.Options):
 SMOKE = {
     "layers": 2, "width": 16, "heads": 2, "block": 16, "rank": 4, "batch_size": 4, "steps": 12, "seeds": 1,
     "validation_windows": 8, "evaluate_every": 6, "checkpoint_every": 6, "stages": 2, "replicas": 2,
-    "methods": ("transforms",), "tau": 2, "verified_from": 4, "morph_every": 4,
+    "methods": ("transforms",), "tau": 2, "verified_from": 12, "morph_every": 4,
 }  # fmt: skip
 PAPER: dict[str, float] = {}  # no paper has all four at once
 
@@ -145,7 +145,7 @@ def plug_ins(method: str) -> set[str]:
     """Which of the four a method has."""
     if method == "unprotected":
         return {*PLUG_INS} - {"verification"}
-    return {*PLUG_INS[: max(0, METHODS.index(method) - 1)]}
+    return {*PLUG_INS[: METHODS.index(method)]}
 
 
 class CoordinateModel(pipeline.Model):
@@ -178,7 +178,7 @@ class _Runs(async_mesh.Runs):
 
     def __init__(self, config: Config, model: pipeline.Model, method: str, P: int, folder: pathlib.Path):
         super().__init__(config, model, method, P, folder)
-        self.synchronous, self.plug_ins = method == "synchronous", plug_ins(method)
+        self.synchronous, self.plug_ins = not config.asynchronous, plug_ins(method)
         self.malicious = {(1, config.replicas - 1)} if method in ("attacked", "unprotected") else set()
 
     @property
@@ -194,14 +194,13 @@ class _Runs(async_mesh.Runs):
         if self.malicious or "verification" in self.plug_ins:
             model, hooks = parallel.integrity.guard_model(model), self._verification(mesh)
         of_all = model, stages, make_optimizer(config, self.model.config.subspace), mesh, (tokens, tokens)
-        if self.synchronous:
-            return parallel.synchronous_pipeline(*of_all, 1, schedule="gpipe")
         averaging = "averaging" in self.plug_ins
         weight = async_mesh.ema_weight(config.steps)
         average = parallel.sparse_averaging(config.fraction, key=jax.random.key(1), tau=config.tau, ema_weight=weight)
-        return parallel.asynchronous_pipeline(
-            *of_all, average_gradients=not averaging, data_hook=average if averaging else None, **hooks
-        )
+        hooks |= {"average_gradients": not averaging, "data_hook": average if averaging else None}
+        if self.synchronous:
+            return parallel.synchronous_pipeline(*of_all, 1, schedule="gpipe", **hooks)
+        return parallel.asynchronous_pipeline(*of_all, **hooks)
 
     def _verification(self, mesh: jax.sharding.Mesh) -> dict[str, parallel.BoundaryHook]:
         options = {"forward": 0.9, "backward": 0.8}  # decay of the references
@@ -209,7 +208,9 @@ class _Runs(async_mesh.Runs):
             parallel.integrity.Attack("scale", stage, replica, value=-1.0, start=self.config.attack_from)
             for stage, replica in self.malicious
         ]
-        verifier = lambda decay: parallel.integrity.Verifier(decay=decay, warmup_steps=self.config.verified_from)
+        verifier = lambda decay: parallel.integrity.Verifier(
+            decay=decay, warmup_steps=self.config.verified_from, distances=("euclidean", "wasserstein")
+        )
         return {
             f"{direction}_hook": parallel.integrity.verification_hook(
                 verifier(decay) if "verification" in self.plug_ins else None,
@@ -232,7 +233,7 @@ class _Runs(async_mesh.Runs):
 
     def _banned(self, state: PyTree) -> set[tuple[int, int]]:
         """Workers (stage, replica) who have been banned by the verifier behind or before them."""
-        ends = trees.find_states(state.traffic.hooks, parallel.integrity.VerifierState)
+        ends = trees.find_states(state, parallel.integrity.VerifierState)
         banned = set()
         for end, sender in ((ends[1], -1), (ends[3], 1)):  # the receiving ends, forward and backward
             bans = np.asarray(multihost_utils.process_allgather(end.bans, tiled=True))[:, 0]  # all replicas agree
@@ -242,8 +243,9 @@ class _Runs(async_mesh.Runs):
     def _advance(self, state: PyTree, seed: int, begin: int, end: int) -> tuple[PyTree, np.ndarray]:
         drained = np.zeros(0)
         if "transforms" in self.plug_ins and begin and begin % self.config.morph_every == 0:
-            state, done = self.pipe.drain(state)
-            drained = np.asarray(done.loss)[np.asarray(done.microbatch) >= 0]
+            if not self.synchronous:
+                state, done = self.pipe.drain(state)
+                drained = np.asarray(done.loss)[np.asarray(done.microbatch) >= 0]
             state = self._transformed(state, jax.random.fold_in(jax.random.key(seed), begin))
         state, losses = super()._advance(state, seed, begin, end)
         return state, np.concatenate([drained, losses])

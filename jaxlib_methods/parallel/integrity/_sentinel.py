@@ -98,8 +98,9 @@ def verification_hook(
 
     The devices of a stage exchange the summaries of what they have received, (N, D) floats each, over the axis "data";
     all come to the same decision. A banned worker's slot goes to an honest newcomer: its attacks stop. Where boundaries
-    are transformed, `Pipeline.replace` moves the references along; three of the distances depend on the basis, so that
-    their fences, which stay, have to learn again.
+    are transformed, `Pipeline.replace` moves references and projections along: the Wasserstein distances stay as they
+    were, the Euclidean ones if the transform is orthogonal. Absolute and sign distances depend on the basis, and honest
+    messages can lie beyond fences of an earlier one: leave them out then.
 
     Args:
       options: of the verifiers; None: there are none, and the attacks go through.
@@ -168,8 +169,10 @@ def verification_hook(
     def transform(state: PyTree, matrix: jax.Array) -> PyTree:
         verifier, attack = state
         if verifier is not None:
-            moved = jnp.matmul(verifier.reference, matrix.astype(jnp.float32), precision="highest")
-            verifier = verifier._replace(reference=moved)
+            matrix = matrix.astype(jnp.float32)
+            moved = jnp.matmul(verifier.reference, matrix, precision="highest")
+            # (x T) (T^-1 w) = x w: the sliced distance is what it was.
+            verifier = verifier._replace(reference=moved, projections=jnp.linalg.solve(matrix, verifier.projections))
         return verifier, attack
 
     return BoundaryHook(init, send, receive, transform)

@@ -55,7 +55,11 @@ def pipeline(problem, data_hook):
     attack = Attack("scale", stage=0, replica=1, direction="forward", value=-3.0, start=3 * COUNT + 2)
     hooks = {
         f"{direction}_hook": verification_hook(
-            Verifier(warmup_steps=2 * COUNT, fence_factor=5.0), mesh, direction, key=KEY, attacks=[attack]
+            Verifier(warmup_steps=2 * COUNT, fence_factor=5.0, distances=("euclidean", "wasserstein")),
+            mesh,
+            direction,
+            key=KEY,
+            attacks=[attack],
         )
         for direction in ("forward", "backward")
     }
@@ -91,8 +95,9 @@ def train(pipe, stages, transform=True, parts=3):
     return np.array(losses), state
 
 
-def verifiers(state):
-    return [np.asarray(end.reference) for end in trees.find_states(state.traffic.hooks, VerifierState)]
+def verifiers(state, field="reference"):
+    """Of the (sending, receiving) ends forward, and backward; [P, R, ...]."""
+    return [np.asarray(getattr(end, field)) for end in trees.find_states(state.traffic.hooks, VerifierState)]
 
 
 def test_with_all_plug_ins_training_is_the_same_whatever_the_coordinates(pipe, problem):
@@ -101,9 +106,9 @@ def test_with_all_plug_ins_training_is_the_same_whatever_the_coordinates(pipe, p
     assert len(plain) == 3 * COUNT and plain[-COUNT:].mean() < plain[:COUNT].mean() - 0.05
     np.testing.assert_allclose(moved, plain, rtol=1e-4)
     for one in (state, other):
-        bans = [np.asarray(end.bans) for end in trees.find_states(one.traffic.hooks, VerifierState)]
-        assert not np.any(bans) and np.asarray(one.updates).tolist() == P * [R * [3 * COUNT]]
+        assert not np.any(verifiers(one, "bans")) and np.asarray(one.updates).tolist() == P * [R * [3 * COUNT]]
         assert np.asarray(one.data_hook.steps).tolist() == P * [R * [3 * COUNT]]
+    np.testing.assert_allclose(verifiers(other, "window"), verifiers(state, "window"), rtol=2e-3, atol=1e-5)
     same, turned = (np.asarray(pipe.stages(one)[0]["blocks"][0]["transforms"]["Q2"]) for one in (state, other))
     np.testing.assert_array_equal(same, np.eye(RANK))
     assert np.abs(turned - same).max() > 0.3
@@ -130,7 +135,7 @@ def test_replicas_keep_their_own_functions_and_references_follow(pipe, problem):
 
 def test_an_attacker_is_banned_across_a_change_of_coordinates(pipe, problem):
     losses, state = train(pipe, problem[1], parts=5)
-    bans = [np.asarray(end.bans) for end in trees.find_states(state.traffic.hooks, VerifierState)]
+    bans = verifiers(state, "bans")
     np.testing.assert_array_equal(bans[1][1], [[0, 1], [0, 1]])
     assert not any(np.any(bans[end]) for end in (0, 2, 3)) and np.isfinite(losses).all()
 
