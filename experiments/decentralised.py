@@ -228,7 +228,7 @@ class _Runs(async_mesh.Runs):
         if "verification" not in self.plug_ins:
             return found
         banned = self._banned(state)
-        found["bans"] = float(len(banned - self.malicious))
+        found |= {"banned": sorted(banned), "bans": float(len(banned - self.malicious))}
         return found | ({"attackers_banned": float(len(banned & self.malicious))} if self.malicious else {})
 
     def _banned(self, state: PyTree) -> set[tuple[int, int]]:
@@ -248,6 +248,8 @@ class _Runs(async_mesh.Runs):
                 drained = np.asarray(done.loss)[np.asarray(done.microbatch) >= 0]
             state = self._transformed(state, jax.random.fold_in(jax.random.key(seed), begin))
         state, losses = super()._advance(state, seed, begin, end)
+        if "verification" in self.plug_ins:
+            state = parallel.integrity.share_bans(state, self.pipe.layout.mesh)
         return state, np.concatenate([drained, losses])
 
     def _transformed(self, state: PyTree, key: jax.Array) -> PyTree:

@@ -35,10 +35,8 @@ from jaxlib_methods.parallel.integrity._robust_aggregation import geometric_medi
 from jaxlib_methods.parallel.integrity._robust_aggregation import krum_scores as krum_scores
 from jaxlib_methods.parallel.integrity._robust_aggregation import multi_krum as multi_krum
 from jaxlib_methods.parallel.integrity._robust_aggregation import trimmed_mean as trimmed_mean
-from jaxlib_methods.parallel.integrity._sentinel import Verdicts as Verdicts
-from jaxlib_methods.parallel.integrity._sentinel import VerifiedPipeline as VerifiedPipeline
-from jaxlib_methods.parallel.integrity._sentinel import VerifiedState as VerifiedState
 from jaxlib_methods.parallel.integrity._sentinel import guard_model as guard_model
+from jaxlib_methods.parallel.integrity._sentinel import share_bans as share_bans
 from jaxlib_methods.parallel.integrity._sentinel import verification_hook as verification_hook
 from jaxlib_methods.parallel.integrity._verification import Verifier as Verifier
 from jaxlib_methods.parallel.integrity._verification import VerifierState as VerifierState
@@ -46,6 +44,9 @@ from jaxlib_methods.parallel.integrity._verification import init_verifier as ini
 from jaxlib_methods.parallel.integrity._verification import reroute as reroute
 from jaxlib_methods.parallel.integrity._verification import verify as verify
 from jaxlib_methods.parallel.integrity._verification import verify_summaries as verify_summaries
+from jaxlib_methods.parallel.integrity._verified_pipeline import Verdicts as Verdicts
+from jaxlib_methods.parallel.integrity._verified_pipeline import VerifiedPipeline as VerifiedPipeline
+from jaxlib_methods.parallel.integrity._verified_pipeline import VerifiedState as VerifiedState
 
 __all__ = [
     "ATTACKS",
@@ -76,6 +77,7 @@ __all__ = [
     "random_sign",
     "random_values",
     "reroute",
+    "share_bans",
     "sliced_wasserstein",
     "tamper",
     "trimmed_mean",

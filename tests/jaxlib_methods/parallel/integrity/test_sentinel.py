@@ -19,6 +19,8 @@ from jaxlib_methods.parallel.integrity import (
     Verifier,
     VerifierState,
     guard_model,
+    init_verifier,
+    share_bans,
     verification_hook,
 )
 from tests.jaxlib_methods.parallel.pipeline_problems import assert_trees_equal, chain, tokens
@@ -167,6 +169,23 @@ def test_on_a_mesh_attackers_of_both_directions_are_banned_and_training_goes_on_
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stages))
     np.testing.assert_allclose(losses[:25], unguarded[0][:25], rtol=0.01)  # bfloat16
     np.testing.assert_allclose(losses[-2:], unguarded[0][-2:], rtol=0.05)
+
+
+def test_bans_are_known_on_both_sides_of_a_worker():
+    """Stage j verifies activations of stage j - 1 and gradients of stage j + 1; 4 stages of 2 workers."""
+    rng, mesh = np.random.default_rng(0), make_mesh(4, 2)
+    state = init_verifier(Verifier(window=2), 2, (2, 3, 4), KEY)
+    seen = rng.integers(3, size=(2, 4, 2))  # by direction, stage of the verifier and replica
+    everywhere = lambda bans: jnp.asarray(np.repeat(bans[:, None], 2, axis=1), jnp.int32)
+    ends = [state._replace(bans=everywhere(bans)) for bans in (seen[0], seen[0], seen[1], seen[1])]
+    shared = share_bans({"hooks": ends, "other": 1}, mesh)
+    expected = seen.copy()
+    for worker in (1, 2):
+        expected[0, worker + 1] = expected[1, worker - 1] = np.maximum(seen[0, worker + 1], seen[1, worker - 1])
+    for end, bans in enumerate((seen[0], expected[0], seen[1], expected[1])):
+        np.testing.assert_array_equal(shared["hooks"][end].bans, np.repeat(bans[:, None], 2, axis=1))
+    with pytest.raises(ValueError, match="the state has 1 ends of boundaries, not 4"):
+        share_bans(ends[:1], mesh)
 
 
 def test_wrong_hooks_are_refused():
