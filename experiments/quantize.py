@@ -5,7 +5,7 @@ Gupta, Torr, Hartley, Dokania, "Mirror Descent View for Neural Network Quantizat
 
     python -m experiments run quantize                        # LeNet-300-100 on the embedded digits: minutes, 2 cores
     python -m experiments run quantize --data-dir DIR --dataset mnist --steps 3000                        # minutes
-    python -m experiments run quantize --data-dir DIR --dataset cifar10 --model resnet8_strided           # half an hour
+    python -m experiments run quantize --data-dir DIR --dataset cifar10 --model resnet8_strided --final-beta 1e4
     python -m experiments run quantize --data-dir DIR --dataset cifar10 --model resnet18 --recipe paper   # for a GPU
     python -m experiments run quantize --data-dir DIR --dataset cifar10 --model vgg_d --recipe paper
 
