@@ -135,11 +135,17 @@ def print_table(table: list[Row]) -> None:
 
 def markdown(table: list[Row], earlier: Mapping[str, list[str]] | None = None) -> str:
     """A table for each experiment; those `earlier` ones (label -> rows, lines of Markdown) are put in by name."""
-    groups = dict(earlier or {})
-    for row in table:
-        groups.setdefault(row.experiment, []).append("| " + " | ".join(row.cells()[1:]) + " |")
+    groups = {**(earlier or {}), **_lines(table)}
     head = "| " + " | ".join(HEADER[1:]) + " |\n| --- | ---: | ---: | ---: | ---: |"
     return "\n".join(f"### {label}\n\n{head}\n" + "\n".join(groups[label]) + "\n" for label in sorted(groups))
+
+
+def _lines(table: list[Row]) -> dict[str, list[str]]:
+    """Rows by label, as lines of Markdown."""
+    groups: dict[str, list[str]] = {}
+    for row in table:
+        groups.setdefault(row.experiment, []).append("| " + " | ".join(row.cells()[1:]) + " |")
+    return groups
 
 
 def provenance(results: list[dict[str, Any]], earlier: Iterable[str] = ()) -> str:
@@ -159,13 +165,14 @@ def earlier_rows(
     """Tables (label -> rows) and commands in `path` that the new ones do not replace, as lines of Markdown."""
     text = path.read_text() if path.exists() else ""
     body, _, commands = text.removesuffix(notes(path)).partition("## Commands\n")
-    labels, made = {row.experiment for row in table}, {result["command"] for result in results}
+    new, made = _lines(table), {result["command"] for result in results}
     groups = {}
     for section in body.split("\n### ")[1:]:
         label, *lines = section.splitlines()
         groups[label] = [line for line in lines if line.startswith("| ")][2:]
     entries = ["- " + entry.rstrip() for entry in commands.strip().removeprefix("- ").split("\n- ") if entry]
-    kept = {label: rows for label, rows in groups.items() if label not in labels}
+    # A further run of an experiment may give its earlier ones longer labels: the same rows under another label.
+    kept = {label: rows for label, rows in groups.items() if label not in new and rows not in new.values()}
     return kept, [entry for entry in entries if entry.split("`")[1] not in made]
 
 

@@ -214,6 +214,10 @@ def test_report_keeps_rows_of_runs_that_are_elsewhere(tmp_path, capsys):
     commands = lambda text: [line for line in text.splitlines() if line.startswith("- `")]
     assert [line.split()[5] for line in commands(kept)] == ["bsn", "icm", "snip"]
     assert set(commands(both)) < set(commands(kept))
+    made(tmp_path / "runs" / "vgg", "icm", {"energy": 8.0}, model="vgg")  # the other one's label grows
+    assert main(["report", "runs", "--keep", "--write", "RESULTS.md"]) == 0
+    labels = [line for line in pathlib.Path("RESULTS.md").read_text().splitlines() if line.startswith("### ")]
+    assert labels == ["### bsn", "### icm [model=lenet]", "### icm [model=vgg]", "### snip"]
     assert main(["report", "runs", "--write", "RESULTS.md"]) == 0
     assert "bsn" not in pathlib.Path("RESULTS.md").read_text()
 
