@@ -66,8 +66,8 @@ class DataHook(NamedTuple):
     Args:
       init: packed parameters of one device (`Packed`: a tree of arrays, the same for all stages) -> state.
       apply: (packed parameters, state, info) -> (packed parameters, state); may use collectives over "data".
-      restart: state -> state, when the parameters of all replicas have been transformed: forgets what it keeps of the
-        old ones. None: the hook cannot.
+      restart: state -> state, when the parameters of all replicas and every `Packed` in the state are transformed:
+        forgets what else it keeps of the old ones. None: the hook cannot.
 
     Example:
       >>> import jax

@@ -97,14 +97,29 @@ class Layout:
             trees.append(jax.tree.map(lambda leaf: np.asarray(words(leaf)), tree))
         return trees
 
+    def named(self, packed: Packed, replica: int = 0) -> dict[str, np.ndarray]:
+        """What is packed like the parameters, of one replica, by the names of the parameters in the model."""
+        named = {}
+        for j, tree in enumerate(self.rows(self.params, packed, replica)):
+            names = self._names(j)
+            named |= {names[path]: leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+        return named
+
+    def put_named(self, *replicas: dict[str, np.ndarray]) -> Packed:
+        """The inverse of `named`, [P, D, ...], in the types of the parameters."""
+
+        def tree(j: int, named: dict[str, np.ndarray]) -> StageTree:
+            names, shapes = self._names(j), self.shapes[j]
+            found = _fill(shapes, lambda path: _lookup(named, names[path], "a parameter"))
+            return jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), found, shapes)
+
+        return self.put(self.params, *[[tree(j, named) for j in range(self.num_stages)] for named in replicas])
+
     def snapshot(self, params: Packed, opt_state: Packed, updates: int, replica: int = 0) -> Snapshot:
         """The packed state of all stages of a replica without stages."""
-        named, moments, counters = {}, {}, {}
-        rows, opt_rows = self.rows(self.params, params, replica), self.rows(self.opt_state, opt_state, replica)
-        for j, (tree, of_optimizer) in enumerate(zip(rows, opt_rows, strict=True)):
+        moments, counters = {}, {}
+        for j, of_optimizer in enumerate(self.rows(self.opt_state, opt_state, replica)):
             names = self._names(j)
-            leaves = dict(jax.tree_util.tree_flatten_with_path(tree)[0])
-            named |= {names[path]: leaf for path, leaf in leaves.items()}
             for path, leaf in jax.tree_util.tree_flatten_with_path(of_optimizer)[0]:
                 prefix, name = _split(path, names)
                 if name is not None:
@@ -116,7 +131,7 @@ class Layout:
                         f"the optimizer's {prefix} differs between stages, {counters[prefix]} and {leaf} in stage {j}: "
                         "it belongs neither to a parameter nor to all stages; a snapshot cannot hold it"
                     )
-        return Snapshot(named, moments, counters, np.asarray(updates, np.int32))
+        return Snapshot(self.named(params, replica), moments, counters, np.asarray(updates, np.int32))
 
     def restored(self, snapshot: Snapshot) -> tuple[list[StageTree], list[PyTree]]:
         """The trees of this layout's stages, parameters and optimizer states, from a snapshot of any other."""

@@ -111,7 +111,8 @@ class Pipeline:
     ) -> PyTree:
         """The state with other parameters and moments of the same model, say transformed ones; hooks keep their states.
 
-        The hook on the data axis restarts: averages of the old parameters that are still to come are dropped.
+        The hook on the data axis restarts: averages of the old parameters that are still to come are dropped. What it
+        keeps in the shape of the parameters stays as it is; `unextractable.morph_pipeline` transforms it.
 
         Args:
           state: without micro-batches in flight.

@@ -174,7 +174,7 @@ def sparse_averaging(
         drift = state.drift
         moved = _gather(params, S) - kept
         if rule == "ema":
-            weight = jnp.where(late == 0, 1.0, jnp.asarray(ema_weight(t), jnp.float32))
+            weight = jnp.where(t == tau, 1.0, jnp.asarray(ema_weight(t), jnp.float32))
             before = _gather(drift, S)
             moved = before + weight * (moved - before)
             drift = _scatter(drift, S, moved, late >= 0)
@@ -190,8 +190,7 @@ def sparse_averaging(
         return params, state._replace(steps=optax.safe_increment(state.steps))
 
     def restart(state: SparseAveragingState) -> SparseAveragingState:
-        next_round = -(-state.steps // interval)
-        return state._replace(restarted=next_round, drift=optax.tree.zeros_like(state.drift))
+        return state._replace(restarted=-(-state.steps // interval))
 
     return DataHook(init, apply, restart)
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxlib_methods import trees
 from jaxlib_methods.parallel._layout import Snapshot
+from jaxlib_methods.parallel._packing import Packed
 from jaxlib_methods.parallel._pipeline import Pipeline
 from jaxlib_methods.parallel.unextractable._random_transforms import Transform, transpose
 
@@ -275,7 +276,8 @@ def morph_pipeline(
     r"""Folds transforms into all replicas of a pipeline and into what its hooks remember of messages.
 
     Activations that were x become x T, and their cotangents $g\, T^{-\top}$: references of verifiers follow them.
-    Averages on the data axis that are still to come are of the old parameters and are dropped.
+    On the data axis, the average drift of the parameters is transformed as they are; averages that are still to come
+    are of the old ones and are dropped.
 
     Args:
       pipe: of the state.
@@ -314,6 +316,7 @@ def morph_pipeline(
         morph_snapshot(pipe.snapshot(state, replica), transforms, rules, **options)
         for replica in range(pipe.layout.num_replicas)
     ]
+    state = _morph_hook(pipe, state, transforms, rules)
     crossed = [transforms[name] for name in boundaries if name in transforms]
     if not crossed:
         return pipe.replace(state, snapshots)
@@ -321,6 +324,21 @@ def morph_pipeline(
     at = [transforms.get(name, Transform(eye, eye)) for name in boundaries]
     matrices = np.stack([T.matrix for T in at]), np.stack([transpose(T.inverse) for T in at])
     return pipe.replace(state, snapshots, matrices)
+
+
+def _morph_hook(pipe: Pipeline, state: PyTree, transforms: Mapping[Hashable, Transform], rules: Rules) -> PyTree:
+    """What the hook on the data axis keeps in the shape of the parameters: averages of their drift."""
+    layout = pipe.layout
+
+    def morphed(node: Any) -> Any:
+        if not isinstance(node, Packed):
+            return node
+        named = [layout.named(node, replica) for replica in range(layout.num_replicas)]
+        new = layout.put_named(*(morph(one, transforms, rules) for one in named))
+        return jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), new, node)
+
+    hook = jax.tree.map(morphed, state.data_hook, is_leaf=lambda node: isinstance(node, Packed))
+    return state._replace(data_hook=hook)
 
 
 def master_copy(params: PyTree) -> PyTree:

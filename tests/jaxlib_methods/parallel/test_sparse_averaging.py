@@ -97,7 +97,7 @@ def in_numpy(x, rounds, rule, tau, weight, c, increments, fraction, restart=None
     queue, applied = [], 0
     for t in range(rounds):
         if t == restart:
-            drift, queue, applied = {name: np.zeros_like(leaf) for name, leaf in x.items()}, [], 0
+            queue = []
         for leaf in x.values():
             leaf += increments[:, None]
         now = {}
