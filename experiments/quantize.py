@@ -135,9 +135,7 @@ class Config:
 
     dataset: str = "digits"  # digits, mnist, cifar10, another TFDS set, or a path to an .npz
     data_dir: str | None = None  # folder of prepared TFDS sets; None: TFDS's own default
-    model: str = (
-        "lenet300"  # lenet300, lenet5 (both batch-normalised), resnet8_strided, vgg_d, or another of the library
-    )
+    model: str = "lenet300"  # lenet300, lenet5 (both batch-normalised), resnet8_strided, vgg_d, or another of models
     methods: tuple[Name, ...] = (
         "float", "bc", "picm", "pgd", "pmf", "md_softmax", "md_tanh", "md_softmax_s", "md_tanh_s",
     )  # fmt: skip
