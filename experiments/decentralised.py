@@ -1,6 +1,6 @@
 """Four plug-ins on one pipeline: sparse averaging, subspace coding, verification and transforms, added one by one.
 
-Papers: Ajanthan et al., "AsyncMesh", 2026; Ramasinghe et al., "Protocol Models", NeurIPS 2025; Dolatabadi et al.,
+Paper: Ajanthan et al., "AsyncMesh", 2026; Ramasinghe et al., "Protocol Models", NeurIPS 2025; Dolatabadi et al.,
 "SENTINEL", 2026; Long et al., "Unextractable Protocol Models", NeurIPS 2025
 
     python -m experiments run decentralised                                # embedded text, a 4 x 3 mesh on one CPU
