@@ -1,6 +1,7 @@
-"""A pipeline whose boundaries are transformed while it trains: with momentum it trains as without."""
+"""A pipeline whose boundaries are transformed while it trains: by momentum, or by Adam in coordinates, as without."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -8,60 +9,102 @@ import optax
 import pytest
 from flax import nnx
 
+from jaxlib_methods import optimizers, trees
 from jaxlib_methods.models import (
     GPT,
     GPT_CONFIGS,
+    GPTConfig,
+    coordinate_gpt_mask,
+    coordinate_gpt_params,
+    coordinate_gpt_rules,
+    coordinate_gpt_stages,
     gpt_transform_rules,
     split_gpt_params,
     transformable_gpt_params,
     transformable_gpt_stages,
 )
 from jaxlib_methods.parallel import StageModel, make_mesh, shard_batch, split_stages, synchronous_pipeline
+from jaxlib_methods.parallel.codecs import fixed_embedding, random_subspace
 from jaxlib_methods.parallel.unextractable import draw_transform, draw_transforms, morph_snapshot
 from tests.jaxlib_methods.parallel.pipeline_problems import tokens
 
 CONFIG = dataclasses.replace(
     GPT_CONFIGS["llama_tiny"], layers=2, width=8, heads=2, mlp_width=16, vocab_size=11, init_std=0.3
 )
-RULES = gpt_transform_rules(2, embed="^embed/", blocks="^blocks/", head="^head/")
+SIZES = {"vocab_size": 11, "block_size": 5, "layers": 2, "width": 8, "heads": 2, "mlp_width": 16, "subspace": 3}
+IN_COORDINATES = GPTConfig(**SIZES, full_rank_blocks=0, init_std=0.3)
+PATHS = {"embed": "^embed/", "blocks": "^blocks/", "head": "^head/"}
+NAMES = [("boundary", 0), ("middle", 0), ("boundary", 1), ("middle", 1), ("boundary", 2)]
 
 
-@pytest.fixture(scope="module")
-def problem():
+def pipeline(parts, params, optimizer):
     """(pipeline of two stages, its start, two micro-batches per step)."""
-    parts = transformable_gpt_stages(CONFIG)
     loss = lambda p, x, y: optax.softmax_cross_entropy_with_integer_labels(parts.head(p, x), y).mean()
-    params = split_gpt_params(CONFIG, nnx.state(GPT(CONFIG, rngs=nnx.Rngs(0)), nnx.Param))
-    rotations = [draw_transform(jax.random.key(k), 8).matrix for k in range(5)]
-    stages = split_stages(transformable_gpt_params(CONFIG, params, rotations), 2)
+    stages, mesh = split_stages(params, 2), make_mesh(2)
     x, y = tokens(2, examples=4, length=5)
-    model, mesh = StageModel(parts.embed, parts.block, loss), make_mesh(2)
-    pipe = synchronous_pipeline(model, stages, optax.sgd(0.1, momentum=0.9), mesh, (x[0], y[0]), num_microbatches=2)
+    model = StageModel(parts.embed, parts.block, loss)
+    pipe = synchronous_pipeline(model, stages, optimizer, mesh, (x[0], y[0]), num_microbatches=2)
     return pipe, stages, shard_batch(mesh, (x, y))
 
 
-def run(problem, spread=None, names=None):
-    """Losses of six steps, with transforms after each of the first five; and the last state."""
+def drawn(config):
+    return split_gpt_params(config, nnx.state(GPT(config, rngs=nnx.Rngs(0)), nnx.Param))
+
+
+@pytest.fixture(scope="module")
+def momentum():
+    rotations = [draw_transform(jax.random.key(k), 8).matrix for k in range(5)]
+    params = transformable_gpt_params(CONFIG, drawn(CONFIG), rotations)
+    return pipeline(transformable_gpt_stages(CONFIG), params, optax.sgd(0.1, momentum=0.9))
+
+
+@pytest.fixture(scope="module")
+def adam():
+    config, subspace = IN_COORDINATES, random_subspace(jax.random.key(1), vocab_size=11, width=8, rank=3)
+    bases = [draw_transform(jax.random.key(k), 8).matrix[:, :3] for k in range(5)]
+    decays = lambda params: trees.mask_tree(params, r"^(?!.*transforms/)")
+    rule = optimizers.row_shared_adamw(0.03, weight_decay=0.1, mask=decays, shared=coordinate_gpt_mask)
+    parts = coordinate_gpt_stages(config, functools.partial(fixed_embedding, subspace=subspace))
+    params = coordinate_gpt_params(config, drawn(config), bases)
+    return pipeline(parts, params, optax.chain(optax.clip_by_global_norm(1.0), rule))
+
+
+def run(problem, draw=None, rules=()):
+    """Losses of six steps, with transforms drawn after each of the first five; and the last state."""
     pipe, stages, batch = problem
     state, losses = pipe.init(stages), []
     for step in range(6):
         state, out = pipe.step(state, *batch)
         losses.append(np.asarray(out.loss))
-        if names and step < 5:
-            transforms = draw_transforms(jax.random.key(step), names, 8, spread=spread)
-            state = pipe.restore(morph_snapshot(pipe.snapshot(state), transforms, RULES))
+        if draw and step < 5:
+            state = pipe.restore(morph_snapshot(pipe.snapshot(state), draw(jax.random.key(step)), rules))
     return np.array(losses), pipe.snapshot(state)
 
 
-def test_orthogonal_transforms_leave_training_as_it_is_and_skewed_ones_do_not(problem):
-    names = [("boundary", 0), ("middle", 0), ("boundary", 1), ("middle", 1), ("boundary", 2)]
-    plain, _ = run(problem)
-    moved, snapshot = run(problem, names=names)
+def check_that_only_skewed_transforms_change_training(problem, width, rules, rtol):
+    """Returns the last state without transforms, and with orthogonal ones."""
+    draw = lambda key, spread=None: draw_transforms(key, NAMES, width, spread=spread)
+    plain, start = run(problem)
+    moved, snapshot = run(problem, draw, rules)
     assert plain[-1].mean() < plain[0].mean() - 0.1
-    np.testing.assert_allclose(moved, plain, rtol=2e-5)
-    skewed, _ = run(problem, names=names, spread=0.5)
-    np.testing.assert_allclose(skewed[:2], plain[:2], rtol=2e-5)  # the transform after the first step changes nothing
+    np.testing.assert_allclose(moved, plain, rtol=rtol)
+    skewed, _ = run(problem, functools.partial(draw, spread=0.5), rules)
+    np.testing.assert_allclose(skewed[:2], plain[:2], rtol=rtol)  # the transform after the first step changes nothing
     assert np.abs(skewed[-1] - plain[-1]).max() > 1e-3  # the steps that follow are another network's
     assert snapshot.updates == 6
+    return start, snapshot
+
+
+def test_with_momentum_orthogonal_transforms_leave_training_as_it_is_and_skewed_ones_do_not(momentum):
+    rules = gpt_transform_rules(2, **PATHS)
+    _, snapshot = check_that_only_skewed_transforms_change_training(momentum, 8, rules, rtol=2e-5)
     matrices = snapshot.params["blocks/0/transforms/Q1"]
     np.testing.assert_allclose(matrices.T @ matrices, np.eye(8), atol=1e-5)
+
+
+def test_adam_in_coordinates_trains_on_as_if_there_were_no_transforms(adam):
+    rules = coordinate_gpt_rules(2, **PATHS)
+    start, snapshot = check_that_only_skewed_transforms_change_training(adam, 3, rules, rtol=1e-4)
+    name = "blocks/0/transforms/D1"
+    assert np.abs(snapshot.params[name] - start.params[name]).max() > 0.1
+    np.testing.assert_allclose(snapshot.params[name] @ snapshot.params[name].T, np.eye(3), atol=1e-5)
