@@ -30,13 +30,13 @@ format: .venv/installed
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-.venv/installed: pyproject.toml setup.py
+.venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxlib_methods needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --editable '.[experiments,test]'
 	touch $@
 
-.venv-3.12/installed: pyproject.toml setup.py
+.venv-3.12/installed: pyproject.toml
 	$(NEWEST) -m venv .venv-3.12
 	.venv-3.12/bin/pip install --quiet --editable '.[experiments,test]'
 	touch $@

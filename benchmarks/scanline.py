@@ -16,8 +16,7 @@ import jax.numpy as jnp
 
 from benchmarks.timing import Case, Implementation, Options, Record, Skip, measure
 from jaxlib_methods.kernels import scanline
-from jaxlib_methods.kernels.scanline import arg_specs, pallas_gpu, pallas_tpu
-from jaxlib_methods.kernels.scanline import pallas_gpu_config as layouts
+from jaxlib_methods.kernels.scanline import arg_specs, pallas_gpu, pallas_gpu_config as layouts, pallas_tpu
 from jaxlib_methods.kernels.scanline.cost import ITERATION_BYTES, backward_cost_estimate
 from jaxlib_methods.kernels.scanline.request import Sweep
 

@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import cases, data, device_data
-from experiments import train as training
+from experiments import cases, data, device_data, train as training
 from experiments.errors import ExperimentError, NonFiniteLossError
 from jaxlib_methods.normalization import (
     BSNParams,

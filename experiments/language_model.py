@@ -25,8 +25,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import device_data, text
-from experiments import train as training
+from experiments import device_data, text, train as training
 from experiments.log import Record
 from jaxlib_methods import models
 

@@ -35,10 +35,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, data
-from experiments import train as training
-from jaxlib_methods import message_passing as mp
-from jaxlib_methods import models
+from experiments import cases, data, train as training
+from jaxlib_methods import message_passing as mp, models
 
 PyTree = Any
 Method = Literal["none", "mean_field", "isgmr", "trwp"]

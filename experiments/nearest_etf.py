@@ -32,8 +32,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, data, device_data
-from experiments import train as training
+from experiments import cases, data, device_data, train as training
 from jaxlib_methods import models
 from jaxlib_methods.classifiers import (
     FixedETFHead,

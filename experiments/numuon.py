@@ -32,8 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import cases, language_model
-from experiments import train as training
+from experiments import cases, language_model, train as training
 from experiments.errors import NonFiniteLossError
 from jaxlib_methods import low_rank, optimizers, trees
 

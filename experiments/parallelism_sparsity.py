@@ -31,10 +31,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, data, device_data, metaparameters
-from experiments import trials as vmapped
-from jaxlib_methods import models, pruning
-from jaxlib_methods import training_dynamics as dynamics
+from experiments import cases, data, device_data, metaparameters, trials as vmapped
+from jaxlib_methods import models, pruning, training_dynamics as dynamics
 
 PyTree = Any
 Optimizer = Literal["sgd", "momentum", "nesterov"]

@@ -39,8 +39,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, device_data, language_model, text
-from experiments import train as training
+from experiments import cases, device_data, language_model, text, train as training
 from experiments.checkpoint import Checkpoints
 from experiments.errors import ExperimentError
 from experiments.log import JsonLines

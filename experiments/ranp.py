@@ -26,8 +26,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, device_data, volumes
-from experiments import train as training
+from experiments import cases, device_data, train as training, volumes
 from jaxlib_methods import models, pruning
 
 PyTree = Any

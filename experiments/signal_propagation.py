@@ -27,8 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import cases, data, deep_mlp, device_data
-from experiments import train as training
+from experiments import cases, data, deep_mlp, device_data, train as training
 from experiments.errors import NonFiniteLossError
 from jaxlib_methods import pruning
 

@@ -26,8 +26,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, data, device_data, log
-from experiments import train as training
+from experiments import cases, data, device_data, log, train as training
 from jaxlib_methods import models, pruning, trees
 
 PyTree = Any

@@ -42,8 +42,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, language_model, text
-from experiments import train as training
+from experiments import cases, language_model, text, train as training
 from experiments.errors import NonFiniteLossError
 from jaxlib_methods import models, optimizers, parallel, trees
 

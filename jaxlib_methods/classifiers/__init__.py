@@ -24,30 +24,38 @@ BibTeX:
 }
 """
 
-from jaxlib_methods.classifiers._heads import FixedETFHead as FixedETFHead
-from jaxlib_methods.classifiers._heads import NearestETFHead as NearestETFHead
-from jaxlib_methods.classifiers._heads import NormalizedHead as NormalizedHead
-from jaxlib_methods.classifiers._heads import class_sums as class_sums
-from jaxlib_methods.classifiers._heads import dot_regression_loss as dot_regression_loss
-from jaxlib_methods.classifiers._heads import normalize_features as normalize_features
-from jaxlib_methods.classifiers._heads import running_class_means as running_class_means
-from jaxlib_methods.classifiers._heads import validate_batch as validate_batch
-from jaxlib_methods.classifiers._nearest_etf import nearest_etf as nearest_etf
-from jaxlib_methods.classifiers._nearest_etf import nearest_etf_objective as nearest_etf_objective
-from jaxlib_methods.classifiers._neural_collapse import ClassStatistics as ClassStatistics
-from jaxlib_methods.classifiers._neural_collapse import collapse_metrics as collapse_metrics
-from jaxlib_methods.classifiers._neural_collapse import cosine_margins as cosine_margins
-from jaxlib_methods.classifiers._neural_collapse import init_class_statistics as init_class_statistics
-from jaxlib_methods.classifiers._neural_collapse import merge_class_statistics as merge_class_statistics
-from jaxlib_methods.classifiers._neural_collapse import nearest_centre_agreement as nearest_centre_agreement
-from jaxlib_methods.classifiers._neural_collapse import neural_collapse as neural_collapse
-from jaxlib_methods.classifiers._neural_collapse import update_class_statistics as update_class_statistics
+from jaxlib_methods.classifiers._heads import (
+    FixedETFHead as FixedETFHead,
+    NearestETFHead as NearestETFHead,
+    NormalizedHead as NormalizedHead,
+    class_sums as class_sums,
+    dot_regression_loss as dot_regression_loss,
+    normalize_features as normalize_features,
+    running_class_means as running_class_means,
+    validate_batch as validate_batch,
+)
+from jaxlib_methods.classifiers._nearest_etf import (
+    nearest_etf as nearest_etf,
+    nearest_etf_objective as nearest_etf_objective,
+)
+from jaxlib_methods.classifiers._neural_collapse import (
+    ClassStatistics as ClassStatistics,
+    collapse_metrics as collapse_metrics,
+    cosine_margins as cosine_margins,
+    init_class_statistics as init_class_statistics,
+    merge_class_statistics as merge_class_statistics,
+    nearest_centre_agreement as nearest_centre_agreement,
+    neural_collapse as neural_collapse,
+    update_class_statistics as update_class_statistics,
+)
 from jaxlib_methods.classifiers._polar import polar as polar
-from jaxlib_methods.classifiers._simplex_etf import centering_matrix as centering_matrix
-from jaxlib_methods.classifiers._simplex_etf import distance_to_nearest_etf as distance_to_nearest_etf
-from jaxlib_methods.classifiers._simplex_etf import etf_weights as etf_weights
-from jaxlib_methods.classifiers._simplex_etf import helmert_basis as helmert_basis
-from jaxlib_methods.classifiers._simplex_etf import simplex_etf as simplex_etf
+from jaxlib_methods.classifiers._simplex_etf import (
+    centering_matrix as centering_matrix,
+    distance_to_nearest_etf as distance_to_nearest_etf,
+    etf_weights as etf_weights,
+    helmert_basis as helmert_basis,
+    simplex_etf as simplex_etf,
+)
 
 __all__ = [
     "ClassStatistics",

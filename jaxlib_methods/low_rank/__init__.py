@@ -44,20 +44,23 @@ BibTeX:
 }
 """
 
-from jaxlib_methods.low_rank._compress import InputStatistics as InputStatistics
-from jaxlib_methods.low_rank._compress import collect_inputs as collect_inputs
-from jaxlib_methods.low_rank._compress import compress_kernels as compress_kernels
-from jaxlib_methods.low_rank._compress import factorize_kernels as factorize_kernels
-from jaxlib_methods.low_rank._compress import linear_inputs as linear_inputs
-from jaxlib_methods.low_rank._compress import sensitivity_search as sensitivity_search
-from jaxlib_methods.low_rank._decompositions import LowRank as LowRank
-from jaxlib_methods.low_rank._decompositions import asvd as asvd
-from jaxlib_methods.low_rank._decompositions import rank_for_keep as rank_for_keep
-from jaxlib_methods.low_rank._decompositions import svd_llm as svd_llm
-from jaxlib_methods.low_rank._decompositions import truncated_svd as truncated_svd
-from jaxlib_methods.low_rank._decompositions import whitening_factor as whitening_factor
-from jaxlib_methods.low_rank._metrics import effective_rank as effective_rank
-from jaxlib_methods.low_rank._metrics import stable_rank as stable_rank
+from jaxlib_methods.low_rank._compress import (
+    InputStatistics as InputStatistics,
+    collect_inputs as collect_inputs,
+    compress_kernels as compress_kernels,
+    factorize_kernels as factorize_kernels,
+    linear_inputs as linear_inputs,
+    sensitivity_search as sensitivity_search,
+)
+from jaxlib_methods.low_rank._decompositions import (
+    LowRank as LowRank,
+    asvd as asvd,
+    rank_for_keep as rank_for_keep,
+    svd_llm as svd_llm,
+    truncated_svd as truncated_svd,
+    whitening_factor as whitening_factor,
+)
+from jaxlib_methods.low_rank._metrics import effective_rank as effective_rank, stable_rank as stable_rank
 
 __all__ = [
     "InputStatistics",

@@ -21,48 +21,54 @@ BibTeX:
 """
 
 from jaxlib_methods.kernels.scanline import Pairwise as Pairwise
-from jaxlib_methods.message_passing._bounds import chain_lower_bound as chain_lower_bound
-from jaxlib_methods.message_passing._bounds import sequential_rounding as sequential_rounding
-from jaxlib_methods.message_passing._coarse import coarse_to_fine as coarse_to_fine
-from jaxlib_methods.message_passing._cost_volumes import birchfield_tomasi as birchfield_tomasi
-from jaxlib_methods.message_passing._cost_volumes import denoising_unaries as denoising_unaries
-from jaxlib_methods.message_passing._cost_volumes import gradient_cues as gradient_cues
-from jaxlib_methods.message_passing._exact import ExactSolution as ExactSolution
-from jaxlib_methods.message_passing._exact import chain_min_marginals as chain_min_marginals
-from jaxlib_methods.message_passing._exact import enumerate_energies as enumerate_energies
-from jaxlib_methods.message_passing._exact import solve_by_enumeration as solve_by_enumeration
-from jaxlib_methods.message_passing._exact import solve_chain as solve_chain
-from jaxlib_methods.message_passing._graph_cuts import GraphCutSolution as GraphCutSolution
-from jaxlib_methods.message_passing._graph_cuts import IshikawaGraph as IshikawaGraph
-from jaxlib_methods.message_passing._graph_cuts import NonConvexPrior as NonConvexPrior
-from jaxlib_methods.message_passing._graph_cuts import alpha_expansion as alpha_expansion
-from jaxlib_methods.message_passing._graph_cuts import ishikawa_graph as ishikawa_graph
-from jaxlib_methods.message_passing._graph_cuts import (
-    iteratively_reweighted_graph_cut as iteratively_reweighted_graph_cut,
+from jaxlib_methods.message_passing._bounds import (
+    chain_lower_bound as chain_lower_bound,
+    sequential_rounding as sequential_rounding,
 )
-from jaxlib_methods.message_passing._graph_cuts import non_convex_prior as non_convex_prior
-from jaxlib_methods.message_passing._graph_cuts import solve_by_graph_cut as solve_by_graph_cut
-from jaxlib_methods.message_passing._grid import DIRECTIONS as DIRECTIONS
-from jaxlib_methods.message_passing._grid import GridMRF as GridMRF
-from jaxlib_methods.message_passing._grid import both_directions as both_directions
-from jaxlib_methods.message_passing._grid import energy as energy
-from jaxlib_methods.message_passing._layer import MessagePassing as MessagePassing
-from jaxlib_methods.message_passing._layer import boundary_weights as boundary_weights
+from jaxlib_methods.message_passing._coarse import coarse_to_fine as coarse_to_fine
+from jaxlib_methods.message_passing._cost_volumes import (
+    birchfield_tomasi as birchfield_tomasi,
+    denoising_unaries as denoising_unaries,
+    gradient_cues as gradient_cues,
+)
+from jaxlib_methods.message_passing._exact import (
+    ExactSolution as ExactSolution,
+    chain_min_marginals as chain_min_marginals,
+    enumerate_energies as enumerate_energies,
+    solve_by_enumeration as solve_by_enumeration,
+    solve_chain as solve_chain,
+)
+from jaxlib_methods.message_passing._graph_cuts import (
+    GraphCutSolution as GraphCutSolution,
+    IshikawaGraph as IshikawaGraph,
+    NonConvexPrior as NonConvexPrior,
+    alpha_expansion as alpha_expansion,
+    ishikawa_graph as ishikawa_graph,
+    iteratively_reweighted_graph_cut as iteratively_reweighted_graph_cut,
+    non_convex_prior as non_convex_prior,
+    solve_by_graph_cut as solve_by_graph_cut,
+)
+from jaxlib_methods.message_passing._grid import (
+    DIRECTIONS as DIRECTIONS,
+    GridMRF as GridMRF,
+    both_directions as both_directions,
+    energy as energy,
+)
+from jaxlib_methods.message_passing._layer import MessagePassing as MessagePassing, boundary_weights as boundary_weights
 from jaxlib_methods.message_passing._mean_field import mean_field as mean_field
-from jaxlib_methods.message_passing._potentials import cauchy as cauchy
-from jaxlib_methods.message_passing._potentials import huber as huber
-from jaxlib_methods.message_passing._potentials import linear as linear
-from jaxlib_methods.message_passing._potentials import negative_potts as negative_potts
-from jaxlib_methods.message_passing._potentials import potts as potts
-from jaxlib_methods.message_passing._potentials import quadratic as quadratic
-from jaxlib_methods.message_passing._potentials import table as table
-from jaxlib_methods.message_passing._potentials import toeplitz as toeplitz
-from jaxlib_methods.message_passing._potentials import truncated_linear as truncated_linear
-from jaxlib_methods.message_passing._potentials import truncated_quadratic as truncated_quadratic
-from jaxlib_methods.message_passing._solvers import Solution as Solution
-from jaxlib_methods.message_passing._solvers import isgmr as isgmr
-from jaxlib_methods.message_passing._solvers import sgm as sgm
-from jaxlib_methods.message_passing._solvers import trwp as trwp
+from jaxlib_methods.message_passing._potentials import (
+    cauchy as cauchy,
+    huber as huber,
+    linear as linear,
+    negative_potts as negative_potts,
+    potts as potts,
+    quadratic as quadratic,
+    table as table,
+    toeplitz as toeplitz,
+    truncated_linear as truncated_linear,
+    truncated_quadratic as truncated_quadratic,
+)
+from jaxlib_methods.message_passing._solvers import Solution as Solution, isgmr as isgmr, sgm as sgm, trwp as trwp
 
 __all__ = [
     "DIRECTIONS",

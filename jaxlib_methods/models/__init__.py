@@ -15,37 +15,32 @@ so that a path expression tells their scale and bias from the weights and biases
 """
 
 from jaxlib_methods.models._alexnet import AlexNet as AlexNet
-from jaxlib_methods.models._convolution import Conv as Conv
-from jaxlib_methods.models._convolution import convolve as convolve
-from jaxlib_methods.models._gpt import GPT as GPT
-from jaxlib_methods.models._gpt import GPT_CONFIGS as GPT_CONFIGS
-from jaxlib_methods.models._gpt import GPTConfig as GPTConfig
-from jaxlib_methods.models._gpt import rotate as rotate
-from jaxlib_methods.models._gpt_coordinates import coordinate_gpt_mask as coordinate_gpt_mask
-from jaxlib_methods.models._gpt_coordinates import coordinate_gpt_params as coordinate_gpt_params
-from jaxlib_methods.models._gpt_coordinates import coordinate_gpt_rules as coordinate_gpt_rules
-from jaxlib_methods.models._gpt_coordinates import coordinate_gpt_stages as coordinate_gpt_stages
-from jaxlib_methods.models._gpt_stages import GPTStages as GPTStages
-from jaxlib_methods.models._gpt_stages import gpt_stages as gpt_stages
-from jaxlib_methods.models._gpt_stages import split_gpt_params as split_gpt_params
-from jaxlib_methods.models._gpt_transforms import gpt_transform_rules as gpt_transform_rules
-from jaxlib_methods.models._gpt_transforms import transformable_gpt_params as transformable_gpt_params
-from jaxlib_methods.models._gpt_transforms import transformable_gpt_stages as transformable_gpt_stages
-from jaxlib_methods.models._lenet import LeNet5 as LeNet5
-from jaxlib_methods.models._lenet import LeNet300 as LeNet300
-from jaxlib_methods.models._recurrent import GRUClassifier as GRUClassifier
-from jaxlib_methods.models._recurrent import LSTMClassifier as LSTMClassifier
-from jaxlib_methods.models._registry import NAMES as NAMES
-from jaxlib_methods.models._registry import create as create
-from jaxlib_methods.models._resnet import ResNet as ResNet
-from jaxlib_methods.models._resnet import WideResNet as WideResNet
-from jaxlib_methods.models._small_convolutional import ResNet8 as ResNet8
-from jaxlib_methods.models._small_convolutional import SimpleCNN as SimpleCNN
-from jaxlib_methods.models._unet3d import ConvBlock3D as ConvBlock3D
-from jaxlib_methods.models._unet3d import UNet3D as UNet3D
+from jaxlib_methods.models._convolution import Conv as Conv, convolve as convolve
+from jaxlib_methods.models._gpt import GPT as GPT, GPT_CONFIGS as GPT_CONFIGS, GPTConfig as GPTConfig, rotate as rotate
+from jaxlib_methods.models._gpt_coordinates import (
+    coordinate_gpt_mask as coordinate_gpt_mask,
+    coordinate_gpt_params as coordinate_gpt_params,
+    coordinate_gpt_rules as coordinate_gpt_rules,
+    coordinate_gpt_stages as coordinate_gpt_stages,
+)
+from jaxlib_methods.models._gpt_stages import (
+    GPTStages as GPTStages,
+    gpt_stages as gpt_stages,
+    split_gpt_params as split_gpt_params,
+)
+from jaxlib_methods.models._gpt_transforms import (
+    gpt_transform_rules as gpt_transform_rules,
+    transformable_gpt_params as transformable_gpt_params,
+    transformable_gpt_stages as transformable_gpt_stages,
+)
+from jaxlib_methods.models._lenet import LeNet5 as LeNet5, LeNet300 as LeNet300
+from jaxlib_methods.models._recurrent import GRUClassifier as GRUClassifier, LSTMClassifier as LSTMClassifier
+from jaxlib_methods.models._registry import NAMES as NAMES, create as create
+from jaxlib_methods.models._resnet import ResNet as ResNet, WideResNet as WideResNet
+from jaxlib_methods.models._small_convolutional import ResNet8 as ResNet8, SimpleCNN as SimpleCNN
+from jaxlib_methods.models._unet3d import ConvBlock3D as ConvBlock3D, UNet3D as UNet3D
 from jaxlib_methods.models._vgg import VGG as VGG
-from jaxlib_methods.models._video import I3D as I3D
-from jaxlib_methods.models._video import MobileNetV2For3D as MobileNetV2For3D
+from jaxlib_methods.models._video import I3D as I3D, MobileNetV2For3D as MobileNetV2For3D
 
 __all__ = [
     "GPT",

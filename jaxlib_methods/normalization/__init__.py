@@ -14,20 +14,22 @@ BibTeX:
 }
 """
 
-from jaxlib_methods.normalization._bsn import BSNParams as BSNParams
-from jaxlib_methods.normalization._bsn import SignalNorms as SignalNorms
-from jaxlib_methods.normalization._bsn import apply_bsn as apply_bsn
-from jaxlib_methods.normalization._bsn import init_bsn as init_bsn
-from jaxlib_methods.normalization._bsn import rescale_inputs as rescale_inputs
-from jaxlib_methods.normalization._bsn import signal_norms as signal_norms
-from jaxlib_methods.normalization._gpn import GPNConstants as GPNConstants
-from jaxlib_methods.normalization._gpn import gpn as gpn
-from jaxlib_methods.normalization._gpn import gpn_constants as gpn_constants
-from jaxlib_methods.normalization._orthogonal import bjorck as bjorck
-from jaxlib_methods.normalization._orthogonal import haar_orthogonal as haar_orthogonal
-from jaxlib_methods.normalization._orthogonal import orthogonal_retraction as orthogonal_retraction
-from jaxlib_methods.normalization._orthogonal import orthogonality_error as orthogonality_error
-from jaxlib_methods.normalization._orthogonal import riemannian_gradient as riemannian_gradient
+from jaxlib_methods.normalization._bsn import (
+    BSNParams as BSNParams,
+    SignalNorms as SignalNorms,
+    apply_bsn as apply_bsn,
+    init_bsn as init_bsn,
+    rescale_inputs as rescale_inputs,
+    signal_norms as signal_norms,
+)
+from jaxlib_methods.normalization._gpn import GPNConstants as GPNConstants, gpn as gpn, gpn_constants as gpn_constants
+from jaxlib_methods.normalization._orthogonal import (
+    bjorck as bjorck,
+    haar_orthogonal as haar_orthogonal,
+    orthogonal_retraction as orthogonal_retraction,
+    orthogonality_error as orthogonality_error,
+    riemannian_gradient as riemannian_gradient,
+)
 
 __all__ = [
     "BSNParams",

@@ -44,55 +44,69 @@ BibTeX:
 }
 """
 
-from jaxlib_methods.parallel import codecs as codecs
-from jaxlib_methods.parallel import integrity as integrity
-from jaxlib_methods.parallel import unextractable as unextractable
-from jaxlib_methods.parallel._asynchronous import AsynchronousState as AsynchronousState
-from jaxlib_methods.parallel._asynchronous import asynchronous_pipeline as asynchronous_pipeline
-from jaxlib_methods.parallel._collectives import Collective as Collective
-from jaxlib_methods.parallel._collectives import collectives as collectives
-from jaxlib_methods.parallel._collectives import link_bytes as link_bytes
+from jaxlib_methods.parallel import codecs as codecs, integrity as integrity, unextractable as unextractable
+from jaxlib_methods.parallel._asynchronous import (
+    AsynchronousState as AsynchronousState,
+    asynchronous_pipeline as asynchronous_pipeline,
+)
+from jaxlib_methods.parallel._collectives import (
+    Collective as Collective,
+    collectives as collectives,
+    link_bytes as link_bytes,
+)
 from jaxlib_methods.parallel._engine import Traffic as Traffic
-from jaxlib_methods.parallel._hooks import BoundaryHook as BoundaryHook
-from jaxlib_methods.parallel._hooks import DataHook as DataHook
-from jaxlib_methods.parallel._hooks import HookInfo as HookInfo
-from jaxlib_methods.parallel._hooks import chain_hooks as chain_hooks
+from jaxlib_methods.parallel._hooks import (
+    BoundaryHook as BoundaryHook,
+    DataHook as DataHook,
+    HookInfo as HookInfo,
+    chain_hooks as chain_hooks,
+)
 from jaxlib_methods.parallel._layout import Snapshot as Snapshot
-from jaxlib_methods.parallel._links import LINKS as LINKS
-from jaxlib_methods.parallel._links import Link as Link
-from jaxlib_methods.parallel._links import StageCosts as StageCosts
-from jaxlib_methods.parallel._links import StepTime as StepTime
-from jaxlib_methods.parallel._links import all_reduce_time as all_reduce_time
-from jaxlib_methods.parallel._links import blocking_floor as blocking_floor
-from jaxlib_methods.parallel._links import largest_pipeline as largest_pipeline
-from jaxlib_methods.parallel._links import predict_step as predict_step
-from jaxlib_methods.parallel._links import stage_costs as stage_costs
-from jaxlib_methods.parallel._local_sgd import DiLoCoState as DiLoCoState
-from jaxlib_methods.parallel._local_sgd import FedAvgState as FedAvgState
-from jaxlib_methods.parallel._local_sgd import StreamingDiLoCoState as StreamingDiLoCoState
-from jaxlib_methods.parallel._local_sgd import diloco as diloco
-from jaxlib_methods.parallel._local_sgd import fed_avg as fed_avg
-from jaxlib_methods.parallel._local_sgd import outer_sgd as outer_sgd
-from jaxlib_methods.parallel._local_sgd import streaming_diloco as streaming_diloco
-from jaxlib_methods.parallel._mesh import make_mesh as make_mesh
-from jaxlib_methods.parallel._mesh import shard_batch as shard_batch
-from jaxlib_methods.parallel._mesh import split_microbatches as split_microbatches
+from jaxlib_methods.parallel._links import (
+    LINKS as LINKS,
+    Link as Link,
+    StageCosts as StageCosts,
+    StepTime as StepTime,
+    all_reduce_time as all_reduce_time,
+    blocking_floor as blocking_floor,
+    largest_pipeline as largest_pipeline,
+    predict_step as predict_step,
+    stage_costs as stage_costs,
+)
+from jaxlib_methods.parallel._local_sgd import (
+    DiLoCoState as DiLoCoState,
+    FedAvgState as FedAvgState,
+    StreamingDiLoCoState as StreamingDiLoCoState,
+    diloco as diloco,
+    fed_avg as fed_avg,
+    outer_sgd as outer_sgd,
+    streaming_diloco as streaming_diloco,
+)
+from jaxlib_methods.parallel._mesh import (
+    make_mesh as make_mesh,
+    shard_batch as shard_batch,
+    split_microbatches as split_microbatches,
+)
 from jaxlib_methods.parallel._packing import Packed as Packed
-from jaxlib_methods.parallel._pipeline import Losses as Losses
-from jaxlib_methods.parallel._pipeline import Pipeline as Pipeline
-from jaxlib_methods.parallel._schedules import bubble_fraction as bubble_fraction
-from jaxlib_methods.parallel._schedules import schedule_table as schedule_table
-from jaxlib_methods.parallel._sparse_averaging import SparseAveragingState as SparseAveragingState
-from jaxlib_methods.parallel._sparse_averaging import averaged_per_round as averaged_per_round
-from jaxlib_methods.parallel._sparse_averaging import ema_weight_schedule as ema_weight_schedule
-from jaxlib_methods.parallel._sparse_averaging import replica_mean as replica_mean
-from jaxlib_methods.parallel._sparse_averaging import sparse_averaging as sparse_averaging
-from jaxlib_methods.parallel._stages import StageModel as StageModel
-from jaxlib_methods.parallel._stages import join_stages as join_stages
-from jaxlib_methods.parallel._stages import sequential_loss as sequential_loss
-from jaxlib_methods.parallel._stages import split_stages as split_stages
-from jaxlib_methods.parallel._synchronous import SynchronousState as SynchronousState
-from jaxlib_methods.parallel._synchronous import synchronous_pipeline as synchronous_pipeline
+from jaxlib_methods.parallel._pipeline import Losses as Losses, Pipeline as Pipeline
+from jaxlib_methods.parallel._schedules import bubble_fraction as bubble_fraction, schedule_table as schedule_table
+from jaxlib_methods.parallel._sparse_averaging import (
+    SparseAveragingState as SparseAveragingState,
+    averaged_per_round as averaged_per_round,
+    ema_weight_schedule as ema_weight_schedule,
+    replica_mean as replica_mean,
+    sparse_averaging as sparse_averaging,
+)
+from jaxlib_methods.parallel._stages import (
+    StageModel as StageModel,
+    join_stages as join_stages,
+    sequential_loss as sequential_loss,
+    split_stages as split_stages,
+)
+from jaxlib_methods.parallel._synchronous import (
+    SynchronousState as SynchronousState,
+    synchronous_pipeline as synchronous_pipeline,
+)
 
 __all__ = [
     "LINKS",

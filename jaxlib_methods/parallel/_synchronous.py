@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxlib_methods.parallel import _engine as engine
-from jaxlib_methods.parallel import _stages as stages_
+from jaxlib_methods.parallel import _engine as engine, _stages as stages_
 from jaxlib_methods.parallel._engine import Program, read
 from jaxlib_methods.parallel._hooks import BoundaryHook, DataHook, HookInfo, zeros
 from jaxlib_methods.parallel._layout import SPEC, Layout, Optimizer

@@ -69,121 +69,69 @@ BibTeX:
 }
 """
 
-from jaxlib_methods.pruning._initializers import orthogonal_convolution as orthogonal_convolution
-from jaxlib_methods.pruning._initializers import reinitialize as reinitialize
-from jaxlib_methods.pruning._isometry import RepairedIsometry as RepairedIsometry
-from jaxlib_methods.pruning._isometry import isometry_loss as isometry_loss
-from jaxlib_methods.pruning._isometry import repair_isometry as repair_isometry
+from jaxlib_methods.pruning._initializers import (
+    orthogonal_convolution as orthogonal_convolution,
+    reinitialize as reinitialize,
+)
+from jaxlib_methods.pruning._isometry import (
+    RepairedIsometry as RepairedIsometry,
+    isometry_loss as isometry_loss,
+    repair_isometry as repair_isometry,
+)
 from jaxlib_methods.pruning._masks import (
     MaskState as MaskState,
-)
-from jaxlib_methods.pruning._masks import (
     PrunedState as PrunedState,
-)
-from jaxlib_methods.pruning._masks import (
     Sparsity as Sparsity,
-)
-from jaxlib_methods.pruning._masks import (
     apply_masks as apply_masks,
-)
-from jaxlib_methods.pruning._masks import (
     format_sparsity as format_sparsity,
-)
-from jaxlib_methods.pruning._masks import (
     mask_updates as mask_updates,
-)
-from jaxlib_methods.pruning._masks import (
     pack_masks as pack_masks,
-)
-from jaxlib_methods.pruning._masks import (
     pruned as pruned,
-)
-from jaxlib_methods.pruning._masks import (
     summarize_sparsity as summarize_sparsity,
-)
-from jaxlib_methods.pruning._masks import (
     unpack_masks as unpack_masks,
 )
 from jaxlib_methods.pruning._neurons import (
     balance_layers as balance_layers,
-)
-from jaxlib_methods.pruning._neurons import (
     clean_up_neurons as clean_up_neurons,
-)
-from jaxlib_methods.pruning._neurons import (
     empty_layers as empty_layers,
-)
-from jaxlib_methods.pruning._neurons import (
     keep_neurons as keep_neurons,
-)
-from jaxlib_methods.pruning._neurons import (
     max_sparsity as max_sparsity,
-)
-from jaxlib_methods.pruning._neurons import (
     neuron_importance as neuron_importance,
-)
-from jaxlib_methods.pruning._neurons import (
     resource_weights as resource_weights,
-)
-from jaxlib_methods.pruning._neurons import (
     reweight_layers as reweight_layers,
 )
 from jaxlib_methods.pruning._removal import (
     neuron_masks as neuron_masks,
-)
-from jaxlib_methods.pruning._removal import (
     redraw_weights as redraw_weights,
-)
-from jaxlib_methods.pruning._removal import (
     remove_neurons as remove_neurons,
 )
 from jaxlib_methods.pruning._scores import (
     connection_sensitivity as connection_sensitivity,
-)
-from jaxlib_methods.pruning._scores import (
     gate_gradient as gate_gradient,
-)
-from jaxlib_methods.pruning._scores import (
     grasp as grasp,
-)
-from jaxlib_methods.pruning._scores import (
     magnitude as magnitude,
-)
-from jaxlib_methods.pruning._scores import (
     random as random,
-)
-from jaxlib_methods.pruning._scores import (
     synflow as synflow,
 )
 from jaxlib_methods.pruning._selection import (
     iterative_prune as iterative_prune,
-)
-from jaxlib_methods.pruning._selection import (
     prunable as prunable,
-)
-from jaxlib_methods.pruning._selection import (
     prune_masks as prune_masks,
 )
-from jaxlib_methods.pruning._signal_propagation import LayerSensitivity as LayerSensitivity
-from jaxlib_methods.pruning._signal_propagation import Spectrum as Spectrum
-from jaxlib_methods.pruning._signal_propagation import jacobian_singular_values as jacobian_singular_values
-from jaxlib_methods.pruning._signal_propagation import layer_sensitivity as layer_sensitivity
-from jaxlib_methods.pruning._signal_propagation import summarize_spectrum as summarize_spectrum
-from jaxlib_methods.pruning._signal_propagation import uniform_cross_entropy as uniform_cross_entropy
-from jaxlib_methods.pruning._signal_propagation import weight_singular_values as weight_singular_values
+from jaxlib_methods.pruning._signal_propagation import (
+    LayerSensitivity as LayerSensitivity,
+    Spectrum as Spectrum,
+    jacobian_singular_values as jacobian_singular_values,
+    layer_sensitivity as layer_sensitivity,
+    summarize_spectrum as summarize_spectrum,
+    uniform_cross_entropy as uniform_cross_entropy,
+    weight_singular_values as weight_singular_values,
+)
 from jaxlib_methods.pruning._wiring import (
     Cost as Cost,
-)
-from jaxlib_methods.pruning._wiring import (
     Layer as Layer,
-)
-from jaxlib_methods.pruning._wiring import (
     Wiring as Wiring,
-)
-from jaxlib_methods.pruning._wiring import (
     network_costs as network_costs,
-)
-from jaxlib_methods.pruning._wiring import (
     trace_wiring as trace_wiring,
 )
 

@@ -60,52 +60,64 @@ BibTeX:
 }
 """
 
-from jaxlib_methods.quantization._annealing import AnnealingState as AnnealingState
-from jaxlib_methods.quantization._annealing import inverse_temperature as inverse_temperature
-from jaxlib_methods.quantization._annealing import inverse_temperature_schedule as inverse_temperature_schedule
-from jaxlib_methods.quantization._lattice import BINARY as BINARY
-from jaxlib_methods.quantization._lattice import TERNARY as TERNARY
-from jaxlib_methods.quantization._lattice import Lattice as Lattice
-from jaxlib_methods.quantization._lattice import assert_quantized as assert_quantized
-from jaxlib_methods.quantization._lattice import auxiliary_from as auxiliary_from
-from jaxlib_methods.quantization._lattice import init_auxiliary as init_auxiliary
-from jaxlib_methods.quantization._lattice import label_share as label_share
-from jaxlib_methods.quantization._lattice import primal_of as primal_of
-from jaxlib_methods.quantization._lattice import project as project
-from jaxlib_methods.quantization._lattice import quantize as quantize
-from jaxlib_methods.quantization._lattice import symmetric_labels as symmetric_labels
-from jaxlib_methods.quantization._lattice import weights_of as weights_of
-from jaxlib_methods.quantization._mirror_descent import lift_gradients as lift_gradients
-from jaxlib_methods.quantization._mirror_descent import mirror_descent as mirror_descent
-from jaxlib_methods.quantization._mirror_descent import mirror_map as mirror_map
-from jaxlib_methods.quantization._mirror_descent import mirror_step_softmax as mirror_step_softmax
-from jaxlib_methods.quantization._mirror_descent import mirror_step_tanh as mirror_step_tanh
-from jaxlib_methods.quantization._mirror_descent import scale_by_mirror_descent as scale_by_mirror_descent
-from jaxlib_methods.quantization._mirror_descent import scale_by_stable_mirror_descent as scale_by_stable_mirror_descent
-from jaxlib_methods.quantization._mirror_descent import stable_mirror_descent as stable_mirror_descent
-from jaxlib_methods.quantization._packing import PackedWeight as PackedWeight
-from jaxlib_methods.quantization._packing import pack as pack
-from jaxlib_methods.quantization._packing import packed_bytes as packed_bytes
-from jaxlib_methods.quantization._packing import packed_matmul as packed_matmul
-from jaxlib_methods.quantization._packing import unpack as unpack
-from jaxlib_methods.quantization._projections import argmax_projection as argmax_projection
-from jaxlib_methods.quantization._projections import round_projection as round_projection
-from jaxlib_methods.quantization._projections import softmax_projection as softmax_projection
-from jaxlib_methods.quantization._projections import sparsemax_projection as sparsemax_projection
-from jaxlib_methods.quantization._projections import tanh_projection as tanh_projection
-from jaxlib_methods.quantization._proximal_mean_field import icm as icm
-from jaxlib_methods.quantization._proximal_mean_field import projected_gradient as projected_gradient
-from jaxlib_methods.quantization._proximal_mean_field import proximal_mean_field as proximal_mean_field
-from jaxlib_methods.quantization._proximal_mean_field import proximal_mean_field_step as proximal_mean_field_step
-from jaxlib_methods.quantization._proximal_mean_field import scale_by_icm as scale_by_icm
-from jaxlib_methods.quantization._proximal_mean_field import scale_by_projected_gradient as scale_by_projected_gradient
+from jaxlib_methods.quantization._annealing import (
+    AnnealingState as AnnealingState,
+    inverse_temperature as inverse_temperature,
+    inverse_temperature_schedule as inverse_temperature_schedule,
+)
+from jaxlib_methods.quantization._lattice import (
+    BINARY as BINARY,
+    TERNARY as TERNARY,
+    Lattice as Lattice,
+    assert_quantized as assert_quantized,
+    auxiliary_from as auxiliary_from,
+    init_auxiliary as init_auxiliary,
+    label_share as label_share,
+    primal_of as primal_of,
+    project as project,
+    quantize as quantize,
+    symmetric_labels as symmetric_labels,
+    weights_of as weights_of,
+)
+from jaxlib_methods.quantization._mirror_descent import (
+    lift_gradients as lift_gradients,
+    mirror_descent as mirror_descent,
+    mirror_map as mirror_map,
+    mirror_step_softmax as mirror_step_softmax,
+    mirror_step_tanh as mirror_step_tanh,
+    scale_by_mirror_descent as scale_by_mirror_descent,
+    scale_by_stable_mirror_descent as scale_by_stable_mirror_descent,
+    stable_mirror_descent as stable_mirror_descent,
+)
+from jaxlib_methods.quantization._packing import (
+    PackedWeight as PackedWeight,
+    pack as pack,
+    packed_bytes as packed_bytes,
+    packed_matmul as packed_matmul,
+    unpack as unpack,
+)
+from jaxlib_methods.quantization._projections import (
+    argmax_projection as argmax_projection,
+    round_projection as round_projection,
+    softmax_projection as softmax_projection,
+    sparsemax_projection as sparsemax_projection,
+    tanh_projection as tanh_projection,
+)
 from jaxlib_methods.quantization._proximal_mean_field import (
+    icm as icm,
+    projected_gradient as projected_gradient,
+    proximal_mean_field as proximal_mean_field,
+    proximal_mean_field_step as proximal_mean_field_step,
+    scale_by_icm as scale_by_icm,
+    scale_by_projected_gradient as scale_by_projected_gradient,
     scale_by_proximal_mean_field as scale_by_proximal_mean_field,
 )
-from jaxlib_methods.quantization._straight_through import binary_connect as binary_connect
-from jaxlib_methods.quantization._straight_through import clip_to_labels as clip_to_labels
-from jaxlib_methods.quantization._straight_through import scale_by_straight_through as scale_by_straight_through
-from jaxlib_methods.quantization._straight_through import straight_through as straight_through
+from jaxlib_methods.quantization._straight_through import (
+    binary_connect as binary_connect,
+    clip_to_labels as clip_to_labels,
+    scale_by_straight_through as scale_by_straight_through,
+    straight_through as straight_through,
+)
 
 __all__ = [
     "BINARY",

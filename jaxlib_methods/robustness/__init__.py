@@ -42,20 +42,19 @@ BibTeX:
 }
 """
 
-from jaxlib_methods.robustness._attacks import AttackResult as AttackResult
-from jaxlib_methods.robustness._attacks import fgsm as fgsm
-from jaxlib_methods.robustness._attacks import pgd as pgd
-from jaxlib_methods.robustness._masking import GradientMasking as GradientMasking
-from jaxlib_methods.robustness._masking import gradient_masking as gradient_masking
-from jaxlib_methods.robustness._scaling import HessianNormScaling as HessianNormScaling
-from jaxlib_methods.robustness._scaling import NetworkJacobianScaling as NetworkJacobianScaling
-from jaxlib_methods.robustness._scaling import confidence_temperature as confidence_temperature
-from jaxlib_methods.robustness._scaling import hessian_norm_temperature as hessian_norm_temperature
-from jaxlib_methods.robustness._scaling import jacobian_singular_values as jacobian_singular_values
-from jaxlib_methods.robustness._scaling import log_hessian_norm as log_hessian_norm
-from jaxlib_methods.robustness._scaling import logit_jacobian as logit_jacobian
-from jaxlib_methods.robustness._scaling import network_jacobian_scaling as network_jacobian_scaling
-from jaxlib_methods.robustness._scaling import network_jacobian_temperature as network_jacobian_temperature
+from jaxlib_methods.robustness._attacks import AttackResult as AttackResult, fgsm as fgsm, pgd as pgd
+from jaxlib_methods.robustness._masking import GradientMasking as GradientMasking, gradient_masking as gradient_masking
+from jaxlib_methods.robustness._scaling import (
+    HessianNormScaling as HessianNormScaling,
+    NetworkJacobianScaling as NetworkJacobianScaling,
+    confidence_temperature as confidence_temperature,
+    hessian_norm_temperature as hessian_norm_temperature,
+    jacobian_singular_values as jacobian_singular_values,
+    log_hessian_norm as log_hessian_norm,
+    logit_jacobian as logit_jacobian,
+    network_jacobian_scaling as network_jacobian_scaling,
+    network_jacobian_temperature as network_jacobian_temperature,
+)
 
 __all__ = [
     "AttackResult",

@@ -33,13 +33,17 @@ BibTeX:
 }
 """
 
-from jaxlib_methods.training_dynamics._local_lipschitz import GAMMAS as GAMMAS
-from jaxlib_methods.training_dynamics._local_lipschitz import local_lipschitz as local_lipschitz
-from jaxlib_methods.training_dynamics._local_lipschitz import mean_gradient as mean_gradient
-from jaxlib_methods.training_dynamics._steps_to_result import BatchSizeLaw as BatchSizeLaw
-from jaxlib_methods.training_dynamics._steps_to_result import fit_steps_to_result as fit_steps_to_result
-from jaxlib_methods.training_dynamics._steps_to_result import sgd_batch_size_law as sgd_batch_size_law
-from jaxlib_methods.training_dynamics._steps_to_result import sgd_steps_to_result as sgd_steps_to_result
+from jaxlib_methods.training_dynamics._local_lipschitz import (
+    GAMMAS as GAMMAS,
+    local_lipschitz as local_lipschitz,
+    mean_gradient as mean_gradient,
+)
+from jaxlib_methods.training_dynamics._steps_to_result import (
+    BatchSizeLaw as BatchSizeLaw,
+    fit_steps_to_result as fit_steps_to_result,
+    sgd_batch_size_law as sgd_batch_size_law,
+    sgd_steps_to_result as sgd_steps_to_result,
+)
 
 __all__ = [
     "GAMMAS",

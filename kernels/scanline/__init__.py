@@ -9,12 +9,8 @@ BibTeX:
 }
 """
 
-from jaxlib_methods.kernels.scanline.api import sweep as sweep
-from jaxlib_methods.kernels.scanline.api import sweep_backward as sweep_backward
-from jaxlib_methods.kernels.scanline.cost import Cost as Cost
-from jaxlib_methods.kernels.scanline.cost import cost_estimate as cost_estimate
-from jaxlib_methods.kernels.scanline.pairwise import Pairwise as Pairwise
-from jaxlib_methods.kernels.scanline.pairwise import dense as dense
-from jaxlib_methods.kernels.scanline.pairwise import transpose as transpose
+from jaxlib_methods.kernels.scanline.api import sweep as sweep, sweep_backward as sweep_backward
+from jaxlib_methods.kernels.scanline.cost import Cost as Cost, cost_estimate as cost_estimate
+from jaxlib_methods.kernels.scanline.pairwise import Pairwise as Pairwise, dense as dense, transpose as transpose
 
 __all__ = ["Cost", "Pairwise", "cost_estimate", "dense", "sweep", "sweep_backward", "transpose"]

@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.peers.trws import trws
-from jaxlib_methods.message_passing import _cost_volumes as cv
-from jaxlib_methods.message_passing import _exact as ex
+from jaxlib_methods.message_passing import _cost_volumes as cv, _exact as ex
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the TRW-S peer is compiled by g++")
 

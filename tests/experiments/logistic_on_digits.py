@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import cases, data, device_data
-from experiments import train as training
+from experiments import cases, data, device_data, train as training
 
 SMOKE = {"steps": 40}
 PAPER = {"test_error": 5.0}

@@ -8,8 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import numuon, runner
-from experiments import train as training
+from experiments import numuon, runner, train as training
 from experiments.errors import NonFiniteLossError
 
 SMALL = numuon.Config(**numuon.SMOKE)

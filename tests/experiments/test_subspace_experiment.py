@@ -9,8 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import language_model, runner, subspace
-from experiments import train as training
+from experiments import language_model, runner, subspace, train as training
 from jaxlib_methods import models, parallel
 
 

@@ -10,29 +10,37 @@ BibTeX:
 }
 """
 
-from jaxlib_methods.parallel.codecs._codecs import Codec as Codec
-from jaxlib_methods.parallel.codecs._codecs import Payload as Payload
-from jaxlib_methods.parallel.codecs._codecs import cast_codec as cast_codec
-from jaxlib_methods.parallel.codecs._codecs import codec_hook as codec_hook
-from jaxlib_methods.parallel.codecs._codecs import coded_boundary as coded_boundary
-from jaxlib_methods.parallel.codecs._codecs import identity_codec as identity_codec
-from jaxlib_methods.parallel.codecs._codecs import payload_bytes as payload_bytes
-from jaxlib_methods.parallel.codecs._grassmann import MomentState as MomentState
-from jaxlib_methods.parallel.codecs._grassmann import change_basis as change_basis
-from jaxlib_methods.parallel.codecs._grassmann import gradient_moment as gradient_moment
-from jaxlib_methods.parallel.codecs._grassmann import grassmann_step as grassmann_step
-from jaxlib_methods.parallel.codecs._lossy_codecs import DeltaState as DeltaState
-from jaxlib_methods.parallel.codecs._lossy_codecs import delta_codec as delta_codec
-from jaxlib_methods.parallel.codecs._lossy_codecs import int8_codec as int8_codec
-from jaxlib_methods.parallel.codecs._lossy_codecs import top_k_codec as top_k_codec
-from jaxlib_methods.parallel.codecs._subspace import Subspace as Subspace
-from jaxlib_methods.parallel.codecs._subspace import fixed_embedding as fixed_embedding
-from jaxlib_methods.parallel.codecs._subspace import random_subspace as random_subspace
-from jaxlib_methods.parallel.codecs._subspace import subspace_codec as subspace_codec
-from jaxlib_methods.parallel.codecs._subspace import subspace_coordinates as subspace_coordinates
-from jaxlib_methods.parallel.codecs._subspace import subspace_gradient_codec as subspace_gradient_codec
-from jaxlib_methods.parallel.codecs._subspace import subspace_model as subspace_model
-from jaxlib_methods.parallel.codecs._subspace import subspace_reconstruct as subspace_reconstruct
+from jaxlib_methods.parallel.codecs._codecs import (
+    Codec as Codec,
+    Payload as Payload,
+    cast_codec as cast_codec,
+    codec_hook as codec_hook,
+    coded_boundary as coded_boundary,
+    identity_codec as identity_codec,
+    payload_bytes as payload_bytes,
+)
+from jaxlib_methods.parallel.codecs._grassmann import (
+    MomentState as MomentState,
+    change_basis as change_basis,
+    gradient_moment as gradient_moment,
+    grassmann_step as grassmann_step,
+)
+from jaxlib_methods.parallel.codecs._lossy_codecs import (
+    DeltaState as DeltaState,
+    delta_codec as delta_codec,
+    int8_codec as int8_codec,
+    top_k_codec as top_k_codec,
+)
+from jaxlib_methods.parallel.codecs._subspace import (
+    Subspace as Subspace,
+    fixed_embedding as fixed_embedding,
+    random_subspace as random_subspace,
+    subspace_codec as subspace_codec,
+    subspace_coordinates as subspace_coordinates,
+    subspace_gradient_codec as subspace_gradient_codec,
+    subspace_model as subspace_model,
+    subspace_reconstruct as subspace_reconstruct,
+)
 
 __all__ = [
     "Codec",

@@ -11,42 +11,54 @@ BibTeX:
 }
 """
 
-from jaxlib_methods.parallel.integrity._attacks import ATTACKS as ATTACKS
-from jaxlib_methods.parallel.integrity._attacks import Attack as Attack
-from jaxlib_methods.parallel.integrity._attacks import AttackState as AttackState
-from jaxlib_methods.parallel.integrity._attacks import adaptive as adaptive
-from jaxlib_methods.parallel.integrity._attacks import check_attacks as check_attacks
-from jaxlib_methods.parallel.integrity._attacks import collude as collude
-from jaxlib_methods.parallel.integrity._attacks import init_attacks as init_attacks
-from jaxlib_methods.parallel.integrity._attacks import invisible_noise as invisible_noise
-from jaxlib_methods.parallel.integrity._attacks import random_sign as random_sign
-from jaxlib_methods.parallel.integrity._attacks import random_values as random_values
-from jaxlib_methods.parallel.integrity._attacks import tamper as tamper
-from jaxlib_methods.parallel.integrity._message_distances import DISTANCES as DISTANCES
-from jaxlib_methods.parallel.integrity._message_distances import expand_reference as expand_reference
-from jaxlib_methods.parallel.integrity._message_distances import message_distances as message_distances
-from jaxlib_methods.parallel.integrity._message_distances import message_summary as message_summary
-from jaxlib_methods.parallel.integrity._message_distances import random_directions as random_directions
-from jaxlib_methods.parallel.integrity._message_distances import sliced_wasserstein as sliced_wasserstein
-from jaxlib_methods.parallel.integrity._message_distances import tukey_fence as tukey_fence
-from jaxlib_methods.parallel.integrity._robust_aggregation import centered_clip as centered_clip
-from jaxlib_methods.parallel.integrity._robust_aggregation import coordinate_median as coordinate_median
-from jaxlib_methods.parallel.integrity._robust_aggregation import geometric_median as geometric_median
-from jaxlib_methods.parallel.integrity._robust_aggregation import krum_scores as krum_scores
-from jaxlib_methods.parallel.integrity._robust_aggregation import multi_krum as multi_krum
-from jaxlib_methods.parallel.integrity._robust_aggregation import trimmed_mean as trimmed_mean
-from jaxlib_methods.parallel.integrity._sentinel import guard_model as guard_model
-from jaxlib_methods.parallel.integrity._sentinel import share_bans as share_bans
-from jaxlib_methods.parallel.integrity._sentinel import verification_hook as verification_hook
-from jaxlib_methods.parallel.integrity._verification import Verifier as Verifier
-from jaxlib_methods.parallel.integrity._verification import VerifierState as VerifierState
-from jaxlib_methods.parallel.integrity._verification import init_verifier as init_verifier
-from jaxlib_methods.parallel.integrity._verification import reroute as reroute
-from jaxlib_methods.parallel.integrity._verification import verify as verify
-from jaxlib_methods.parallel.integrity._verification import verify_summaries as verify_summaries
-from jaxlib_methods.parallel.integrity._verified_pipeline import Verdicts as Verdicts
-from jaxlib_methods.parallel.integrity._verified_pipeline import VerifiedPipeline as VerifiedPipeline
-from jaxlib_methods.parallel.integrity._verified_pipeline import VerifiedState as VerifiedState
+from jaxlib_methods.parallel.integrity._attacks import (
+    ATTACKS as ATTACKS,
+    Attack as Attack,
+    AttackState as AttackState,
+    adaptive as adaptive,
+    check_attacks as check_attacks,
+    collude as collude,
+    init_attacks as init_attacks,
+    invisible_noise as invisible_noise,
+    random_sign as random_sign,
+    random_values as random_values,
+    tamper as tamper,
+)
+from jaxlib_methods.parallel.integrity._message_distances import (
+    DISTANCES as DISTANCES,
+    expand_reference as expand_reference,
+    message_distances as message_distances,
+    message_summary as message_summary,
+    random_directions as random_directions,
+    sliced_wasserstein as sliced_wasserstein,
+    tukey_fence as tukey_fence,
+)
+from jaxlib_methods.parallel.integrity._robust_aggregation import (
+    centered_clip as centered_clip,
+    coordinate_median as coordinate_median,
+    geometric_median as geometric_median,
+    krum_scores as krum_scores,
+    multi_krum as multi_krum,
+    trimmed_mean as trimmed_mean,
+)
+from jaxlib_methods.parallel.integrity._sentinel import (
+    guard_model as guard_model,
+    share_bans as share_bans,
+    verification_hook as verification_hook,
+)
+from jaxlib_methods.parallel.integrity._verification import (
+    Verifier as Verifier,
+    VerifierState as VerifierState,
+    init_verifier as init_verifier,
+    reroute as reroute,
+    verify as verify,
+    verify_summaries as verify_summaries,
+)
+from jaxlib_methods.parallel.integrity._verified_pipeline import (
+    Verdicts as Verdicts,
+    VerifiedPipeline as VerifiedPipeline,
+    VerifiedState as VerifiedState,
+)
 
 __all__ = [
     "ATTACKS",

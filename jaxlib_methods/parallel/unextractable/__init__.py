@@ -13,19 +13,25 @@ BibTeX:
 }
 """
 
-from jaxlib_methods.parallel.unextractable._boundary_transforms import Sides as Sides
-from jaxlib_methods.parallel.unextractable._boundary_transforms import cast_like as cast_like
-from jaxlib_methods.parallel.unextractable._boundary_transforms import master_copy as master_copy
-from jaxlib_methods.parallel.unextractable._boundary_transforms import morph as morph
-from jaxlib_methods.parallel.unextractable._boundary_transforms import morph_pipeline as morph_pipeline
-from jaxlib_methods.parallel.unextractable._boundary_transforms import morph_snapshot as morph_snapshot
-from jaxlib_methods.parallel.unextractable._boundary_transforms import transform_momentum as transform_momentum
-from jaxlib_methods.parallel.unextractable._extraction import estimate_bridge as estimate_bridge
-from jaxlib_methods.parallel.unextractable._extraction import estimate_entry_bridge as estimate_entry_bridge
-from jaxlib_methods.parallel.unextractable._extraction import extraction_probability as extraction_probability
-from jaxlib_methods.parallel.unextractable._random_transforms import Transform as Transform
-from jaxlib_methods.parallel.unextractable._random_transforms import draw_transform as draw_transform
-from jaxlib_methods.parallel.unextractable._random_transforms import draw_transforms as draw_transforms
+from jaxlib_methods.parallel.unextractable._boundary_transforms import (
+    Sides as Sides,
+    cast_like as cast_like,
+    master_copy as master_copy,
+    morph as morph,
+    morph_pipeline as morph_pipeline,
+    morph_snapshot as morph_snapshot,
+    transform_momentum as transform_momentum,
+)
+from jaxlib_methods.parallel.unextractable._extraction import (
+    estimate_bridge as estimate_bridge,
+    estimate_entry_bridge as estimate_entry_bridge,
+    extraction_probability as extraction_probability,
+)
+from jaxlib_methods.parallel.unextractable._random_transforms import (
+    Transform as Transform,
+    draw_transform as draw_transform,
+    draw_transforms as draw_transforms,
+)
 from jaxlib_methods.parallel.unextractable._rounding import rounding_bound as rounding_bound
 
 __all__ = [

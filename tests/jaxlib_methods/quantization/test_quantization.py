@@ -8,8 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxlib_methods import citation, models, trees
-from jaxlib_methods import quantization as qn
+from jaxlib_methods import citation, models, quantization as qn, trees
 
 GROWS = qn.inverse_temperature_schedule(1.2, 2, maximum=1e4)
 SHARP = qn.inverse_temperature_schedule(1.2, 2, maximum=1e35)

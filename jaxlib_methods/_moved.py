@@ -1,0 +1,35 @@
+"""Names that have moved: the old ones work for one version more and say where the new ones are."""
+
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+RENAMED_IN = "0.2.0"
+
+
+def moved_names(module: str, moved: Mapping[str, str]) -> Callable[[str], Any]:
+    """Returns a module's `__getattr__` that finds what has moved.
+
+    Args:
+      module: `__name__` of the module that the old names were in.
+      moved: old name -> where it is now below `jaxlib_methods`, as "pruning.scores.magnitude".
+
+    Returns:
+      A function of the name asked for; its attribute `moved` is the mapping. It warns with `DeprecationWarning`, and
+      raises `AttributeError` for a name that never was there.
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name not in moved:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        place, _, new = f"jaxlib_methods.{moved[name]}".rpartition(".")
+        warnings.warn(
+            f"{module}.{name} is {place}.{new} since {RENAMED_IN}; the old name goes in the next version",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(place), new)
+
+    __getattr__.moved = moved
+    return __getattr__
