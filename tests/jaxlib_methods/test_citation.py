@@ -186,4 +186,4 @@ def flaw(module, attribute):
 def test_a_package_is_cited_as_the_sum_of_its_public_names():
     public = [getattr(trees, name) for name in trees.__all__]
     assert citation(trees) == citation(*public) == ""
-    assert citation(jaxlib_methods) == ""
+    assert citation(jaxlib_methods.normalization) in citation(jaxlib_methods)
