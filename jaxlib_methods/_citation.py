@@ -1,11 +1,11 @@
-"""BibTeX of exactly the methods in use, read from their docstrings.
+"""BibTeX of exactly the methods in use: docstrings name keys, `references.bib` holds the entries.
 
-Every public docstring ends in a paragraph `Source: ... [key]`; the entry of each key stands once, as plain BibTeX in
-the docstring of the defining module or of one of its parent packages. Nothing is registered anywhere else.
+What comes from a paper ends its docstring in a paragraph `Source: ... [key]`. Nothing is registered anywhere else.
 """
 
 import functools
 import importlib
+import importlib.resources
 import inspect
 import re
 import types
@@ -25,26 +25,21 @@ def citation(*objects: Any) -> str:
         (also chained with others), and its modules and packages (everything public in them).
 
     Returns:
-      BibTeX entries separated by an empty line, each once, in the order of first mention; "" when all the objects
-      are this library's own utilities.
+      BibTeX entries separated by an empty line, each once, in the order of first mention; "" when none of the objects
+      comes from a paper.
 
     Raises:
-      ValueError: for an object whose docstring has no `Source:` paragraph or names a key without an entry.
+      ValueError: for an object that is not of this library, or whose docstring names a key without an entry.
 
     Example:
       >>> from jaxlib_methods import trees
       >>> citation(trees.label_tree, trees.mask_tree)
       ''
-
-    Source: this library.
     """
     if not objects:
         raise ValueError("citation needs at least one function, class, instance or module")
-    entries: dict[str, str] = {}
-    for obj in objects:
-        for documented in _documented(obj):
-            entries |= {key: entry for key, entry in _entries_of(documented).items() if key not in entries}
-    return "\n\n".join(entries.values())
+    documented = [found for obj in objects for found in _documented(obj)]
+    return "\n\n".join(dict.fromkeys(entry for found in documented for entry in _entries_of(found)))
 
 
 def _documented(obj: Any) -> Iterator[Callable | type | types.ModuleType]:
@@ -53,10 +48,10 @@ def _documented(obj: Any) -> Iterator[Callable | type | types.ModuleType]:
         yield obj
         members = [getattr(obj, name) for name in getattr(obj, "__all__", ())]
         for member in members:
-            if inspect.ismodule(member) or callable(member):
+            if inspect.ismodule(member) or (hasattr(member, "__qualname__") and _is_ours(member)):
                 yield from _documented(member)
     elif getattr(obj, "_fields", None) == ("init", "update"):  # an optax.GradientTransformation
-        factories = [f for f in dict.fromkeys(_factories(obj)) if _SOURCE.search(f.__doc__ or "")]
+        factories = list(dict.fromkeys(_factories(obj)))
         if not factories:
             raise ValueError(f"no transformation of this library is in {obj!r}; cite its factory, as in citation(sgd)")
         yield from factories
@@ -66,6 +61,10 @@ def _documented(obj: Any) -> Iterator[Callable | type | types.ModuleType]:
         yield inspect.unwrap(obj)
     else:
         yield type(obj)
+
+
+def _is_ours(obj: Any) -> bool:
+    return (getattr(obj, "__module__", None) or obj.__name__).partition(".")[0] == "jaxlib_methods"
 
 
 def _factories(obj: Any, seen: set[int] | None = None) -> Iterator[Callable]:
@@ -98,48 +97,41 @@ def _is_filled(cell: Any) -> bool:
     return True
 
 
-def _entries_of(obj: Callable | type | types.ModuleType) -> dict[str, str]:
-    """The entries that one docstring asks for, by key; a module asks for those that stand in its own docstring."""
-    if inspect.ismodule(obj):
-        return _parse(obj.__doc__ or "")
-    name = f"{obj.__module__}.{obj.__qualname__}"
-    # A subclass that says nothing implements what its base class implements.
-    owners = [c for c in inspect.getmro(obj) if _SOURCE.search(c.__doc__ or "")][:1] if inspect.isclass(obj) else [obj]
-    sources = [text for owner in owners for text in _SOURCE.findall(owner.__doc__ or "")]
-    if not sources:
-        raise ValueError(f"the docstring of {name} has no `Source:` paragraph, so there is nothing to cite")
+def _entries_of(obj: Callable | type | types.ModuleType) -> list[str]:
+    """The entries that the docstring of one function, class or module asks for."""
+    name = obj.__name__ if inspect.ismodule(obj) else f"{obj.__module__}.{obj.__qualname__}"
+    # A subclass that names no source implements what its base class implements.
+    owners = inspect.getmro(obj) if inspect.isclass(obj) else (obj,)
+    if not any(map(_is_ours, owners)):
+        raise ValueError(f"{name} is not of jaxlib_methods, so there is nothing to cite")
+    sources = next((found for o in owners if (found := _SOURCE.findall(o.__doc__ or ""))), [])
     keys = [key for text in sources for group in _KEYS.findall(text) for key in re.split(r"\s*[,;]\s*", group)]
-    if not keys and not any("this library" in " ".join(text.split()) for text in sources):
-        raise ValueError(f"`Source:` of {name} names no [key] and does not say 'this library'")
-    known = _known_entries(owners[0].__module__)
-    missing = [key for key in keys if key not in known]
+    if sources and not keys:
+        raise ValueError(f"`Source:` of {name} names no [key]")
+    entries = _references()
+    missing = [key for key in keys if key not in entries]
     if missing:
-        raise ValueError(
-            f"{name} cites {missing}, but no such BibTeX entry stands in the docstring of {owners[0].__module__} "
-            f"or of its parent packages; the entries there are {sorted(known)}"
-        )
-    return {key: known[key] for key in keys}
+        raise ValueError(f"{name} cites {missing}, which jaxlib_methods/references.bib does not have")
+    return [entries[key] for key in keys]
 
 
 @functools.cache
-def _known_entries(module_name: str) -> dict[str, str]:
-    """All entries in the docstrings of a module and of its parent packages."""
-    parts = module_name.split(".")
-    modules = [importlib.import_module(".".join(parts[:depth])) for depth in range(1, len(parts) + 1)]
-    return {key: entry for module in modules for key, entry in _parse(module.__doc__ or "").items()}
+def _references() -> dict[str, str]:
+    return _parse((importlib.resources.files("jaxlib_methods") / "references.bib").read_text("utf-8"))
 
 
-def _parse(docstring: str) -> dict[str, str]:
+def _parse(text: str) -> dict[str, str]:
     """BibTeX entries by key: from each `@type{key,` to the brace that closes it."""
-    text = inspect.cleandoc(docstring)
     entries = {}
     for start in _ENTRY.finditer(text):
         depth = 0
         for end in range(text.index("{", start.start()), len(text)):
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             if depth == 0:
-                entries[start[1]] = inspect.cleandoc(text[start.start() : end + 1])
                 break
         else:
             raise ValueError(f"the BibTeX entry {start[1]!r} is never closed by a brace")
+        if start[1] in entries:
+            raise ValueError(f"the BibTeX entry {start[1]!r} stands twice")
+        entries[start[1]] = text[start.start() : end + 1]
     return entries

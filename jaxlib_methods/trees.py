@@ -39,8 +39,6 @@ def path_names(tree: PyTree) -> PyTree:
     Example:
       >>> path_names({"conv1": {"kernel": 1.0, "bias": None}, "heads": (2.0, 3.0)})
       {'conv1': {'bias': None, 'kernel': 'conv1/kernel'}, 'heads': ('heads/0', 'heads/1')}
-
-    Source: this library.
     """
     return jax.tree.unflatten(jax.tree.structure(tree), _paths(tree))
 
@@ -76,8 +74,6 @@ def label_tree(
       >>> params = {"conv": {"kernel": 1.0, "bias": 2.0}, "head": {"kernel": 3.0}}
       >>> label_tree(params, [("^head/", "fast"), ("kernel$", "slow")], default="frozen")
       {'conv': {'bias': 'frozen', 'kernel': 'slow'}, 'head': {'kernel': 'fast'}}
-
-    Source: this library.
     """
     paths, winners = _winners(tree, [regex for regex, _ in rules])
     if not allow_unmatched:
@@ -108,8 +104,6 @@ def mask_tree(tree: PyTree, *patterns: str, allow_unmatched: bool = False) -> Py
     Example:
       >>> mask_tree({"conv": {"kernel": 1.0, "bias": 2.0}, "bn": {"scale": 3.0}}, "kernel$", "^bn/")
       {'bn': {'scale': True}, 'conv': {'bias': False, 'kernel': True}}
-
-    Source: this library.
     """
     paths = _paths(tree)
     compiled = [_compile(pattern) for pattern in patterns]
@@ -135,8 +129,6 @@ def match_counts(tree: PyTree, rules: Sequence[tuple[str, Hashable]]) -> dict[st
     Example:
       >>> match_counts({"conv": {"kernel": 1.0, "bias": 2.0}}, [("kernel", "slow"), ("conv", "fast"), ("bn", "fast")])
       {'kernel': 1, 'conv': 1, 'bn': 0, '': 0}
-
-    Source: this library.
     """
     _, winners = _winners(tree, [regex for regex, _ in rules])
     counts = collections.Counter(winners)
@@ -163,8 +155,6 @@ def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
       >>> params = {"kernel": 1.0, "bias": 2.0}
       >>> partition(params, {"kernel": True, "bias": False})
       ({'bias': None, 'kernel': 1.0}, {'bias': 2.0, 'kernel': None})
-
-    Source: this library.
     """
     for path, leaf in zip(_paths(mask), jax.tree.leaves(mask), strict=True):
         if not isinstance(leaf, bool):
@@ -188,8 +178,6 @@ def combine(*trees: PyTree) -> PyTree:
     Example:
       >>> combine({"kernel": 1.0, "bias": None}, {"kernel": None, "bias": 2.0})
       {'bias': 2.0, 'kernel': 1.0}
-
-    Source: this library.
     """
     if not trees:
         raise ValueError("combine needs at least one tree")
@@ -218,8 +206,6 @@ def find_states(opt_state: PyTree, cls: type) -> list[Any]:
       >>> opt_state = optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(jnp.zeros(3))
       >>> [int(state.count) for state in find_states(opt_state, optax.ScaleByAdamState)]
       [0]
-
-    Source: this library.
     """
     is_wanted = lambda node: isinstance(node, cls)
     return [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=is_wanted) if is_wanted(leaf)]

@@ -4,10 +4,7 @@ import jax
 
 
 def device_reason() -> str | None:
-    """Why the GPU at hand is not for these kernels; None if it is, or if there is none (to lower for another machine).
-
-    Source: this library.
-    """
+    """Why the GPU at hand is not for these kernels; None if it is, or if there is none (to lower for another one)."""
     if jax.default_backend() != "gpu":
         return None
     device = jax.devices()[0]

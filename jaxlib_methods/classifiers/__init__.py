@@ -1,28 +1,4 @@
-"""Classifiers on the simplex equiangular tight frame: geometry, the nearest-ETF head, neural-collapse metrics.
-
-BibTeX:
-
-@inproceedings{markou2024guiding,
-  title = {Guiding Neural Collapse: Optimising Towards the Nearest Simplex Equiangular Tight Frame},
-  author = {Markou, Evan and Ajanthan, Thalaiyasingam and Gould, Stephen},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2024},
-  eprint = {2411.01248},
-  archivePrefix = {arXiv},
-}
-
-@article{papyan2020prevalence,
-  title = {Prevalence of neural collapse during the terminal phase of deep learning training},
-  author = {Papyan, Vardan and Han, X. Y. and Donoho, David L.},
-  journal = {Proceedings of the National Academy of Sciences},
-  volume = {117},
-  number = {40},
-  pages = {24652--24663},
-  year = {2020},
-  eprint = {2008.08186},
-  archivePrefix = {arXiv},
-}
-"""
+"""Classifiers on the simplex equiangular tight frame: geometry, the nearest-ETF head, neural-collapse metrics."""
 
 from jaxlib_methods.classifiers._heads import (
     FixedETFHead as FixedETFHead,

@@ -79,8 +79,6 @@ def class_sums(
       >>> sums, counts, mean = class_sums(jnp.array([[1.0], [2.0], [6.0]]), jnp.array([0, 1, 1]), 2)
       >>> sums.tolist(), counts.tolist(), mean.tolist()
       ([[1.0, 8.0]], [1.0, 2.0], [3.0])
-
-    Source: this library.
     """
 
     def scatter(f: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:  # B d additions; labels outside are dropped
@@ -173,8 +171,6 @@ def validate_batch(features: jax.typing.ArrayLike, labels: jax.typing.ArrayLike,
       Traceback (most recent call last):
       ...
       ValueError: labels must lie in [0, 3), got 3 at index 0; check num_classes and the data set's label offset
-
-    Source: this library.
     """
     h, y = np.asarray(features), np.asarray(labels)
     if h.ndim != 2 or y.shape != h.shape[:1]:

@@ -29,8 +29,6 @@ class ClassStatistics(NamedTuple):
     Example:
       >>> init_class_statistics(3, 5).scatter.shape
       (5, 5)
-
-    Source: this library.
     """
 
     count: jax.Array  # float [K]: examples of each class
@@ -55,8 +53,6 @@ def init_class_statistics(
     Example:
       >>> init_class_statistics(3, 5, by_class=True).scatter.shape
       (3, 5, 5)
-
-    Source: this library.
     """
     shape = (num_features, num_features)
     return ClassStatistics(
@@ -86,8 +82,6 @@ def merge_class_statistics(a: ClassStatistics, b: ClassStatistics) -> ClassStati
       >>> both = merge_class_statistics(a, b)
       >>> both.mean.tolist(), both.scatter.tolist()
       ([[3.0], [0.0]], [[8.0]])
-
-    Source: this library.
     """
     n = a.count + b.count
     share = b.count / jnp.maximum(n, 1)
@@ -115,8 +109,6 @@ def update_class_statistics(statistics: ClassStatistics, features: jax.Array, la
       >>> s = update_class_statistics(init_class_statistics(2, 1), f, y)
       >>> s.count.tolist(), s.mean.tolist(), s.scatter.tolist()
       ([2.0, 0.0], [[2.0], [0.0]], [[2.0]])
-
-    Source: this library.
     """
     dtype = statistics.mean.dtype
     f = features.astype(dtype)

@@ -225,7 +225,7 @@ def polar(A: jax.Array, *, method: str | None = None, condition: float | None = 
       >>> jax.grad(lambda A: polar(A)[0, 1])(jnp.eye(3, 2)).round(3).tolist()  # s = (1, 1): an SVD's derivative is NaN
       [[0.0, 0.5], [-0.5, 0.0], [0.0, 0.0]]
 
-    Source: this library (used for Markou, Ajanthan, Gould, NeurIPS 2024, arXiv:2411.01248) [markou2024guiding].
+    Source: for Markou, Ajanthan, Gould (NeurIPS 2024), arXiv:2411.01248 [markou2024guiding].
     """
     if A.ndim < 2 or not jnp.issubdtype(A.dtype, jnp.floating):
         raise ValueError(f"A must be a real matrix (..., d, K), got shape {A.shape} of {A.dtype}")

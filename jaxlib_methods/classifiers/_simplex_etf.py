@@ -43,8 +43,6 @@ def centering_matrix(num_classes: int, dtype: jax.typing.DTypeLike = jnp.float32
       >>> M = centering_matrix(3)
       >>> bool(abs(M @ M - M).max() < 1e-6)
       True
-
-    Source: this library.
     """
     return jnp.asarray(np.eye(num_classes) - 1.0 / num_classes, dtype)
 
@@ -66,8 +64,6 @@ def helmert_basis(num_classes: int, dtype: jax.typing.DTypeLike = jnp.float32) -
       >>> H = helmert_basis(4)
       >>> bool(abs(H @ H.T - centering_matrix(4)).max() < 1e-6)
       True
-
-    Source: this library.
     """
     k = np.arange(1, num_classes)
     columns = np.triu(np.ones((num_classes, num_classes - 1)))

@@ -27,10 +27,7 @@ METHODS = ("svd", "asvd", "svd_llm")
 
 
 class InputStatistics(NamedTuple):
-    """What one linear layer has seen, summed over calibration tokens in float64 on the host.
-
-    Source: this library.
-    """
+    """What one linear layer has seen, summed over calibration tokens in float64 on the host."""
 
     gram: np.ndarray  # float64 [fan_in, fan_in]: X^T X
     sum_abs: np.ndarray  # float64 [fan_in]: sum of |X_j|
@@ -71,8 +68,6 @@ def linear_inputs(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, jax
       >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
       >>> {path: x.shape for path, x in linear_inputs(model, jnp.ones((5, 3))).items()}
       {'layers/0/kernel': (5, 3), 'layers/2/kernel': (5, 4)}
-
-    Source: this library.
     """
     model = nnx.clone(model)
     layers = {path: module for path, module in nnx.iter_modules(model) if type(module) is nnx.Linear}

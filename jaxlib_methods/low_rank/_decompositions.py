@@ -21,10 +21,7 @@ _SHIFT = 1e-6  # what an indefinite Gram matrix is lifted above zero by, relativ
 
 
 class LowRank(NamedTuple):
-    """A linear layer as two, x A B.
-
-    Source: this library.
-    """
+    """A linear layer as two, x A B."""
 
     A: jax.Array  # [fan_in, k], in the type of the kernel
     B: jax.Array  # [k, fan_out]

@@ -10,14 +10,6 @@ Which solver: `trwp` reaches the lowest energies and comes with a lower bound; `
 pass; `mean_field` is the baseline. `MessagePassing` is the layer with learned compatibilities. The exact solvers
 (enumeration, chains, graph cuts) are oracles for small problems. Problems with the same static structure share one
 compiled program.
-
-BibTeX:
-@inproceedings{xu2020fast,
-  author = {Zhiwei Xu and Thalaiyasingam Ajanthan and Richard Hartley},
-  title = {Fast and Differentiable Message Passing on Pairwise {M}arkov Random Fields},
-  booktitle = {Asian Conference on Computer Vision (ACCV)},
-  year = {2020},
-}
 """
 
 from jaxlib_methods.kernels.scanline import Pairwise as Pairwise

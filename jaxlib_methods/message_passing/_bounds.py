@@ -53,8 +53,6 @@ def chain_lower_bound(mrf: GridMRF, messages: Messages) -> jax.Array:
       >>> solution = mp.trwp(mrf, iterations=10)
       >>> float(chain_lower_bound(mrf, solution.messages)), float(mp.energy(mrf, solution.labels))
       (2.0, 2.0)
-
-    Source: this library.
     """
     unaries, weights, batched = _prepare(mrf, messages)
     bound = _chain_lower_bound(unaries, mrf.pairwise, weights, messages)
@@ -83,8 +81,6 @@ def sequential_rounding(mrf: GridMRF, messages: Messages) -> jax.Array:
       >>> sequential_rounding(mrf, mp.trwp(mrf).messages)
       Array([[0, 1, 1],
              [0, 1, 1]], dtype=int32)
-
-    Source: this library.
     """
     unaries, weights, batched = _prepare(mrf, messages)
     labels = _sequential_rounding(unaries, mrf.pairwise, weights, messages)

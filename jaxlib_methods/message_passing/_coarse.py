@@ -56,8 +56,6 @@ def coarse_to_fine(
       >>> start = coarse_to_fine(mrf, levels=2, iterations=3)
       >>> float(mp.chain_lower_bound(mrf, start)) <= float(mp.energy(mrf, mp.trwp(mrf, messages=start).labels))
       True
-
-    Source: this library.
     """
     check(mrf, 4)
     *_, height, width, _ = mrf.unaries.shape

@@ -1,27 +1,6 @@
 """Unary costs of the classical grid problems: stereo matching and denoising of integer images.
 
 Pure functions from images to a cost volume `(H, W, L)`; a batch of images is `jax.vmap` of them.
-
-BibTeX:
-
-    @article{birchfield1998dissimilarity,
-      author  = {Birchfield, Stan and Tomasi, Carlo},
-      title   = {A Pixel Dissimilarity Measure That Is Insensitive to Image Sampling},
-      journal = {IEEE Transactions on Pattern Analysis and Machine Intelligence},
-      volume  = {20},
-      number  = {4},
-      year    = {1998},
-    }
-    @article{szeliski2008comparative,
-      author  = {Szeliski, Richard and Zabih, Ramin and Scharstein, Daniel and Veksler, Olga and Kolmogorov, Vladimir
-                 and Agarwala, Aseem and Tappen, Marshall and Rother, Carsten},
-      title   = {A Comparative Study of Energy Minimization Methods for {Markov} Random Fields with Smoothness-Based
-                 Priors},
-      journal = {IEEE Transactions on Pattern Analysis and Machine Intelligence},
-      volume  = {30},
-      number  = {6},
-      year    = {2008},
-    }
 """
 
 import functools

@@ -24,8 +24,6 @@ class ExactSolution(NamedTuple):
     Example:
       >>> ExactSolution(np.zeros((1, 2), int), 3.0).energy
       3.0
-
-    Source: this library.
     """
 
     labels: np.ndarray
@@ -100,8 +98,6 @@ def enumerate_energies(
     Example:
       >>> enumerate_energies(np.zeros((1, 2, 2)), [[0, 1], [1, 0]]).tolist()
       [[0.0, 1.0], [1.0, 0.0]]
-
-    Source: this library.
     """
     problem = grid_problem(unaries, table, horizontal, vertical)
     pixels, num_labels = problem.unaries.shape
@@ -138,8 +134,6 @@ def solve_by_enumeration(
     Example:
       >>> solve_by_enumeration([[[0, 2], [1, 0], [3, 0]]], [[0, 1], [1, 0]])
       ExactSolution(labels=array([[0, 1, 1]]), energy=1.0)
-
-    Source: this library.
     """
     problem = grid_problem(unaries, table, horizontal, vertical)
     energies = enumerate_energies(unaries, table, horizontal=horizontal, vertical=vertical)

@@ -1,37 +1,6 @@
 """Graph cuts on the host: the global optimum for convex V, strong local ones for truncated V. Arrays as in `_exact`.
 
 Minimum cuts are PyMaxflow's, an optional extra that is imported when the first cut is made.
-
-BibTeX:
-
-    @article{ishikawa2003exact,
-      author  = {Ishikawa, Hiroshi},
-      title   = {Exact Optimization for {Markov} Random Fields with Convex Priors},
-      journal = {IEEE Transactions on Pattern Analysis and Machine Intelligence},
-      volume  = {25},
-      number  = {10},
-      year    = {2003},
-    }
-    @article{boykov2001fast,
-      author  = {Boykov, Yuri and Veksler, Olga and Zabih, Ramin},
-      title   = {Fast Approximate Energy Minimization via Graph Cuts},
-      journal = {IEEE Transactions on Pattern Analysis and Machine Intelligence},
-      volume  = {23},
-      number  = {11},
-      year    = {2001},
-    }
-    @inproceedings{ajanthan2015iteratively,
-      author    = {Ajanthan, Thalaiyasingam and Hartley, Richard and Salzmann, Mathieu and Li, Hongdong},
-      title     = {Iteratively Reweighted Graph Cut for Multi-label {MRFs} with Non-convex Priors},
-      booktitle = {Conference on Computer Vision and Pattern Recognition},
-      year      = {2015},
-    }
-    @article{ajanthan2018memory,
-      author  = {Ajanthan, Thalaiyasingam and Hartley, Richard and Salzmann, Mathieu},
-      title   = {Memory Efficient Max Flow for Multi-label Submodular {MRFs}},
-      journal = {IEEE Transactions on Pattern Analysis and Machine Intelligence},
-      year    = {2018},
-    }
 """
 
 from typing import Any, NamedTuple
@@ -268,8 +237,6 @@ class GraphCutSolution(NamedTuple):
     Example:
       >>> GraphCutSolution(np.zeros((1, 1), int), 2.0, [3.0, 2.0, 2.0]).energies[0]
       3.0
-
-    Source: this library.
     """
 
     labels: np.ndarray

@@ -69,8 +69,6 @@ def both_directions(weights: Sequence[jax.Array] | jax.Array) -> jax.Array:
       Array([[[0., 1., 2.]],
       <BLANKLINE>
              [[1., 2., 0.]]], dtype=float32)
-
-    Source: this library.
     """
     if len(weights) not in (2, 4, 8) or len({w.shape for w in weights}) != 1:
         raise ValueError(f"weights must be 2, 4 or 8 arrays of one shape, got shapes {[w.shape for w in weights]}")

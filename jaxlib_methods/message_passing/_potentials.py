@@ -232,8 +232,6 @@ def toeplitz(profile: ArrayLike | Sequence, weight: ArrayLike = 1.0, *, semimetr
     Example:
       >>> toeplitz([0.0, 1.0, 1.5]).semimetric
       True
-
-    Source: this library.
     """
     values = _float(profile)
     if values.ndim != 1 or values.shape[0] < 2:

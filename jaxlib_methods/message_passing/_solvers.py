@@ -27,8 +27,6 @@ class Solution(NamedTuple):
         not asked for.
       bounds: (T, B) best chain lower bound so far, likewise; None if not asked for or not available (more than 4
         directions).
-
-    Source: this library.
     """
 
     beliefs: jax.Array

@@ -1,13 +1,4 @@
-"""AlexNet for small images, as the pruning literature uses it.
-
-BibTeX:
-@inproceedings{krizhevsky2012imagenet,
-  title = {{ImageNet} classification with deep convolutional neural networks},
-  author = {Krizhevsky, Alex and Sutskever, Ilya and Hinton, Geoffrey E.},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2012},
-}
-"""
+"""AlexNet for small images, as the pruning literature uses it."""
 
 import itertools
 import math

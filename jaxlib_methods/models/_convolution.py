@@ -66,8 +66,6 @@ def convolve(
       >>> import jax.numpy as jnp
       >>> convolve(jnp.ones((1, 3, 3, 1)), jnp.ones((2, 2, 1, 1)), (1, 1), "VALID").squeeze().tolist()
       [[4.0, 4.0], [4.0, 4.0]]
-
-    Source: this library.
     """
 
     layout = ("NDHWC", "DHWIO", "NDHWC") if kernel.ndim == 5 else ("NHWC", "HWIO", "NHWC")
@@ -102,8 +100,6 @@ class Conv(nnx.Conv):
       >>> from flax import nnx
       >>> Conv(1, 8, (5, 5), padding="VALID", rngs=nnx.Rngs(0))(jnp.zeros((2, 28, 28, 1))).shape
       (2, 24, 24, 8)
-
-    Source: this library.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -3,52 +3,6 @@
 A model is `head(block(... block(embed(tokens))))`, and the three are modules of their own, so that a pipeline can hold
 them on different devices (`_gpt_stages.py`). Parameters are stored in `param_dtype` and every matrix product runs in
 `dtype`; norms, softmax and logits are accumulated in float32.
-
-BibTeX:
-@techreport{radford2019language,
-  title = {Language models are unsupervised multitask learners},
-  author = {Radford, Alec and Wu, Jeffrey and Child, Rewon and Luan, David and Amodei, Dario and Sutskever, Ilya},
-  institution = {OpenAI},
-  year = {2019},
-}
-
-@inproceedings{ajanthan2025nesterov,
-  title = {Nesterov method for asynchronous pipeline parallel optimization},
-  author = {Ajanthan, Thalaiyasingam and Ramasinghe, Sameera and Zuo, Yan and Avraham, Gil and Long, Alexander},
-  booktitle = {International Conference on Machine Learning},
-  year = {2025},
-}
-
-@article{touvron2023llama,
-  title = {{LLaMA}: Open and efficient foundation language models},
-  author = {Touvron, Hugo and Lavril, Thibaut and Izacard, Gautier and Martinet, Xavier and Lachaux, Marie-Anne and
-    Lacroix, Timoth{\\'e}e and Rozi{\\`e}re, Baptiste and Goyal, Naman and Hambro, Eric and Azhar, Faisal and others},
-  journal = {arXiv preprint arXiv:2302.13971},
-  year = {2023},
-}
-
-@article{su2024roformer,
-  title = {{RoFormer}: Enhanced transformer with rotary position embedding},
-  author = {Su, Jianlin and Lu, Yu and Pan, Shengfeng and Murtadha, Ahmed and Wen, Bo and Liu, Yunfeng},
-  journal = {Neurocomputing},
-  volume = {568},
-  year = {2024},
-}
-
-@inproceedings{ramasinghe2025protocol,
-  title = {Subspace Networks: Scaling Decentralized Training with Communication-Efficient Model Parallelism},
-  author = {Ramasinghe, Sameera and Ajanthan, Thalaiyasingam and Avraham, Gil and Zuo, Yan and Long, Alexander},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-}
-
-@inproceedings{ainslie2023gqa,
-  title = {{GQA}: Training generalized multi-query transformer models from multi-head checkpoints},
-  author = {Ainslie, Joshua and Lee-Thorp, James and de Jong, Michiel and Zemlyanskiy, Yury and
-    Lebr{\\'o}n, Federico and Sanghai, Sumit},
-  booktitle = {Conference on Empirical Methods in Natural Language Processing},
-  year = {2023},
-}
 """
 
 import dataclasses

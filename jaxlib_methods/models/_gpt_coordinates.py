@@ -20,25 +20,6 @@ knows D(0), has T = D(0) D(t)^+ and undoes all of them. With one U for the whole
 know, a single look at a stage is enough. Private bases, one for each entry and kept by nobody, leave him with D(t)
 alone. Two limits remain. Who held a stage at two times has the bridge between them, D(t) D(t')^+, as with N of
 `transformable_gpt_stages`. And initial weights from a known seed give frames away while training has moved them little.
-
-BibTeX:
-
-@inproceedings{ramasinghe2025protocol,
-  title = {Subspace Networks: Scaling Decentralized Training with Communication-Efficient Model Parallelism},
-  author = {Ramasinghe, Sameera and Ajanthan, Thalaiyasingam and Avraham, Gil and Zuo, Yan and Long, Alexander},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-}
-
-@inproceedings{long2025unextractable,
-  title = {Unextractable Protocol Models: Collaborative Training and Inference without Weight Materialization},
-  author = {Long, Alexander and Hewa Koneputugodage, Chamin and Ajanthan, Thalaiyasingam and Zuo, Yan and
-    Avraham, Gil and Shevchenko, Violetta and Mohaghegh Dolatabadi, Hadi and Ramasinghe, Sameera},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-  eprint = {2605.23464},
-  archivePrefix = {arXiv},
-}
 """
 
 from collections.abc import Callable, Sequence
@@ -226,7 +207,5 @@ def coordinate_gpt_mask(params: PyTree) -> PyTree:
     Example:
       >>> coordinate_gpt_mask({"block": {"mlp": {"up": {"bias": 0}, "down": {"bias": 0}}}})
       {'block': {'mlp': {'down': {'bias': True}, 'up': {'bias': False}}}}
-
-    Source: this library.
     """
     return trees.mask_tree(params, _TRANSFORMED)

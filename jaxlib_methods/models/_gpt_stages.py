@@ -19,8 +19,6 @@ class GPTStages(NamedTuple):
       embed: (parameters, tokens (B, T), U=None, fixed=None) -> residual stream (B, T, d), as `GPT` is called.
       block: (parameters, residual stream, U=None) -> residual stream.
       head: (parameters, residual stream) -> logits (B, T, V). That of a subspace network begins with the dense blocks.
-
-    Source: this library.
     """
 
     embed: Callable[..., jax.Array]
@@ -47,8 +45,6 @@ def gpt_stages(config: GPTConfig) -> GPTStages:
       >>> x, _ = jax.lax.scan(lambda x, p: (stages.block(p, x), None), stages.embed(embed, tokens), stacked)
       >>> bool(jnp.allclose(stages.head(head, x), model(tokens), atol=1e-5))
       True
-
-    Source: this library.
     """
 
     def pure(module: nnx.Module) -> Callable[..., jax.Array]:
@@ -96,8 +92,6 @@ def split_gpt_params(config: GPTConfig, params: PyTree) -> tuple[PyTree, list[Py
       >>> embed, blocks, head = split_gpt_params(config, nnx.state(GPT(config, rngs=nnx.Rngs(0)), nnx.Param))
       >>> len(blocks), head["logits"]["kernel"].shape
       (3, (8, 256))
-
-    Source: this library.
     """
     head = params["head"]
     if config.tied:

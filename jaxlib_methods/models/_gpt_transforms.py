@@ -8,18 +8,6 @@ keeps its function under $N_1 \leftarrow A^{-1} N_1$, $Q_1 \leftarrow A^{-1} Q_1
 $N_2 \leftarrow M^{-1} N_2$, $Q_2 \leftarrow M^{-1} Q_2 B$, $W_\mathrm{down} \leftarrow W_\mathrm{down} B$: the norms
 see the vectors that they saw. Gains w are folded into the matrices behind the norms. Four matrices per block are new;
 they collect transforms and are not trained.
-
-BibTeX:
-
-@inproceedings{long2025unextractable,
-  title = {Unextractable Protocol Models: Collaborative Training and Inference without Weight Materialization},
-  author = {Long, Alexander and Hewa Koneputugodage, Chamin and Ajanthan, Thalaiyasingam and Zuo, Yan and
-    Avraham, Gil and Shevchenko, Violetta and Mohaghegh Dolatabadi, Hadi and Ramasinghe, Sameera},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-  eprint = {2605.23464},
-  archivePrefix = {arXiv},
-}
 """
 
 from collections.abc import Callable, Sequence

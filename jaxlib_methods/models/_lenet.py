@@ -1,16 +1,4 @@
-"""The two LeNets of the pruning literature.
-
-BibTeX:
-@article{lecun1998gradient,
-  title = {Gradient-based learning applied to document recognition},
-  author = {LeCun, Yann and Bottou, L{\\'e}on and Bengio, Yoshua and Haffner, Patrick},
-  journal = {Proceedings of the IEEE},
-  volume = {86},
-  number = {11},
-  pages = {2278--2324},
-  year = {1998},
-}
-"""
+"""The two LeNets of the pruning literature."""
 
 import math
 from collections.abc import Sequence

@@ -1,24 +1,4 @@
-"""Sequence classifiers with one recurrent layer.
-
-BibTeX:
-@article{hochreiter1997long,
-  title = {Long short-term memory},
-  author = {Hochreiter, Sepp and Schmidhuber, J{\\"u}rgen},
-  journal = {Neural Computation},
-  volume = {9},
-  number = {8},
-  pages = {1735--1780},
-  year = {1997},
-}
-
-@inproceedings{cho2014learning,
-  title = {Learning phrase representations using {RNN} encoder-decoder for statistical machine translation},
-  author = {Cho, Kyunghyun and van Merri{\\"e}nboer, Bart and Gulcehre, Caglar and Bahdanau, Dzmitry and
-    Bougares, Fethi and Schwenk, Holger and Bengio, Yoshua},
-  booktitle = {Conference on Empirical Methods in Natural Language Processing},
-  year = {2014},
-}
-"""
+"""Sequence classifiers with one recurrent layer."""
 
 import math
 from collections.abc import Sequence

@@ -61,8 +61,6 @@ def create(name: str, *, num_classes: int, input_shape: Sequence[int], rngs: nnx
       >>> model = create("lenet300", num_classes=10, input_shape=(8, 8, 1), rngs=nnx.Rngs(0))
       >>> sorted(nnx.state(model, nnx.Param))
       ['dense1', 'dense2', 'dense3']
-
-    Source: this library.
     """
     if name not in _BUILDERS:
         raise ValueError(f"unknown model {name!r}; known are {', '.join(NAMES)}")

@@ -1,20 +1,4 @@
-"""Residual networks: ResNet-18/50, the thin ResNets for CIFAR and wide residual networks.
-
-BibTeX:
-@inproceedings{he2016deep,
-  title = {Deep residual learning for image recognition},
-  author = {He, Kaiming and Zhang, Xiangyu and Ren, Shaoqing and Sun, Jian},
-  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition},
-  year = {2016},
-}
-
-@inproceedings{zagoruyko2016wide,
-  title = {Wide residual networks},
-  author = {Zagoruyko, Sergey and Komodakis, Nikos},
-  booktitle = {British Machine Vision Conference},
-  year = {2016},
-}
-"""
+"""Residual networks: ResNet-18/50, the thin ResNets for CIFAR and wide residual networks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

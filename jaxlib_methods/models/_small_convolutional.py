@@ -1,15 +1,4 @@
-"""The small networks without batch norm with which effects of batch size and sparsity are studied.
-
-BibTeX:
-@inproceedings{lee2021understanding,
-  title = {Understanding the effects of data parallelism and sparsity on neural network training},
-  author = {Lee, Namhoon and Ajanthan, Thalaiyasingam and Torr, Philip H. S. and Jaggi, Martin},
-  booktitle = {International Conference on Learning Representations},
-  year = {2021},
-  eprint = {2003.11316},
-  archivePrefix = {arXiv},
-}
-"""
+"""The small networks without batch norm with which effects of batch size and sparsity are studied."""
 
 from collections.abc import Sequence
 

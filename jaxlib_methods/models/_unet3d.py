@@ -1,21 +1,4 @@
-"""The 3D-UNet of RANP: four resolutions, batch norm, nearest upsampling.
-
-BibTeX:
-@inproceedings{cicek20163d,
-  title = {{3D U-Net}: Learning dense volumetric segmentation from sparse annotation},
-  author = {{\\c{C}}i{\\c{c}}ek, {\\"O}zg{\\"u}n and Abdulkadir, Ahmed and Lienkamp, Soeren S. and Brox, Thomas and
-    Ronneberger, Olaf},
-  booktitle = {Medical Image Computing and Computer-Assisted Intervention},
-  year = {2016},
-}
-
-@inproceedings{xu2020ranp,
-  title = {{RANP}: Resource aware neuron pruning at initialization for {3D} {CNNs}},
-  author = {Xu, Zhiwei and Ajanthan, Thalaiyasingam and Vineet, Vibhav and Hartley, Richard},
-  booktitle = {International Conference on 3D Vision},
-  year = {2020},
-}
-"""
+"""The 3D-UNet of RANP: four resolutions, batch norm, nearest upsampling."""
 
 import jax
 import jax.numpy as jnp

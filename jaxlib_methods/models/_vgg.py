@@ -1,13 +1,4 @@
-"""VGG-16 for small images, in the three variants of the pruning literature.
-
-BibTeX:
-@inproceedings{simonyan2015very,
-  title = {Very deep convolutional networks for large-scale image recognition},
-  author = {Simonyan, Karen and Zisserman, Andrew},
-  booktitle = {International Conference on Learning Representations},
-  year = {2015},
-}
-"""
+"""VGG-16 for small images, in the three variants of the pruning literature."""
 
 import itertools
 import math

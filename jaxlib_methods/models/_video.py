@@ -1,27 +1,4 @@
-"""Classifiers of video clips: MobileNetV2 with 3D convolutions, and I3D.
-
-BibTeX:
-@inproceedings{sandler2018mobilenetv2,
-  title = {{MobileNetV2}: Inverted residuals and linear bottlenecks},
-  author = {Sandler, Mark and Howard, Andrew and Zhu, Menglong and Zhmoginov, Andrey and Chen, Liang-Chieh},
-  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition},
-  year = {2018},
-}
-
-@inproceedings{kopuklu2019resource,
-  title = {Resource efficient {3D} convolutional neural networks},
-  author = {K{\\"o}p{\\"u}kl{\\"u}, Okan and Kose, Neslihan and Gunduz, Ahmet and Rigoll, Gerhard},
-  booktitle = {IEEE/CVF International Conference on Computer Vision Workshop},
-  year = {2019},
-}
-
-@inproceedings{carreira2017quo,
-  title = {Quo vadis, action recognition? {A} new model and the {Kinetics} dataset},
-  author = {Carreira, Joao and Zisserman, Andrew},
-  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition},
-  year = {2017},
-}
-"""
+"""Classifiers of video clips: MobileNetV2 with 3D convolutions, and I3D."""
 
 from collections.abc import Sequence
 

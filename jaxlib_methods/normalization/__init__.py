@@ -1,18 +1,4 @@
-"""Normalisation without statistics of the batch: activations and weights that keep signal norms by themselves.
-
-BibTeX:
-
-@article{lu2020bidirectionally,
-  title = {Bidirectionally Self-Normalizing Neural Networks},
-  author = {Lu, Yao and Gould, Stephen and Ajanthan, Thalaiyasingam},
-  journal = {Neural Networks},
-  volume = {167},
-  pages = {283--291},
-  year = {2023},
-  eprint = {2006.12169},
-  archivePrefix = {arXiv},
-}
-"""
+"""Normalisation without statistics of the batch: activations and weights that keep signal norms by themselves."""
 
 from jaxlib_methods.normalization._bsn import (
     BSNParams as BSNParams,

@@ -1,31 +1,4 @@
-"""Optimizers: optax gradient transformations, each as the rule `scale_by_x` and as the alias `x`.
-
-BibTeX:
-
-@article{dolatabadi2026numuon,
-  title = {{NuMuon}: Nuclear-Norm-Constrained {Muon} for Compressible {LLM} Training},
-  author = {Dolatabadi, H. M. and Ajanthan, T. and Ramasinghe, S. and Hewa Koneputugodage, C. and Siriwardhana, S. and
-    Shevchenko, V. and Pajak, K. and Snewin, J. and Avraham, G. and Long, A.},
-  journal = {arXiv preprint arXiv:2603.03597},
-  year = {2026},
-}
-
-@inproceedings{ajanthan2025nesterov,
-  title = {Nesterov Method for Asynchronous Pipeline Parallel Optimization},
-  author = {Ajanthan, Thalaiyasingam and Ramasinghe, Sameera and Zuo, Yan and Avraham, Gil and Long, Alexander},
-  booktitle = {International Conference on Machine Learning},
-  year = {2025},
-  eprint = {2505.01099},
-  archivePrefix = {arXiv},
-}
-
-@inproceedings{markou2025sharper,
-  title = {Sharper Convergence Rates for Nonconvex Optimisation via Reduction Mappings},
-  author = {Markou, Evan and Ajanthan, Thalaiyasingam and Gould, Stephen},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-}
-"""
+"""Optimizers: optax gradient transformations, each as the rule `scale_by_x` and as the alias `x`."""
 
 from jaxlib_methods.optimizers._agd import agd as agd, agd_initializer as agd_initializer, scale_by_agd as scale_by_agd
 from jaxlib_methods.optimizers._block_krylov import block_krylov_svd as block_krylov_svd

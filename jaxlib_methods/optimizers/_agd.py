@@ -6,15 +6,6 @@ Symbols, for each of the L weights W (..., fan_in, fan_out) with positions (kh, 
   Gbar  = (1/L) sum_weights sigma sum_positions g
   eta   = log((1 + sqrt(1 + 4 Gbar)) / 2)
   W    <- W - gain eta / L  sigma / g  dL/dW
-
-BibTeX:
-
-@article{bernstein2023automatic,
-  title = {Automatic Gradient Descent: Deep Learning without Hyperparameters},
-  author = {Bernstein, Jeremy and Mingard, Chris and Huang, Kevin and Azizan, Navid and Yue, Yisong},
-  journal = {arXiv preprint arXiv:2304.05187},
-  year = {2023},
-}
 """
 
 import math

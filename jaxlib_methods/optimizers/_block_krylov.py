@@ -15,24 +15,6 @@ Two ways of computing the factorisations, `method`:
                factorisations of k + p to (k + p) L columns. Squaring T loses the singular vectors below sqrt(eps) s_1
                (2.4e-4 s_1 in float32) to round-off, not their orthonormality: the final orth restores it.
   householder  Householder QR and the thin SVD of T, as in the paper. The reference.
-
-BibTeX:
-
-@inproceedings{musco2015randomized,
-  title = {Randomized Block {Krylov} Methods for Stronger and Faster Approximate Singular Value Decomposition},
-  author = {Musco, Cameron and Musco, Christopher},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2015},
-}
-
-@article{fukaya2020shifted,
-  title = {Shifted {Cholesky} {QR} for Computing the {QR} Factorization of Ill-Conditioned Matrices},
-  author = {Fukaya, Takeshi and Kannan, Ramaseshan and Nakatsukasa, Yuji and Yamamoto, Yusaku and Yanagisawa, Yuka},
-  journal = {SIAM Journal on Scientific Computing},
-  volume = {42},
-  number = {1},
-  year = {2020},
-}
 """
 
 import functools

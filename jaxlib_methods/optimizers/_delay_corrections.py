@@ -6,16 +6,6 @@ and was taken at w_{t - tau}.
   delay compensation         g_t + lambda g_t^2 (w_t - w_{t - tau}), the squared gradient standing for the Hessian's
                              diagonal; adaptively lambda / sqrt(average of g^2 + eps)
   gradient forecasting       a polynomial through the last gradients, evaluated tau steps ahead
-
-BibTeX:
-
-@inproceedings{zheng2017asynchronous,
-  title = {Asynchronous Stochastic Gradient Descent with Delay Compensation},
-  author = {Zheng, Shuxin and Meng, Qi and Wang, Taifeng and Chen, Wei and Yu, Nenghai and Ma, Zhi-Ming and
-    Liu, Tie-Yan},
-  booktitle = {International Conference on Machine Learning},
-  year = {2017},
-}
 """
 
 from typing import Any, NamedTuple
@@ -33,20 +23,14 @@ PyTree = Any
 
 
 class DelayCompensationState(NamedTuple):
-    """State of `delay_compensation`.
-
-    Source: this library.
-    """
+    """State of `delay_compensation`."""
 
     history: ParamHistoryState  # the stale parameters; `stale_params` finds them here
     mean_square: PyTree  # like the parameters, at least float32: average of g^2; () where lambda is not adaptive
 
 
 class ForecastGradientsState(NamedTuple):
-    """State of `forecast_gradients`.
-
-    Source: this library.
-    """
+    """State of `forecast_gradients`."""
 
     count: jax.Array  # int32 []: gradients received
     history: PyTree  # per parameter [length, ...] of its dtype: gradient t in slot t mod length; None where tau = 0

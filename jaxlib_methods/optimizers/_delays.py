@@ -13,16 +13,6 @@ Two models of staleness:
   max(m - tau_j, 0), of that step's batch, at that step's newest weights of all groups. This is an optimizer that
   receives its gradients late, as from a parameter server. With one delay for all groups and one batch for all steps
   the two are the same sequence; with different delays they are not.
-
-BibTeX:
-
-@inproceedings{narayanan2019pipedream,
-  title = {{PipeDream}: Generalized Pipeline Parallelism for {DNN} Training},
-  author = {Narayanan, Deepak and Harlap, Aaron and Phanishayee, Amar and Seshadri, Vivek and Devanur, Nikhil R. and
-    Ganger, Gregory R. and Gibbons, Phillip B. and Zaharia, Matei},
-  booktitle = {Symposium on Operating Systems Principles},
-  year = {2019},
-}
 """
 
 import functools
@@ -42,20 +32,14 @@ Tau = Any  # int: one delay for all parameters; Sequence[tuple[str, int]]: by th
 
 
 class ParamHistoryState(NamedTuple):
-    """State of `keep_param_history`.
-
-    Source: this library.
-    """
+    """State of `keep_param_history`."""
 
     count: jax.Array  # int32 []: updates done, m; the parameters are version m
     history: PyTree  # per parameter [tau, ...] of its dtype: version v in slot v mod tau; None where tau = 0
 
 
 class DelayGradientsState(NamedTuple):
-    """State of `delay_gradients`.
-
-    Source: this library.
-    """
+    """State of `delay_gradients`."""
 
     count: jax.Array  # int32 []: gradients received
     history: PyTree  # per parameter [tau + 1, ...] of its dtype: gradient t in slot t mod (tau + 1); None where tau = 0
@@ -109,8 +93,6 @@ def delay_memory(params: PyTree, tau: Tau, *, gradients: bool = False) -> int:
       >>> matrix = jax.ShapeDtypeStruct((768, 768), jnp.float32)
       >>> delay_memory({"first": matrix, "last": matrix}, [("first", 7), ("last", 0)])
       16515072
-
-    Source: this library.
     """
     depths = _gradient_depths(params, tau) if gradients else delay_of_each_leaf(params, tau)
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)]
@@ -227,8 +209,6 @@ def delay_gradients(tau: Tau) -> optax.GradientTransformationExtraArgs:
       ...     received.append(float(late))
       >>> received
       [1.0, 1.0, 1.0, 2.0, 3.0]
-
-    Source: this library.
     """
     tau = checked_delays(tau)
 

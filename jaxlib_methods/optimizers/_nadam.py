@@ -15,15 +15,6 @@ Practice, NAdam:  mu_t = b1 (1 - 0.96^(t psi) / 2);   Pi_t = mu_1 ... mu_t
                                     / (sqrt(v_t / (1 - b2^t)) + eps)
 
 The factor (1 - gamma_t), here (1 - mu_t), is the discount: with gamma near 1 it lines the look-ahead up with the delay.
-
-BibTeX:
-
-@inproceedings{dozat2016incorporating,
-  title = {Incorporating {Nesterov} Momentum into {Adam}},
-  author = {Dozat, Timothy},
-  booktitle = {International Conference on Learning Representations, workshop track},
-  year = {2016},
-}
 """
 
 import math
@@ -40,10 +31,7 @@ DISCOUNTS = ("both", "momentum", "none")
 
 
 class ScaleByNadamState(NamedTuple):
-    """State of `scale_by_nadam`.
-
-    Source: this library.
-    """
+    """State of `scale_by_nadam`."""
 
     count: jax.Array  # int32 []: steps done
     mu_product: jax.Array  # float32 [] (float64 with float64 parameters): Pi_t, 0 once it underflows
@@ -52,10 +40,7 @@ class ScaleByNadamState(NamedTuple):
 
 
 class ScaleByDiscountedNesterovState(NamedTuple):
-    """State of `scale_by_discounted_nesterov`.
-
-    Source: this library.
-    """
+    """State of `scale_by_discounted_nesterov`."""
 
     count: jax.Array  # int32 []: steps done
     m: PyTree  # like the parameters, at least float32: (w_t - w_{t+1}) / eta

@@ -6,16 +6,6 @@ annealing, rho_t = 1 - min(t / T_c, 1).
   learning-rate correction   eta / tau^rho_t, where tau > 0 (PipeMare T1; AsyncPP's "LR correction" of PipeDream)
   discrepancy correction     backward weights w_t - tau delta_t, delta an average of the increments (PipeMare T2)
   momentum of a stage        0.9 + 0.09 tau / P                                   (Nesterov without stash)
-
-BibTeX:
-
-@inproceedings{yang2021pipemare,
-  title = {{PipeMare}: Asynchronous Pipeline Parallel {DNN} Training},
-  author = {Yang, Bowen and Zhang, Jian and Li, Jonathan and R{\\'e}, Christopher and Aberger, Christopher and
-    De Sa, Christopher},
-  booktitle = {Machine Learning and Systems},
-  year = {2021},
-}
 """
 
 import math
@@ -34,19 +24,13 @@ PyTree = Any
 
 
 class ScaleByDelayState(NamedTuple):
-    """State of `scale_by_delay`.
-
-    Source: this library.
-    """
+    """State of `scale_by_delay`."""
 
     count: jax.Array  # int32 []: steps done
 
 
 class DiscrepancyCorrectionState(NamedTuple):
-    """State of `discrepancy_correction`.
-
-    Source: this library.
-    """
+    """State of `discrepancy_correction`."""
 
     shift: PyTree  # like the parameters: tau delta_t; None where tau = 0
 

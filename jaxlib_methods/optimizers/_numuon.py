@@ -11,23 +11,6 @@ factor, approximated by Newton-Schulz as in Muon. The singular values themselves
 How the rank anneals in one compiled program: shapes are static, so the decomposition is compiled for a few ranks, the
 `rank_buckets`, and a `lax.switch` takes the smallest one that holds r(t); the dyads beyond k are then masked. The step
 has exactly k dyads and costs what the bucket's rank costs. Compile time and code size grow with the number of buckets.
-
-BibTeX:
-
-@misc{jordan2024muon,
-  title = {Muon: An optimizer for hidden layers in neural networks},
-  author = {Jordan, Keller and Jin, Yuchen and Boza, Vlado and You, Jiacheng and Cesista, Franz and Newhouse, Laker and
-    Bernstein, Jeremy},
-  url = {https://kellerjordan.github.io/posts/muon/},
-  year = {2024},
-}
-
-@article{liu2025muon,
-  title = {Muon is Scalable for {LLM} Training},
-  author = {Liu, Jingyuan and Su, Jianlin and Yao, Xingcheng and others},
-  journal = {arXiv preprint arXiv:2502.16982},
-  year = {2025},
-}
 """
 
 import functools
@@ -64,10 +47,7 @@ SHAPE_SCALINGS = ("width", "spectral", "rms")
 
 
 class NuMuonState(NamedTuple):
-    """State of `scale_by_numuon`.
-
-    Source: this library.
-    """
+    """State of `scale_by_numuon`."""
 
     count: jax.Array  # int32 (): steps taken; the rank schedule is evaluated at it
     mu: PyTree  # momentum, like the parameters, in mu_dtype

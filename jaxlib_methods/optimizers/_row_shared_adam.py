@@ -9,15 +9,6 @@ along each row does not:
 
 with bias-corrected m^ and r^. In coordinates, W = Z U^T, the same iteration is AdamW on Z with r the moving average of
 ||G_Z||^2 / d by row: divided by d, not by k.
-
-BibTeX:
-
-@inproceedings{ramasinghe2025protocol,
-  title = {Subspace Networks: Scaling Decentralized Training with Communication-Efficient Model Parallelism},
-  author = {Ramasinghe, Sameera and Ajanthan, Thalaiyasingam and Avraham, Gil and Zuo, Yan and Long, Alexander},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-}
 """
 
 from collections.abc import Callable
@@ -35,10 +26,7 @@ PyTree = Any
 
 
 class ScaleByRowSharedAdamState(NamedTuple):
-    """State of `scale_by_row_shared_adam`.
-
-    Source: this library.
-    """
+    """State of `scale_by_row_shared_adam`."""
 
     count: jax.Array  # int32 []: steps done
     m: PyTree  # like the parameters, at least float32: average of the gradients

@@ -1,48 +1,4 @@
-"""Pipelines over a mesh of devices, and a model of how long they take over slow links.
-
-BibTeX:
-
-@inproceedings{huang2019gpipe,
-  title = {{GPipe}: Efficient Training of Giant Neural Networks using Pipeline Parallelism},
-  author = {Huang, Yanping and Cheng, Youlong and Bapna, Ankur and Firat, Orhan and Chen, Mia Xu and Chen, Dehao and
-    Lee, HyoukJoong and Ngiam, Jiquan and Le, Quoc V. and Wu, Yonghui and Chen, Zhifeng},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2019},
-}
-
-@inproceedings{narayanan2021efficient,
-  title = {Efficient Large-Scale Language Model Training on {GPU} Clusters Using {Megatron-LM}},
-  author = {Narayanan, Deepak and Shoeybi, Mohammad and Casper, Jared and LeGresley, Patrick and Patwary, Mostofa and
-    Korthikanti, Vijay and Vainbrand, Dmitri and Kashinkunti, Prethvi and Bernauer, Julie and Catanzaro, Bryan and
-    Phanishayee, Amar and Zaharia, Matei},
-  booktitle = {International Conference for High Performance Computing, Networking, Storage and Analysis},
-  year = {2021},
-}
-
-@inproceedings{narayanan2019pipedream,
-  title = {{PipeDream}: Generalized Pipeline Parallelism for {DNN} Training},
-  author = {Narayanan, Deepak and Harlap, Aaron and Phanishayee, Amar and Seshadri, Vivek and Devanur, Nikhil R. and
-    Ganger, Gregory R. and Gibbons, Phillip B. and Zaharia, Matei},
-  booktitle = {Symposium on Operating Systems Principles},
-  year = {2019},
-}
-
-@inproceedings{ajanthan2025nesterov,
-  title = {Nesterov Method for Asynchronous Pipeline Parallel Optimization},
-  author = {Ajanthan, Thalaiyasingam and Ramasinghe, Sameera and Zuo, Yan and Avraham, Gil and Long, Alexander},
-  booktitle = {International Conference on Machine Learning},
-  year = {2025},
-  eprint = {2505.01099},
-  archivePrefix = {arXiv},
-}
-
-@inproceedings{ramasinghe2025protocol,
-  title = {Subspace Networks: Scaling Decentralized Training with Communication-Efficient Model Parallelism},
-  author = {Ramasinghe, Sameera and Ajanthan, Thalaiyasingam and Avraham, Gil and Zuo, Yan and Long, Alexander},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-}
-"""
+"""Pipelines over a mesh of devices, and a model of how long they take over slow links."""
 
 from jaxlib_methods.parallel import codecs as codecs, integrity as integrity, unextractable as unextractable
 from jaxlib_methods.parallel._asynchronous import (

@@ -34,10 +34,7 @@ PyTree = Any
 
 
 class AsynchronousState(NamedTuple):
-    """State of an asynchronous pipeline, what is in flight included; every leaf starts with the axes [P, D].
-
-    Source: this library.
-    """
+    """State of an asynchronous pipeline, what is in flight included; every leaf starts with the axes [P, D]."""
 
     versions: Packed  # [P, D, depth, ...]: version v in slot v mod depth; depth P, or 1 without stash
     opt_state: Packed  # [P, D, ...]

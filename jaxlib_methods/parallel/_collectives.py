@@ -30,8 +30,6 @@ class Collective(NamedTuple):
       count: how often one call of the program executes it.
       groups: for a permute the (source, target) pairs, else the groups of participants; empty where HLO names none,
         which means all devices. Numbers are positions in the mesh's flat order.
-
-    Source: this library.
     """
 
     kind: str
@@ -59,8 +57,6 @@ def collectives(program: Any) -> tuple[Collective, ...]:
     Example:
       >>> collectives(jax.jit(lambda x: x + 1).lower(1.0))  # one device sends nothing
       ()
-
-    Source: this library.
     """
     if isinstance(program, jax.stages.Lowered):
         program = program.compile()
@@ -91,8 +87,6 @@ def link_bytes(program: Any) -> dict[tuple[int, int], int]:
       ... }'''
       >>> link_bytes(hlo)
       {(0, 1): 393216, (1, 2): 393216}
-
-    Source: this library.
     """
     total: dict[tuple[int, int], int] = {}
     for collective in collectives(program):

@@ -28,10 +28,7 @@ PyTree = Any
 
 
 class Traffic(NamedTuple):
-    """What is under way inside of a pipeline, on one device.
-
-    Source: this library.
-    """
+    """What is under way inside of a pipeline, on one device."""
 
     kept: PyTree  # [depth, ...] like x: inputs of the stage whose B is still to come, micro-batch m in slot m mod depth
     x: PyTree  # activations that arrived in the last slot

@@ -18,10 +18,7 @@ PyTree = Any
 
 
 class HookInfo(NamedTuple):
-    """Where and when a hook is called; scalars, different on every device.
-
-    Source: this library.
-    """
+    """Where and when a hook is called; scalars, different on every device."""
 
     stage: jax.Array  # int32 []: j, of the device that runs the hook
     microbatch: jax.Array  # int32 []: m since the pipe was filled
@@ -50,8 +47,6 @@ class BoundaryHook(NamedTuple):
       >>> message, _ = half.send(jnp.array([1 / 3]), (), info)
       >>> float(half.receive(message, (), info)[0][0])
       0.333984375
-
-    Source: this library.
     """
 
     init: Callable[[PyTree], PyTree]
@@ -77,8 +72,6 @@ class DataHook(NamedTuple):
       ... )
       >>> average.init({"w": 1.0})
       ()
-
-    Source: this library.
     """
 
     init: Callable[[PyTree], PyTree]
@@ -103,8 +96,6 @@ def chain_hooks(*hooks: BoundaryHook) -> BoundaryHook:
       >>> hook, info = chain_hooks(plus(1), plus(2)), HookInfo(stage=0, microbatch=0, active=True)
       >>> hook.send(5, ((), ()), info), hook.receive(8, ((), ()), info)
       ((8, ((), ())), (5, ((), ())))
-
-    Source: this library.
     """
 
     def init(x: PyTree) -> PyTree:

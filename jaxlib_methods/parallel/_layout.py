@@ -28,8 +28,6 @@ class Snapshot(NamedTuple):
     """The state of training without stages: what a checkpoint holds that any pipeline can continue from.
 
     All keys are strings and all leaves NumPy arrays.
-
-    Source: this library.
     """
 
     params: dict[str, np.ndarray]  # by path: "embed/...", "blocks/<layer>/...", "head/..."

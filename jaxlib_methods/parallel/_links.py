@@ -3,17 +3,6 @@ r"""How long a pipeline's step takes over slow links: queues of messages between
 Stage j = 0..P-1 computes $f_j$ seconds forward and $b_j$ backward for a microbatch. A boundary carries $s$ bytes in
 each direction for a microbatch; a link sends one message at a time, $t = 8 s / \mathrm{bandwidth}$ seconds, and each
 arrives $\ell$ seconds after its last bit has left. Stages send without waiting and receive into unlimited buffers.
-
-BibTeX:
-
-@inproceedings{ramasinghe2025protocol,
-  title = {Protocol Models: Scaling Decentralized Training with Communication-Efficient Model Parallelism},
-  author = {Ramasinghe, Sameera and Ajanthan, Thalaiyasingam and Avraham, Gil and Zuo, Yan and Long, Alexander},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-  eprint = {2506.01260},
-  archivePrefix = {arXiv},
-}
 """
 
 import functools
@@ -37,8 +26,6 @@ class Link(NamedTuple):
     Args:
       bandwidth: bits per second, in each direction.
       latency: seconds one way.
-
-    Source: this library.
     """
 
     bandwidth: float | int
@@ -68,8 +55,6 @@ class StageCosts(NamedTuple):
       backward_bytes: what it carries back.
       update: seconds of the optimizer's step.
       gradient_bytes: of the largest stage, what its replicas on the data axis sum up before an update.
-
-    Source: this library.
     """
 
     forward: Seconds
@@ -88,8 +73,6 @@ class StepTime(NamedTuple):
       compute: seconds of it in which the busiest stage computes.
       link: seconds of it in which the busiest direction of a boundary transmits.
       utilisation: compute / step.
-
-    Source: this library.
     """
 
     step: float
@@ -112,8 +95,6 @@ def all_reduce_time(size: float | int, devices: int, link: Link) -> float:
     Example:
       >>> round(all_reduce_time(100e6, 2, Link(1e9, 0.01)), 3)
       0.82
-
-    Source: this library.
     """
     return 2.0 * (devices - 1) * (link.seconds(size) / devices + link.latency)
 
@@ -277,8 +258,6 @@ def largest_pipeline(
       7
       >>> largest_pipeline(costs, Link(80e6)), largest_pipeline(costs, Link(40e6))
       (1024, 6)
-
-    Source: this library.
     """
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation must lie in (0, 1], got {utilisation}")
@@ -338,8 +317,6 @@ def stage_costs(
       >>> costs = stage_costs(lambda w, x: x @ w, w, x, flops_per_second=1e9)
       >>> costs.forward * 1e9 == 2 * 8 * 64 * 64, costs.backward / costs.forward, costs.gradient_bytes
       (True, 3.0, 16384)
-
-    Source: this library.
     """
     if not flops_per_second > 0:
         raise ValueError(f"flops_per_second must be positive, got {flops_per_second}")

@@ -6,32 +6,6 @@ Symbols: x_j parameters of replica j, H local steps between synchronisations, th
   DiLoCo      every H steps   theta <- outer optimizer on the outer gradient theta - mean_j x_j;   x_j <- theta
   streaming   the same for one fragment of the parameters at a time, each at its own phase of the H steps; the new theta
               arrives tau steps late, and is mixed: x_j <- alpha x_j + (1 - alpha) theta
-
-BibTeX:
-
-@inproceedings{mcmahan2017communication,
-  title = {Communication-Efficient Learning of Deep Networks from Decentralized Data},
-  author = {McMahan, H. Brendan and Moore, Eider and Ramage, Daniel and Hampson, Seth and Ag{\"u}era y Arcas, Blaise},
-  booktitle = {International Conference on Artificial Intelligence and Statistics},
-  year = {2017},
-}
-
-@article{douillard2023diloco,
-  title = {{DiLoCo}: Distributed Low-Communication Training of Language Models},
-  author = {Douillard, Arthur and Feng, Qixuan and Rusu, Andrei A. and Chhaparia, Rachita and Donchev, Yani and
-    Kuncoro, Adhiguna and Ranzato, Marc'Aurelio and Szlam, Arthur and Shen, Jiajun},
-  journal = {arXiv preprint arXiv:2311.08105},
-  year = {2023},
-}
-
-@article{douillard2025streaming,
-  title = {Streaming {DiLoCo} with overlapping communication: Towards a Distributed Free Lunch},
-  author = {Douillard, Arthur and Donchev, Yanislav and Rush, Keith and Kale, Satyen and Charles, Zachary and
-    Garrett, Zachary and Teston, Gabriel and Lacey, Dave and McIlroy, Ross and Shen, Jiajun and Ram{\'e}, Alexandre and
-    Szlam, Arthur and Ranzato, Marc'Aurelio and Barham, Paul},
-  journal = {arXiv preprint arXiv:2501.18512},
-  year = {2025},
-}
 """
 
 from collections.abc import Sequence
@@ -49,19 +23,13 @@ PyTree = Any
 
 
 class FedAvgState(NamedTuple):
-    """State of `fed_avg`.
-
-    Source: this library.
-    """
+    """State of `fed_avg`."""
 
     steps: jax.Array  # int32 (): local steps done
 
 
 class DiLoCoState(NamedTuple):
-    """State of `diloco`.
-
-    Source: this library.
-    """
+    """State of `diloco`."""
 
     steps: jax.Array  # int32 (): local steps done
     shared: PyTree  # theta, like the parameters
@@ -69,10 +37,7 @@ class DiLoCoState(NamedTuple):
 
 
 class StreamingDiLoCoState(NamedTuple):
-    """State of `streaming_diloco`; trees are of the lists of a fragment's arrays.
-
-    Source: this library.
-    """
+    """State of `streaming_diloco`; trees are of the lists of a fragment's arrays."""
 
     steps: jax.Array  # int32 (): local steps done
     shared: tuple[PyTree, ...]  # theta, one list for each fragment

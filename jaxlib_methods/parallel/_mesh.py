@@ -30,8 +30,6 @@ def make_mesh(num_stages: int, num_replicas: int = 1, *, devices: Sequence[Any] 
     Example:
       >>> make_mesh(1).axis_names
       ('stage', 'data')
-
-    Source: this library.
     """
     for name, size in (("num_stages", num_stages), ("num_replicas", num_replicas)):
         if size < 1:
@@ -68,8 +66,6 @@ def split_microbatches(batch: Any, num_microbatches: int) -> Any:
     Example:
       >>> split_microbatches(np.arange(6), 3).tolist()
       [[0, 1], [2, 3], [4, 5]]
-
-    Source: this library.
     """
 
     def cut(leaf: Any) -> Any:
@@ -101,8 +97,6 @@ def shard_batch(mesh: Mesh, batch: Any, vocab_size: int | None = None) -> Any:
     Example:
       >>> shard_batch(make_mesh(1), np.zeros((3, 2, 4), np.int32), vocab_size=256).shape
       (3, 2, 4)
-
-    Source: this library.
     """
     _, replicas = mesh_sizes(mesh)
     sharding = NamedSharding(mesh, PartitionSpec(None, "data"))

@@ -17,10 +17,7 @@ PyTree = Any
 
 
 class Packed(NamedTuple):
-    """The tree of any one stage, in the layout that all stages share.
-
-    Source: this library.
-    """
+    """The tree of any one stage, in the layout that all stages share."""
 
     common: tuple[jax.Array, ...]  # the leaves that every stage has
     rest: dict[str, jax.Array]  # per dtype [size]: all other leaves, one after the other, then zeros

@@ -19,10 +19,7 @@ PyTree = Any
 
 
 class Losses(NamedTuple):
-    """Losses of the micro-batches that the last stage has finished, averaged over the replicas.
-
-    Source: this library.
-    """
+    """Losses of the micro-batches that the last stage has finished, averaged over the replicas."""
 
     loss: jax.Array  # [n] in the order of the slots; 0 where none was finished
     microbatch: jax.Array  # int32 [n]: its number since the pipe was filled; -1 where none was finished
@@ -43,8 +40,6 @@ class Pipeline:
       value_and_grad: jitted (state, inputs, targets) -> (`Losses`, packed gradients); None for asynchronous ones.
 
     Example: see `asynchronous_pipeline` and `synchronous_pipeline`.
-
-    Source: this library.
     """
 
     layout: Layout

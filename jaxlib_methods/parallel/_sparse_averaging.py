@@ -10,16 +10,6 @@ strength of the correction, lambda_t weight of the newest drift. After the local
   ema             e_j[S] <- (1 - lambda_t) e_j[S] + lambda_t (x_j[S] - o_j),  x_j[S] <- a + c e_j[S]
 
 The drift x_j - o_j is what a replica has moved since its snapshot; its average e_j stands for the drift of the mean.
-
-BibTeX:
-
-@article{ajanthan2026asyncmesh,
-  title = {{AsyncMesh}: Fully Asynchronous Optimization for Data and Pipeline Parallelism},
-  author = {Ajanthan, Thalaiyasingam and Ramasinghe, Sameera and Avraham, Gil and Dolatabadi, Hadi Mohaghegh and
-    Hewa Koneputugodage, Chamin and Shevchenko, Violetta and Zuo, Yan and Long, Alexander},
-  journal = {arXiv preprint arXiv:2601.22442},
-  year = {2026},
-}
 """
 
 import itertools
@@ -41,10 +31,7 @@ SMALL = 1 << 16  # entries of an array that is worth an operation of its own
 
 
 class SparseAveragingState(NamedTuple):
-    """State of `sparse_averaging`; K entries are averaged in a round.
-
-    Source: this library.
-    """
+    """State of `sparse_averaging`; K entries are averaged in a round."""
 
     steps: jax.Array  # int32 (): local steps seen
     restarted: jax.Array  # int32 (): first round since the parameters were transformed; before it, nothing arrives

@@ -37,8 +37,6 @@ class StageModel(NamedTuple):
       ([['blocks', 'embed'], ['blocks', 'head']], 2)
       >>> float(sequential_loss(model, stages, jnp.array([0, 3]), jnp.zeros(2))) > 0
       True
-
-    Source: this library.
     """
 
     embed: Callable[[PyTree, PyTree], PyTree]
@@ -103,8 +101,6 @@ def join_stages(stages: Sequence[StageTree], repeats: int = 1) -> tuple[PyTree, 
     Example:
       >>> join_stages(split_stages(("E", ["b0", "b1", "b2", "b3"], "H"), 2, repeats=2), repeats=2)
       ('E', ['b0', 'b1', 'b2', 'b3'], 'H')
-
-    Source: this library.
     """
     count = sum(len(stage["blocks"]) for stage in stages)
     blocks: list[PyTree] = [None] * count
@@ -136,8 +132,6 @@ def sequential_loss(
       The loss, a scalar.
 
     Example: see `StageModel`.
-
-    Source: this library.
     """
     embed, blocks, head = join_stages(stages, repeats)
     return run_stage(model, {"embed": embed, "blocks": tuple(blocks), "head": head}, inputs, targets)

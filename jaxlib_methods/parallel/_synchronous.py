@@ -29,10 +29,7 @@ PyTree = Any
 
 
 class SynchronousState(NamedTuple):
-    """State of a synchronous pipeline; every leaf starts with the axes [P, D].
-
-    Source: this library.
-    """
+    """State of a synchronous pipeline; every leaf starts with the axes [P, D]."""
 
     params: Packed  # [P, D, ...]
     opt_state: Packed  # [P, D, ...]

@@ -15,58 +15,6 @@ Structured pruning (RANP) removes whole neurons and returns a smaller dense netw
     smaller = redraw_weights(remove_neurons(model, kept, wiring), key=key)
 
 A `None` in a tree of scores or masks means that the parameter is never pruned; `prunable` says which are candidates.
-
-BibTeX:
-@inproceedings{lee2019snip,
-  title = {{SNIP}: Single-shot network pruning based on connection sensitivity},
-  author = {Lee, Namhoon and Ajanthan, Thalaiyasingam and Torr, Philip H. S.},
-  booktitle = {International Conference on Learning Representations},
-  year = {2019},
-}
-
-@inproceedings{wang2020picking,
-  title = {Picking winning tickets before training by preserving gradient flow},
-  author = {Wang, Chaoqi and Zhang, Guodong and Grosse, Roger},
-  booktitle = {International Conference on Learning Representations},
-  year = {2020},
-}
-
-@inproceedings{tanaka2020pruning,
-  title = {Pruning neural networks without any data by iteratively conserving synaptic flow},
-  author = {Tanaka, Hidenori and Kunin, Daniel and Yamins, Daniel L. K. and Ganguli, Surya},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2020},
-}
-
-@inproceedings{han2015learning,
-  title = {Learning both weights and connections for efficient neural networks},
-  author = {Han, Song and Pool, Jeff and Tran, John and Dally, William J.},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2015},
-}
-
-@inproceedings{lee2020signal,
-  title = {A signal propagation perspective for pruning neural networks at initialization},
-  author = {Lee, Namhoon and Ajanthan, Thalaiyasingam and Gould, Stephen and Torr, Philip H. S.},
-  booktitle = {International Conference on Learning Representations},
-  year = {2020},
-}
-
-@inproceedings{xiao2018dynamical,
-  title = {Dynamical isometry and a mean field theory of {CNNs}: How to train 10,000-layer vanilla convolutional neural
-    networks},
-  author = {Xiao, Lechao and Bahri, Yasaman and Sohl-Dickstein, Jascha and Schoenholz, Samuel S. and
-    Pennington, Jeffrey},
-  booktitle = {International Conference on Machine Learning},
-  year = {2018},
-}
-
-@inproceedings{xu2020ranp,
-  title = {{RANP}: Resource aware neuron pruning at initialization for {3D} {CNNs}},
-  author = {Xu, Zhiwei and Ajanthan, Thalaiyasingam and Vineet, Vibhav and Hartley, Richard},
-  booktitle = {International Conference on 3D Vision},
-  year = {2020},
-}
 """
 
 from jaxlib_methods.pruning._initializers import (

@@ -19,19 +19,13 @@ PyTree = Any
 
 
 class MaskState(NamedTuple):
-    """State of `mask_updates`.
-
-    Source: this library.
-    """
+    """State of `mask_updates`."""
 
     masks: PyTree  # bool like the parameters, or uint8 [ceil(size / 8)] where packed; None: never pruned
 
 
 class PrunedState(NamedTuple):
-    """State of `pruned`.
-
-    Source: this library.
-    """
+    """State of `pruned`."""
 
     masks: PyTree  # bool like the parameters, or uint8 [ceil(size / 8)] where packed; None: never pruned
     inner_state: PyTree  # of the inner transformation; its moments are 0 wherever the mask is False
@@ -55,8 +49,6 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
       >>> masks = {"kernel": jnp.array([True, False]), "scale": None}
       >>> apply_masks({"kernel": jnp.array([2.0, 3.0]), "scale": jnp.array([4.0])}, masks)
       {'kernel': Array([2., 0.], dtype=float32), 'scale': Array([4.], dtype=float32)}
-
-    Source: this library.
     """
     _check_masks(masks, params)
     return _where(masks, params)
@@ -75,8 +67,6 @@ def pack_masks(masks: PyTree) -> PyTree:
       >>> import jax.numpy as jnp
       >>> pack_masks(jnp.array([[True, False], [True, True]])).tolist()
       [176]
-
-    Source: this library.
     """
     return jax.tree.map(lambda mask: jnp.packbits(mask.reshape(-1)), masks)
 
@@ -95,8 +85,6 @@ def unpack_masks(packed: PyTree, like: PyTree) -> PyTree:
       >>> import jax.numpy as jnp
       >>> unpack_masks(jnp.array([176], jnp.uint8), like=jnp.zeros((2, 2))).tolist()
       [[True, False], [True, True]]
-
-    Source: this library.
     """
 
     def unpack(bits: jax.Array | None, leaf: Any) -> jax.Array | None:
@@ -132,8 +120,6 @@ def mask_updates(
       >>> params = {"w": jnp.array([1.0, 2.0])}
       >>> optimizer.update({"w": jnp.array([1.0, 1.0])}, optimizer.init(params), params)[0]["w"].tolist()
       [-1.0, 0.0]
-
-    Source: this library.
     """
 
     def init(params: PyTree) -> MaskState:
@@ -197,10 +183,7 @@ def pruned(
 
 
 class Sparsity(NamedTuple):
-    """One row of `summarize_sparsity`.
-
-    Source: this library.
-    """
+    """One row of `summarize_sparsity`."""
 
     path: str  # of the leaf; "total" in the last row
     shape: tuple[int, ...]  # () in the last row
@@ -230,8 +213,6 @@ def summarize_sparsity(tree: PyTree) -> list[Sparsity]:
       bias 0 2 1.0
       kernel 2 4 0.5
       total 2 6 0.6666666666666667
-
-    Source: this library.
     """
     leaves = jax.tree.leaves(tree)
     kept = jax.device_get([jnp.count_nonzero(leaf) for leaf in leaves])
@@ -258,8 +239,6 @@ def format_sparsity(rows: list[Sparsity]) -> str:
       path   shape  kept  total  sparsity
       w      2x2       2      4     50.0%
       total            2      4     50.0%
-
-    Source: this library.
     """
     cells = [("path", "shape", "kept", "total", "sparsity")]
     for row in rows:

@@ -147,8 +147,6 @@ def random(params: PyTree, *, key: jax.Array) -> PyTree:
       >>> import jax, jax.numpy as jnp
       >>> random({"w": jnp.zeros((2, 3))}, key=jax.random.key(0))["w"].shape
       (2, 3)
-
-    Source: this library.
     """
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(key, max(len(leaves), 1))

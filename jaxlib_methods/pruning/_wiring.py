@@ -54,10 +54,7 @@ class Layer(NamedTuple):
 
 
 class Wiring(NamedTuple):
-    """What `trace_wiring` found out about a network.
-
-    Source: this library.
-    """
+    """What `trace_wiring` found out about a network."""
 
     layers: tuple[Layer, ...]  # in the order of execution
     axes: dict[str, tuple[np.ndarray, ...]]  # path of a leaf of the model's state -> channel along each axis, or -1
@@ -101,7 +98,7 @@ def trace_wiring(model: nnx.Module, *inputs: Any, whole: tuple[str, ...] = ()) -
       >>> [(layer.name, layer.width, bool(layer.fixed.all())) for layer in wiring.layers]
       [('layers/0', 5, False), ('layers/2', 2, True)]
 
-    Source: this library; Xu, Ajanthan, Vineet, Hartley (3DV 2020), arXiv:2010.02488 [xu2020ranp], for the ties.
+    Source: the ties: Xu, Ajanthan, Vineet, Hartley (3DV 2020), arXiv:2010.02488 [xu2020ranp].
     """
     names, channels, axes, shape = _follow(model, inputs)
     modules = {name: _module(name) for name in names}

@@ -22,42 +22,6 @@ r"""Quantization by proximal and mirror steps: weights from a small set of label
 | straight-through, BinaryConnect | round | clipped, none | `straight_through`, `binary_connect` |
 
 Soft weights and fake quantization cost what float weights cost; `pack` stores the result in bits.
-
-BibTeX:
-@inproceedings{ajanthan2019proximal,
-  title = {Proximal Mean-field for Neural Network Quantization},
-  author = {Ajanthan, Thalaiyasingam and Dokania, Puneet K. and Hartley, Richard and Torr, Philip H. S.},
-  booktitle = {IEEE/CVF International Conference on Computer Vision},
-  year = {2019},
-}
-
-@inproceedings{ajanthan2021mirror,
-  title = {Mirror Descent View for Neural Network Quantization},
-  author = {Ajanthan, Thalaiyasingam and Gupta, Kartik and Torr, Philip and Hartley, Richard and Dokania, Puneet},
-  booktitle = {International Conference on Artificial Intelligence and Statistics},
-  year = {2021},
-}
-
-@inproceedings{courbariaux2015binaryconnect,
-  title = {{BinaryConnect}: Training Deep Neural Networks with binary weights during propagations},
-  author = {Courbariaux, Matthieu and Bengio, Yoshua and David, Jean-Pierre},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2015},
-}
-
-@article{bengio2013estimating,
-  title = {Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation},
-  author = {Bengio, Yoshua and L{\'e}onard, Nicholas and Courville, Aaron},
-  journal = {arXiv preprint arXiv:1308.3432},
-  year = {2013},
-}
-
-@inproceedings{hubara2016binarized,
-  title = {Binarized Neural Networks},
-  author = {Hubara, Itay and Courbariaux, Matthieu and Soudry, Daniel and El-Yaniv, Ran and Bengio, Yoshua},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2016},
-}
 """
 
 from jaxlib_methods.quantization._annealing import (

@@ -23,10 +23,7 @@ LeafRule = Callable[[Labels, jax.Array, jax.Array, jax.Array], jax.Array]  # lab
 
 
 class AnnealingState(NamedTuple):
-    """State of the rules with an inverse temperature.
-
-    Source: this library.
-    """
+    """State of the rules with an inverse temperature."""
 
     count: jax.Array  # int32 []: updates done
     beta: jax.Array  # float32 []: inverse temperature of the next forward pass and of its update
@@ -96,8 +93,6 @@ def inverse_temperature(opt_state: PyTree) -> jax.Array:
       >>> _, state = optimizer.update(jnp.ones(3), state, aux)
       >>> float(inverse_temperature(state))
       1.5
-
-    Source: this library.
     """
     found = trees.find_states(opt_state, AnnealingState)
     if len(found) != 1:

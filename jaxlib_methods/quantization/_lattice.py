@@ -202,8 +202,6 @@ def auxiliary_from(params: PyTree, lattice: Lattice) -> PyTree:
       >>> aux = auxiliary_from(jnp.array([0.3, -2.0]), Lattice())
       >>> quantize(aux, Lattice()).tolist()
       [1.0, -1.0]
-
-    Source: this library.
     """
     label_sets(lattice, params, strict=True)
     distance = lambda labels, w: jnp.stack([-jnp.square(w - w.dtype.type(q)) / 2 for q in labels])
@@ -378,8 +376,6 @@ def assert_quantized(params: PyTree, lattice: Lattice) -> None:
       Traceback (most recent call last):
       ...
       ValueError: 1 of 2 weights of 'w' are not in the label set (-1.0, 1.0), the first is -0.999; call quantize
-
-    Source: this library.
     """
     for labels, path, leaf in quantized_leaves(lattice, params):
         if labels is None or isinstance(leaf, jax.core.Tracer):
@@ -409,8 +405,6 @@ def label_share(params: PyTree, lattice: Lattice, *, tolerance: float = 1e-3) ->
       >>> import jax.numpy as jnp
       >>> float(label_share(jnp.array([1.0, -0.9995, 0.5, 0.0]), Lattice()))
       0.5
-
-    Source: this library.
     """
     counts, total = [jnp.zeros((), jnp.float32)], 0
     for labels, w in zip(label_sets(lattice, params), jax.tree.leaves(params), strict=True):

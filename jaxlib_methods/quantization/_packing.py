@@ -24,8 +24,6 @@ class PackedWeight:
       labels: the value of each code.
       shape: of the weight.
       dtype: of the weight, by name.
-
-    Source: this library.
     """
 
     words: jax.Array
@@ -52,8 +50,6 @@ def pack(network: PyTree, lattice: Lattice) -> PyTree:
       >>> packed = pack({"w": jnp.ones((64, 100))}, Lattice())
       >>> packed["w"].words.shape, packed_bytes(packed), unpack(packed)["w"].shape
       ((2, 100), 800, (64, 100))
-
-    Source: this library.
     """
     assert_quantized(network, lattice)
     leaves, structure = jax.tree.flatten(network)
@@ -84,8 +80,6 @@ def unpack(packed: PyTree) -> PyTree:
       >>> w = jnp.array([-1.0, 0.0, 1.0])
       >>> unpack(pack(w, Lattice((-1, 0, 1)))).tolist()
       [-1.0, 0.0, 1.0]
-
-    Source: this library.
     """
 
     def one(node: Any) -> Any:
@@ -111,8 +105,6 @@ def packed_bytes(tree: PyTree) -> int:
       >>> import jax.numpy as jnp
       >>> packed_bytes({"w": jnp.ones((64, 100))})
       25600
-
-    Source: this library.
     """
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -137,8 +129,6 @@ def packed_matmul(x: jax.Array, weight: PackedWeight, *, implementation: str | N
       >>> w = pack(jnp.array([[1.0, -1.0], [1.0, 1.0]]), Lattice())
       >>> packed_matmul(jnp.array([[3.0, 4.0]]), w).tolist()
       [[7.0, 1.0]]
-
-    Source: this library.
     """
     if len(weight.shape) != 2 or weight.shape[0] != x.shape[-1]:
         raise ValueError(f"weight must be a packed ({x.shape[-1]}, N) matrix, got one of shape {weight.shape}")

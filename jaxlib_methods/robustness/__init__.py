@@ -18,28 +18,6 @@ gradients back.
 | temperature scaling with a given beta | `scaling=0.1` |
 | FGSM++, PGD++ with network Jacobian scaling | `scaling=network_jacobian_scaling(...)` |
 | FGSM++, PGD++ with Hessian-norm scaling | `scaling=HessianNormScaling()` |
-
-BibTeX:
-@inproceedings{gupta2022improved,
-  title = {Improved Gradient-Based Adversarial Attacks for Quantized Networks},
-  author = {Gupta, Kartik and Ajanthan, Thalaiyasingam},
-  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
-  year = {2022},
-}
-
-@inproceedings{goodfellow2015explaining,
-  title = {Explaining and Harnessing Adversarial Examples},
-  author = {Goodfellow, Ian J. and Shlens, Jonathon and Szegedy, Christian},
-  booktitle = {International Conference on Learning Representations},
-  year = {2015},
-}
-
-@inproceedings{madry2018towards,
-  title = {Towards Deep Learning Models Resistant to Adversarial Attacks},
-  author = {Madry, Aleksander and Makelov, Aleksandar and Schmidt, Ludwig and Tsipras, Dimitris and Vladu, Adrian},
-  booktitle = {International Conference on Learning Representations},
-  year = {2018},
-}
 """
 
 from jaxlib_methods.robustness._attacks import AttackResult as AttackResult, fgsm as fgsm, pgd as pgd

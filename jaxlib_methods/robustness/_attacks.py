@@ -24,10 +24,7 @@ Bounds = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] | None
 
 
 class AttackResult(NamedTuple):
-    """What an attack found.
-
-    Source: this library.
-    """
+    """What an attack found."""
 
     images: jax.Array  # [batch, ...]: like the attacked ones, in the ball and the box
     logits: jax.Array  # [batch, d]: of these images, without temperature

@@ -15,10 +15,7 @@ from jaxlib_methods.robustness._scaling import Apply, PyTree
 
 
 class GradientMasking(NamedTuple):
-    """Where the input gradients of a batch are lost.
-
-    Source: this library.
-    """
+    """Where the input gradients of a batch are lost."""
 
     vanished: jax.Array  # float32 []: share of images whose gradient has no entry above the threshold
     gradient_norm: jax.Array  # [batch]: L2 norm of the gradient of the cross-entropy with respect to the image

@@ -42,8 +42,6 @@ def packed_matmul(
       >>> words = layout.pack_codes(jnp.array([[0, 1], [1, 1], [1, 0]]), 1)
       >>> packed_matmul(jnp.array([1.0, 2.0, 4.0]), words, (-1, 1)).tolist()
       [5.0, -1.0]
-
-    Source: this library.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")

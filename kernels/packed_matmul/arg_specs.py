@@ -17,8 +17,6 @@ class ArgSpec:
       n: columns.
       num_labels: of the weights.
       tags: "ci" for those small enough for tests.
-
-    Source: this library.
     """
 
     name: str

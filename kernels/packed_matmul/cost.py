@@ -6,10 +6,7 @@ from jaxlib_methods.kernels.packed_matmul.layout import rows_for
 
 
 class Cost(NamedTuple):
-    """Floating-point operations and bytes moved between memory and chip.
-
-    Source: this library.
-    """
+    """Floating-point operations and bytes moved between memory and chip."""
 
     flops: int
     bytes_accessed: int
@@ -31,8 +28,6 @@ def cost_estimate(m: int, depth: int, n: int, bits: int, *, itemsize: int = 4) -
     Example:
       >>> cost_estimate(1, 4096, 4096, 1).bytes_accessed, cost_estimate(1, 4096, 4096, 32).bytes_accessed
       (2129920, 67141632)
-
-    Source: this library.
     """
     weights = 4 * rows_for(depth, bits) * n if bits <= 8 else depth * n * bits // 8
     return Cost(2 * m * depth * n, itemsize * (m * depth + m * n) + weights)

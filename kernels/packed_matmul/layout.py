@@ -27,8 +27,6 @@ def bits_for(num_labels: int) -> int:
     Example:
       >>> [bits_for(d) for d in (2, 3, 4, 5, 256)]
       [1, 2, 2, 4, 8]
-
-    Source: this library.
     """
     if not 2 <= num_labels <= 256:
         raise ValueError(f"num_labels must lie in [2, 256], got {num_labels}")
@@ -36,10 +34,7 @@ def bits_for(num_labels: int) -> int:
 
 
 def rows_for(depth: int, bits: int) -> int:
-    """Rows of words for `depth` codes.
-
-    Source: this library.
-    """
+    """Rows of words for `depth` codes."""
     return -(-depth // (WORD // bits))
 
 
@@ -59,8 +54,6 @@ def pack_codes(codes: jax.Array, bits: int) -> jax.Array:
     Example:
       >>> pack_codes(jnp.array([[1], [0], [1], [1]]), 1).tolist()  # one row of words a code each: K < 32
       [[13]]
-
-    Source: this library.
     """
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits}")
@@ -91,8 +84,6 @@ def unpack_codes(words: jax.Array, bits: int, depth: int) -> jax.Array:
     Example:
       >>> unpack_codes(jnp.array([[13]], jnp.uint32), 1, 4)[:, 0].tolist()
       [1, 0, 1, 1]
-
-    Source: this library.
     """
     check_words(words, bits, depth)
     planes = WORD // bits
@@ -102,10 +93,7 @@ def unpack_codes(words: jax.Array, bits: int, depth: int) -> jax.Array:
 
 
 def check_words(words: jax.Array, bits: int, depth: int) -> None:
-    """Raises ValueError for words that cannot hold `depth` codes of `bits` bits.
-
-    Source: this library.
-    """
+    """Raises ValueError for words that cannot hold `depth` codes of `bits` bits."""
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits}")
     if words.ndim != 2 or words.dtype != jnp.uint32 or words.shape[0] != rows_for(depth, bits):
@@ -116,10 +104,7 @@ def check_words(words: jax.Array, bits: int, depth: int) -> None:
 
 
 def decode(codes: jax.Array, labels: tuple[float, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
-    """labels[codes] by selects up to four labels, else by a table.
-
-    Source: this library.
-    """
+    """labels[codes] by selects up to four labels, else by a table."""
     if len(labels) > 4:
         return jnp.take(jnp.asarray(labels, dtype), codes.astype(jnp.int32), mode="clip")
     w = jnp.full(codes.shape, labels[0], dtype)

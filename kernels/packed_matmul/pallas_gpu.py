@@ -41,8 +41,6 @@ def can_use(shape: tuple[int, int, int], dtype: Any, num_labels: int) -> str | N
     Example:
       >>> can_use((100, 4096, 4096), jnp.float64, 2) is None
       False
-
-    Source: this library.
     """
     if MOSAIC_GPU_MISSING is not None:
         return MOSAIC_GPU_MISSING
@@ -70,8 +68,6 @@ def choose_block(rows: int, n: int) -> tuple[int, int]:
     Example:
       >>> choose_block(128, 4096), choose_block(784, 4096), choose_block(25, 300)
       ((8, 256), (16, 256), (8, 128))
-
-    Source: this library.
     """
     columns = next((size for size in COLUMNS if n % size == 0), COLUMNS[-1])
     enough = (size for size in ROWS if rows % size == 0 and rows // size * pl.cdiv(n, columns) >= BLOCKS)
@@ -79,10 +75,7 @@ def choose_block(rows: int, n: int) -> tuple[int, int]:
 
 
 def matmul(x: jax.Array, words: jax.Array, labels: tuple[float, ...], bits: int, *, interpret: Any = None) -> jax.Array:
-    """See `jaxlib_methods.kernels.packed_matmul.packed_matmul`; `interpret` runs the kernel body on the CPU, for tests.
-
-    Source: this library.
-    """
+    """See `jaxlib_methods.kernels.packed_matmul.packed_matmul`; `interpret` runs the kernel on the CPU, for tests."""
     (m, depth), n = x.shape, words.shape[1]
     if reason := can_use((m, depth, n), x.dtype, len(labels)) or device_reason():
         raise NotImplementedError(reason)

@@ -36,8 +36,6 @@ def can_use(shape: tuple[int, int, int], dtype: Any, num_labels: int) -> str | N
       >>> can_use((8, 4096, 4096), jnp.bfloat16, 2)
       >>> can_use((8, 4096, 4096), jnp.float64, 2)
       'the TPU kernel multiplies float32 and bfloat16, got float64'
-
-    Source: this library.
     """
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"the TPU kernel multiplies float32 and bfloat16, got {jnp.dtype(dtype).name}"
@@ -51,10 +49,7 @@ def can_use(shape: tuple[int, int, int], dtype: Any, num_labels: int) -> str | N
 def matmul(
     x: jax.Array, words: jax.Array, labels: tuple[float, ...], bits: int, *, interpret: Any = False
 ) -> jax.Array:
-    """See `jaxlib_methods.kernels.packed_matmul.packed_matmul`; `interpret` runs the kernel body on the CPU, for tests.
-
-    Source: this library.
-    """
+    """See `jaxlib_methods.kernels.packed_matmul.packed_matmul`; `interpret` runs the kernel on the CPU, for tests."""
     (m, depth), n = x.shape, words.shape[1]
     if reason := can_use((m, depth, n), x.dtype, len(labels)):
         raise NotImplementedError(reason)

@@ -10,10 +10,7 @@ COLUMNS = 256  # of a block: decoded it stays within a CPU's second-level cache 
 
 
 def matmul(x: jax.Array, words: jax.Array, labels: tuple[float, ...], bits: int) -> jax.Array:
-    """x [m, K] @ labels[codes] [K, n] in the dtype of x, summed in float32 (float64).
-
-    Source: this library.
-    """
+    """x [m, K] @ labels[codes] [K, n] in the dtype of x, summed in float32 (float64)."""
     depth, n = x.shape[1], words.shape[1]
     sums = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 

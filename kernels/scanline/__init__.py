@@ -1,13 +1,4 @@
-"""Scanline min-sum sweeps: min-plus product, normalisation, argmin and update of one direction, and the backward of it.
-
-BibTeX:
-@inproceedings{xu2020fast,
-  author = {Zhiwei Xu and Thalaiyasingam Ajanthan and Richard Hartley},
-  title = {Fast and Differentiable Message Passing on Pairwise {M}arkov Random Fields},
-  booktitle = {Asian Conference on Computer Vision (ACCV)},
-  year = {2020},
-}
-"""
+"""Scanline min-sum sweeps: min-plus product, normalisation, argmin and update of one direction, and its backward."""
 
 from jaxlib_methods.kernels.scanline.api import sweep as sweep, sweep_backward as sweep_backward
 from jaxlib_methods.kernels.scanline.cost import Cost as Cost, cost_estimate as cost_estimate

@@ -35,10 +35,7 @@ MAX_LABELS = 65535
 
 
 def index_dtype(num_labels: int) -> Any:
-    """The dtype of P and Q: uint8 up to 256 labels, uint16 above.
-
-    Source: this library.
-    """
+    """The dtype of P and Q: uint8 up to 256 labels, uint16 above."""
     return jnp.uint8 if num_labels <= 256 else jnp.uint16
 
 

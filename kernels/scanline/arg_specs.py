@@ -17,10 +17,7 @@ from jaxlib_methods.kernels.scanline.pairwise import Pairwise
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArgSpec:
-    """One instance: image size, labels, pairwise cost, and the shapes of its sweeps.
-
-    Source: this library.
-    """
+    """One instance: image size, labels, pairwise cost, and the shapes of its sweeps."""
 
     name: str
     height: int
@@ -30,19 +27,13 @@ class ArgSpec:
     tags: tuple[str, ...] = ()
 
     def shape(self, *, vertical: bool = False, batch: int = 1) -> tuple[int, int, int]:
-        """(positions, L, lines) of a horizontal (along a row) or vertical sweep over `batch` images.
-
-        Source: this library.
-        """
+        """(positions, L, lines) of a horizontal (along a row) or vertical sweep over `batch` images."""
         positions, lines = (self.height, self.width) if vertical else (self.width, self.height)
         return positions, self.num_labels, lines * batch
 
     @property
     def entries(self) -> int:
-        """N = H W L of the traffic models.
-
-        Source: this library.
-        """
+        """N = H W L of the traffic models."""
         return self.height * self.width * self.num_labels
 
 
@@ -52,8 +43,6 @@ def padding(lines: int, lines_per_block: int) -> tuple[int, float]:
     Example:
       >>> padding(375, 128)
       (384, 0.0234375)
-
-    Source: this library.
     """
     padded = math.ceil(lines / lines_per_block) * lines_per_block
     return padded, (padded - lines) / padded

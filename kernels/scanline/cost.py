@@ -10,10 +10,7 @@ MAX_WINDOW = 32
 
 
 class Cost(NamedTuple):
-    """Floating-point operations and bytes moved between memory and chip.
-
-    Source: this library.
-    """
+    """Floating-point operations and bytes moved between memory and chip."""
 
     flops: int
     bytes_accessed: int
@@ -24,8 +21,6 @@ def window_radius(pairwise: Pairwise, num_labels: int) -> int | None:
 
     Where R < L - 1 it is R - 1: beyond, the floor min a + w profile[R] stands for every label. Otherwise it is L - 1,
     without a floor.
-
-    Source: this library.
     """
     if pairwise.kind != "toeplitz":
         return None
@@ -35,10 +30,7 @@ def window_radius(pairwise: Pairwise, num_labels: int) -> int | None:
 
 
 def minplus_flops(pairwise: Pairwise, num_labels: int) -> int:
-    """Additions and minima of min_mu [a(mu) + w V(mu, .)] for one pixel.
-
-    Source: this library.
-    """
+    """Additions and minima of min_mu [a(mu) + w V(mu, .)] for one pixel."""
     L = num_labels
     if pairwise.kind == "potts":
         return 3 * L
@@ -77,8 +69,6 @@ def cost_estimate(
     Example:
       >>> cost_estimate(384, 16, 288, Pairwise("potts", 1.0))
       Cost(flops=14155776, bytes_accessed=21233664)
-
-    Source: this library.
     """
     pixels = positions * lines
     entries = pixels * num_labels
@@ -110,8 +100,6 @@ def backward_cost_estimate(
     Example:
       >>> backward_cost_estimate(384, 16, 288, Pairwise("potts", 1.0))
       Cost(flops=21233664, bytes_accessed=23113728)
-
-    Source: this library.
     """
     pixels = positions * lines
     entries = pixels * num_labels

@@ -45,8 +45,6 @@ class Pairwise:
       Array([[0., 2., 2.],
              [2., 0., 2.],
              [2., 2., 0.]], dtype=float32)
-
-    Source: this library.
     """
 
     kind: str
@@ -71,8 +69,6 @@ def base_cost(pairwise: Pairwise, mu: jax.Array, lam: jax.Array, dtype: Any) -> 
     Example:
       >>> base_cost(Pairwise("truncated_linear", 1.0, truncation=2), jnp.array([0, 5]), jnp.array([1, 1]), jnp.float32)
       Array([1., 2.], dtype=float32)
-
-    Source: this library.
     """
     if pairwise.kind == "table":
         return jnp.asarray(pairwise.table).astype(dtype)[mu, lam]
@@ -92,8 +88,6 @@ def dense(pairwise: Pairwise, num_labels: int, dtype: Any = None) -> jax.Array:
       >>> dense(Pairwise("truncated_linear", jnp.float32(3.0), truncation=1), 2)
       Array([[0., 3.],
              [3., 0.]], dtype=float32)
-
-    Source: this library.
     """
     weight = jnp.asarray(pairwise.weight)
     dtype = weight.dtype if dtype is None else dtype
@@ -109,7 +103,5 @@ def transpose(pairwise: Pairwise) -> Pairwise:
       >>> transpose(Pairwise("table", 1.0, table=jnp.array([[0.0, 1.0], [2.0, 0.0]]))).table
       Array([[0., 2.],
              [1., 0.]], dtype=float32)
-
-    Source: this library.
     """
     return dataclasses.replace(pairwise, table=pairwise.table.T) if pairwise.kind == "table" else pairwise

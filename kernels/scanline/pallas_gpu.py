@@ -43,8 +43,6 @@ def can_use(shape: tuple[int, ...], dtype: Any, pairwise: Pairwise, *, step: tup
     Example:
       >>> can_use((384, 16, 288), jnp.float64, Pairwise("potts", 20.0)) is None
       False
-
-    Source: this library.
     """
     if MOSAIC_GPU_MISSING is not None:
         return MOSAIC_GPU_MISSING

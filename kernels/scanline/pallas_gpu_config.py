@@ -35,8 +35,6 @@ class Config:
     Attributes:
       lanes: threads that share the label vector of one line, k.
       slots: positions in the ring of loads.
-
-    Source: this library.
     """
 
     lanes: int
@@ -44,18 +42,12 @@ class Config:
 
     @property
     def lines(self) -> int:
-        """Lines of a block.
-
-        Source: this library.
-        """
+        """Lines of a block."""
         return THREADS // self.lanes
 
     @property
     def layout(self) -> Any:
-        """Registers of a label vector block [L, lines].
-
-        Source: this library.
-        """
+        """Registers of a label vector block [L, lines]."""
         if self.lanes == 1:
             tiling = plgpu.Tiling(((1, 128), (32,), (1,)))
             return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
@@ -65,10 +57,7 @@ class Config:
 
 
 def smem_bytes(num_labels: int, config: Config, pairwise: Pairwise, *, backward: bool = False) -> int:
-    """Shared memory of one block, for the widest case: both inputs, edge weights and indices.
-
-    Source: this library.
-    """
+    """Shared memory of one block, for the widest case: both inputs, edge weights and indices."""
     rows, index = num_labels * config.lines, num_labels * config.lines + config.lines
     if backward:
         slot, stage = 2 * 4 * rows + index, 4 * rows
@@ -84,8 +73,6 @@ def choose(num_labels: int, pairwise: Pairwise, lines: int | None = None) -> Con
     The fewest lanes a line with which a thread holds at most `LABELS_PER_LANE` labels, since a reduction over more
     lanes takes more shuffles. More lanes make smaller blocks: the fewest whose blocks divide `lines` come first, since
     padding copies every array. Then the longest ring that fits.
-
-    Source: this library.
     """
     fitting = [k for k in LANES_PER_LINE if num_labels % k == 0 and num_labels // k <= MAX_LABELS_PER_LANE]
     comfortable = [k for k in fitting if num_labels // k <= LABELS_PER_LANE] or fitting[-1:]
@@ -103,10 +90,7 @@ def choose(num_labels: int, pairwise: Pairwise, lines: int | None = None) -> Con
 
 
 def shift_rows(num_labels: int, config: Config, pairwise: Pairwise, *, backward: bool) -> tuple[int, ...]:
-    """Rows of the shared-memory blocks that shifts (float32, then int32) and loops over the senders go through.
-
-    Source: this library.
-    """
+    """Rows of the shared-memory blocks that shifts (float32, then int32) and loops over the senders go through."""
     radius = mp.route_radius(pairwise, num_labels) if backward else None
     how = mp.form(pairwise, num_labels)
     if radius is None if backward else how == "table":

@@ -31,10 +31,7 @@ MAX_POSITIONS = 32
 
 
 def vmem_bytes(num_labels: int, positions: int, pairwise: Pairwise, *, arrays: int, indices: bool) -> int:
-    """VMEM of one program: `arrays` float32 blocks of `positions`, indices, one carry and V, all buffers included.
-
-    Source: this library.
-    """
+    """VMEM of one program: `arrays` float32 blocks of `positions`, indices, one carry and V, all buffers included."""
     index = jnp.dtype(index_dtype(num_labels)).itemsize
     labels = _round_up(num_labels, 8)
     block = arrays * labels * 4 + 8 * 4  # messages and one row of edge weights
@@ -46,10 +43,7 @@ def vmem_bytes(num_labels: int, positions: int, pairwise: Pairwise, *, arrays: i
 
 
 def block_positions(shape: tuple[int, ...], pairwise: Pairwise, *, arrays: int, indices: bool) -> int:
-    """Positions per block: a power of two up to `MAX_POSITIONS` within the VMEM budget; 0 if not even one fits.
-
-    Source: this library.
-    """
+    """Positions per block: a power of two up to `MAX_POSITIONS` within the VMEM budget; 0 if not even one fits."""
     positions, num_labels, _ = shape
     size = MAX_POSITIONS
     while size and (
@@ -75,8 +69,6 @@ def can_use(shape: tuple[int, ...], dtype: Any, pairwise: Pairwise, *, step: tup
       >>> can_use((384, 16, 288), jnp.float32, Pairwise("truncated_linear", 20.0, truncation=2))
       >>> can_use((384, 16, 288), jnp.float64, Pairwise("potts", 20.0))
       'the TPU kernel holds messages in float32, got float64'
-
-    Source: this library.
     """
     if jnp.dtype(dtype) != jnp.float32:
         return f"the TPU kernel holds messages in float32, got {jnp.dtype(dtype).name}"

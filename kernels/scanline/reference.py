@@ -51,8 +51,6 @@ def walk(
     """The recursion of a sweep around any `product(a, w_i)`, which returns the message and whatever else is to be kept.
 
     `mask` sets the messages of first positions to zero where the product does not.
-
-    Source: this library.
     """
     u, opposite, edge_weight = request.u, request.opposite, request.edge_weight
     positions, num_labels, lines = u.shape
@@ -85,10 +83,7 @@ def walk(
 def minplus(
     a: jax.Array, pairwise: Pairwise, edge_weight: jax.Array | None, with_indices: bool, normalise: bool = True
 ) -> tuple[jax.Array, ...]:
-    """(m,) or (m, P, Q) for m = min_mu [a(mu) + w V(mu, lam)] along the first axis of a [L, lines], less its minimum.
-
-    Source: this library.
-    """
+    """(m,) or (m, P, Q) for m = min_mu [a(mu) + w V(mu, lam)] along the first axis of a [L, lines], less its min."""
     num_labels = a.shape[0]
     index = index_dtype(num_labels)
     scale = jnp.asarray(pairwise.weight).astype(a.dtype)
@@ -131,20 +126,14 @@ def minplus(
 
 
 def first_label(true: jax.Array) -> jax.Array:
-    """Lowest label where `true`, [lines] of [L, lines]; an `argmin` that XLA vectorises on the CPU.
-
-    Source: this library.
-    """
+    """Lowest label where `true`, [lines] of [L, lines]; an `argmin` that XLA vectorises on the CPU."""
     num_labels = true.shape[0]
     label = jax.lax.broadcasted_iota(jnp.int32, true.shape, 0)
     return jnp.where(true, label, num_labels - 1).min(0)
 
 
 def dense_base(pairwise: Pairwise, num_labels: int, dtype: Any) -> jax.Array:
-    """The (L, L) table without `weight`.
-
-    Source: this library.
-    """
+    """The (L, L) table without `weight`."""
     label = jnp.arange(num_labels, dtype=jnp.int32)
     return base_cost(pairwise, *jnp.meshgrid(label, label, indexing="ij"), dtype)
 

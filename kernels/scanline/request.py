@@ -22,10 +22,7 @@ class _Direction:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Sweep(_Direction):
-    """Messages of one direction along every line: the arguments of `jaxlib_methods.kernels.scanline.sweep`.
-
-    Source: this library.
-    """
+    """Messages of one direction along every line: the arguments of `jaxlib_methods.kernels.scanline.sweep`."""
 
     u: jax.Array
     opposite: jax.Array | None = None
@@ -33,19 +30,13 @@ class Sweep(_Direction):
 
     @property
     def costs(self) -> jax.Array:
-        """The array whose shape and dtype all others follow, [positions, L, lines].
-
-        Source: this library.
-        """
+        """The array whose shape and dtype all others follow, [positions, L, lines]."""
         return self.u
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Backward(_Direction):
-    """The way back of a sweep: the arguments of `jaxlib_methods.kernels.scanline.sweep_backward`.
-
-    Source: this library.
-    """
+    """The way back of a sweep: the arguments of `jaxlib_methods.kernels.scanline.sweep_backward`."""
 
     dm: jax.Array
     opposite_ds: jax.Array | None = None
@@ -54,16 +45,10 @@ class Backward(_Direction):
 
     @property
     def costs(self) -> jax.Array:
-        """The array whose shape and dtype all others follow, [positions, L, lines].
-
-        Source: this library.
-        """
+        """The array whose shape and dtype all others follow, [positions, L, lines]."""
         return self.dm
 
     @property
     def opposite(self) -> jax.Array | None:
-        """What stands in the place of the forward sweep's opposite messages; at rho = 1 it has no effect.
-
-        Source: this library.
-        """
+        """What stands in the place of the forward sweep's opposite messages; at rho = 1 it has no effect."""
         return None if self.rho == 1.0 else self.opposite_ds

@@ -48,8 +48,6 @@ def keep_largest(
       ([True, True], [[False, True]])
       >>> keep_largest([jnp.array([3.0, 1.0]), jnp.array([1.0, 2.0])], [1, 1])
       [Array([ True, False], dtype=bool), Array([False,  True], dtype=bool)]
-
-    Source: this library.
     """
     _check_implementation(implementation)
     leaves, treedef = jax.tree.flatten(scores)
@@ -110,8 +108,6 @@ def num_scores(scores: PyTree, *, specs: PyTree | None = None) -> PyTree:
     Example:
       >>> num_scores({"kernel": jnp.ones((2, 3)), "scale": None})
       {'kernel': 6, 'scale': None}
-
-    Source: this library.
     """
     leaves, treedef = jax.tree.flatten(scores)
     shapes = tuple(jnp.shape(leaf) for leaf in leaves)

@@ -19,8 +19,6 @@ class ArgSpec:
       shapes: by parameter, in the order of the leaves.
       sparsity: share of the entries that is pruned.
       tags: "ci" for those small enough for tests.
-
-    Source: this library.
     """
 
     name: str

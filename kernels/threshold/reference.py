@@ -92,8 +92,6 @@ def ordered_bits(x: jax.Array) -> jax.Array:
     Example:
       >>> [hex(key) for key in ordered_bits(jnp.array([-1.0, -0.0, 0.0, 1e-45, 1.0])).tolist()]
       ['-0x3f800000', '0x0', '0x0', '0x1', '0x3f800000']
-
-    Source: this library.
     """
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"int{jnp.finfo(x.dtype).bits}"))
     return jnp.where(bits < 0, jnp.iinfo(bits.dtype).min - bits, bits)  # sign and magnitude -> two's complement
@@ -113,8 +111,6 @@ def count_at_least(keys: jax.Array, candidates: jax.Array, dtype: Any) -> jax.Ar
     Example:
       >>> count_at_least(jnp.array([[1, 2], [3, 4]]), jnp.array([2, 4]), jnp.int32)
       Array([3, 1], dtype=int32)
-
-    Source: this library.
     """
     k = candidates.shape[0]
     reached = tuple((keys >= candidates[i]).astype(dtype) for i in range(k))
@@ -140,8 +136,6 @@ def search(
 
     Returns:
       The last interval: at_least == target, or low == high with above < target < at_least (ties).
-
-    Source: this library.
     """
 
     def unsettled(interval: Interval) -> jax.Array:
@@ -176,8 +170,6 @@ def keep_largest(scores: Sequence[jax.Array], kappas: jax.Array, leaves: Leaves)
 
     Returns:
       (one boolean mask per leaf, whether any score is NaN).
-
-    Source: this library.
     """
     dtype = kappas.dtype
     sizes = leaves.sizes()

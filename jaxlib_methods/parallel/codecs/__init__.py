@@ -1,14 +1,4 @@
-"""What crosses a boundary between stages in fewer bytes: lossy codecs, and subspace networks that lose nothing.
-
-BibTeX:
-
-@inproceedings{ramasinghe2025protocol,
-  title = {Subspace Networks: Scaling Decentralized Training with Communication-Efficient Model Parallelism},
-  author = {Ramasinghe, Sameera and Ajanthan, Thalaiyasingam and Avraham, Gil and Zuo, Yan and Long, Alexander},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-}
-"""
+"""What crosses a boundary between stages in fewer bytes: lossy codecs, and subspace networks that lose nothing."""
 
 from jaxlib_methods.parallel.codecs._codecs import (
     Codec as Codec,

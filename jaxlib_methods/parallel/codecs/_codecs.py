@@ -34,8 +34,6 @@ class Codec(NamedTuple):
       >>> message, _ = codec.encode(x, codec.init(x))
       >>> float(codec.decode(message, codec.init(x))[0][0])
       0.333984375
-
-    Source: this library.
     """
 
     init: Callable[[PyTree], PyTree]
@@ -52,8 +50,6 @@ class Payload:
       arrays: name -> array.
       shape: of the array that was encoded.
       dtype: of the array that was encoded.
-
-    Source: this library.
     """
 
     arrays: dict[str, Any]
@@ -76,8 +72,6 @@ def codec_hook(codec: Codec) -> BoundaryHook:
       >>> message, _ = hook.send(jnp.ones((2, 4)), hook.init(jnp.ones((2, 4))), None)
       >>> message.arrays["q"].dtype.name
       'int8'
-
-    Source: this library.
     """
     return BoundaryHook(
         codec.init,
@@ -101,8 +95,6 @@ def payload_bytes(codec: Codec, x: PyTree) -> int:
       >>> x = jax.ShapeDtypeStruct((2, 128, 1024), "float32")
       >>> payload_bytes(cast_codec("bfloat16"), x) // 256, payload_bytes(int8_codec(), x) // 256
       (2048, 1028)
-
-    Source: this library.
     """
     message = jax.eval_shape(lambda x: codec.encode(x, codec.init(x))[0], x)
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(message))
@@ -126,8 +118,6 @@ def coded_boundary(forward: Codec, backward: Codec) -> Callable[[PyTree, PyTree]
       >>> loss = lambda x: 3.1 * transmit(x, (codec.init(x), codec.init(x)))[0]
       >>> float(jax.grad(loss)(jnp.float32(1.0)))  # 3.1 in bfloat16
       3.09375
-
-    Source: this library.
     """
 
     @jax.custom_vjp
@@ -165,8 +155,6 @@ def identity_codec() -> Codec:
     Example:
       >>> payload_bytes(identity_codec(), jnp.ones((3, 5)))
       60
-
-    Source: this library.
     """
     return Codec(lambda x: (), lambda x, state: (x, state), lambda message, state: (message, state))
 
@@ -184,8 +172,6 @@ def cast_codec(dtype: str = "bfloat16") -> Codec:
       ValueError: for a type that is not floating.
 
     Example: see `Codec`.
-
-    Source: this library.
     """
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise ValueError(f"dtype must be floating, such as 'bfloat16', got {dtype!r}")

@@ -15,10 +15,7 @@ PyTree = Any
 
 
 class MomentState(NamedTuple):
-    """What the sender of gradients sums up between two moves of the subspace.
-
-    Source: this library.
-    """
+    """What the sender of gradients sums up between two moves of the subspace."""
 
     Y: jax.Array  # float32 (d, k): sum over the messages of Sigma U
     count: jax.Array  # int32 []: messages

@@ -1,32 +1,8 @@
 r"""Lossy boundary codecs: the controls of the subspace networks, whose coding loses nothing.
 
-    int8     absmax blocks: q = round(127 x / max |x|)
-    top-k    the k largest of d entries; with error feedback e <- x + e - sent, added to the next message
-    delta    x - c with few bits, where c is what the receiver rebuilt at the sample's previous visit
-
-BibTeX:
-
-@inproceedings{dettmers2022eight,
-  title = {8-bit Optimizers via Block-wise Quantization},
-  author = {Dettmers, Tim and Lewis, Mike and Shleifer, Sam and Zettlemoyer, Luke},
-  booktitle = {International Conference on Learning Representations},
-  year = {2022},
-}
-
-@inproceedings{stich2018sparsified,
-  title = {Sparsified {SGD} with Memory},
-  author = {Stich, Sebastian U. and Cordonnier, Jean-Baptiste and Jaggi, Martin},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2018},
-}
-
-@inproceedings{wang2022fine,
-  title = {Fine-tuning Language Models over Slow Networks using Activation Quantization with Guarantees},
-  author = {Wang, Jue and Yuan, Binhang and Rimanic, Luka and He, Yongjun and Dao, Tri and Chen, Beidi and
-    R{\'e}, Christopher and Zhang, Ce},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2022},
-}
+int8     absmax blocks: q = round(127 x / max |x|)
+top-k    the k largest of d entries; with error feedback e <- x + e - sent, added to the next message
+delta    x - c with few bits, where c is what the receiver rebuilt at the sample's previous visit
 """
 
 import functools
@@ -41,10 +17,7 @@ PyTree = Any
 
 
 class DeltaState(NamedTuple):
-    """State of one end of `delta_codec`.
-
-    Source: this library.
-    """
+    """State of one end of `delta_codec`."""
 
     cache: jax.Array  # [slots, ...], dtype of x: what the receiver rebuilt at the last visit of each slot
     count: jax.Array  # int32 []: messages so far

@@ -1,15 +1,4 @@
-"""Who sends what across a boundary: SENTINEL's verifiers, the attacks they are tested with, robust aggregation.
-
-BibTeX:
-
-@article{dolatabadi2026sentinel,
-  title = {{SENTINEL}: Stagewise Integrity Verification for Pipeline Parallel Decentralized Training},
-  author = {Dolatabadi, Hadi Mohaghegh and Ajanthan, Thalaiyasingam and Ramasinghe, Sameera and
-    Hewa Koneputugodage, Chamin and Avraham, Gil and Zuo, Yan and Shevchenko, Violetta and Long, Alexander},
-  journal = {arXiv preprint arXiv:2603.03592},
-  year = {2026},
-}
-"""
+"""Who sends what across a boundary: SENTINEL's verifiers, the attacks they are tested with, robust aggregation."""
 
 from jaxlib_methods.parallel.integrity._attacks import (
     ATTACKS as ATTACKS,

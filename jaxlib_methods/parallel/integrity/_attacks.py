@@ -1,14 +1,4 @@
-r"""What malicious workers send in place of activations and gradients: pure functions, and plans of who does it when.
-
-BibTeX:
-
-@inproceedings{baruch2019little,
-  title = {A Little Is Enough: Circumventing Defenses For Distributed Learning},
-  author = {Baruch, Gilad and Baruch, Moran and Goldberg, Yoav},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2019},
-}
-"""
+r"""What malicious workers send in place of activations and gradients: pure functions, and plans of who does it when."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -94,10 +84,7 @@ class Attack:
 
 
 class AttackState(NamedTuple):
-    """What a delaying worker remembers.
-
-    Source: this library.
-    """
+    """What a delaying worker remembers."""
 
     count: jax.Array  # int32 []: steps
     past: jax.Array  # [longest delay, ...] of the message's dtype: step t in slot t mod delay; length 0 without delays
@@ -250,8 +237,6 @@ def check_attacks(attacks: Sequence[Attack], stages: int, replicas: int) -> tupl
     Example:
       >>> len(check_attacks([Attack("bias", stage=1, replica=3)], stages=4, replicas=8))
       1
-
-    Source: this library.
     """
     for attack in attacks:
         for name, size in (("stage", stages), ("replica", replicas)):
@@ -279,8 +264,6 @@ def init_attacks(attacks: Sequence[Attack], message: jax.Array | jax.ShapeDtypeS
     Example:
       >>> init_attacks([Attack("delay", 1, 0, value=7)], jax.ShapeDtypeStruct((2, 3), jnp.float32)).past.shape
       (7, 2, 3)
-
-    Source: this library.
     """
     longest = max((int(attack.strength) for attack in attacks if attack.kind == "delay"), default=0)
     return AttackState(jnp.zeros((), jnp.int32), jnp.zeros((longest, *message.shape), message.dtype))

@@ -1,14 +1,4 @@
-"""What SENTINEL's verifiers compare: summaries of messages, four distances between them, and Tukey's fence.
-
-BibTeX:
-
-@book{tukey1977exploratory,
-  title = {Exploratory Data Analysis},
-  author = {Tukey, John W.},
-  publisher = {Addison-Wesley},
-  year = {1977},
-}
-"""
+"""What SENTINEL's verifiers compare: summaries of messages, four distances between them, and Tukey's fence."""
 
 from collections.abc import Sequence
 

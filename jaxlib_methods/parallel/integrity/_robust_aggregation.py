@@ -3,37 +3,6 @@ r"""Aggregation of the replicas' gradients that a minority of malicious replicas
 Replicas i = 1..n send vectors $g_i$ (trees of arrays with a leading axis n), f of them are malicious. All rules treat a
 vector that is not finite as infinitely far away. A rule may stand in for the mean of the gradients, inside of
 `jax.shard_map` after an all-gather over the data axis.
-
-BibTeX:
-
-@inproceedings{blanchard2017machine,
-  title = {Machine Learning with Adversaries: {B}yzantine Tolerant Gradient Descent},
-  author = {Blanchard, Peva and El Mhamdi, El Mahdi and Guerraoui, Rachid and Stainer, Julien},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2017},
-}
-
-@inproceedings{yin2018byzantine,
-  title = {{B}yzantine-Robust Distributed Learning: Towards Optimal Statistical Rates},
-  author = {Yin, Dong and Chen, Yudong and Kannan, Ramchandran and Bartlett, Peter},
-  booktitle = {International Conference on Machine Learning},
-  year = {2018},
-}
-
-@inproceedings{karimireddy2021learning,
-  title = {Learning from History for {B}yzantine Robust Optimization},
-  author = {Karimireddy, Sai Praneeth and He, Lie and Jaggi, Martin},
-  booktitle = {International Conference on Machine Learning},
-  year = {2021},
-}
-
-@article{pillutla2022robust,
-  title = {Robust Aggregation for Federated Learning},
-  author = {Pillutla, Krishna and Kakade, Sham M. and Harchaoui, Zaid},
-  journal = {IEEE Transactions on Signal Processing},
-  volume = {70},
-  year = {2022},
-}
 """
 
 from typing import Any

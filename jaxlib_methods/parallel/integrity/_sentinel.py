@@ -46,8 +46,6 @@ def guard_model(model: StageModel) -> StageModel:
       >>> x, weight = guard_model(model).embed(jnp.ones((5, 2)), jnp.array([0, 3]))
       >>> float(guard_model(model).head(jnp.ones(2), (x, weight), jnp.zeros(2)))
       4.0
-
-    Source: this library.
     """
 
     def embed(params: PyTree, inputs: PyTree) -> tuple[PyTree, jax.Array]:
@@ -195,8 +193,6 @@ def share_bans(state: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
       >>> share_bans({}, make_mesh(1))
       Traceback (most recent call last):
       ValueError: bans are shared between verifiers of both directions, and the state has 0 ends of boundaries, not 4
-
-    Source: this library.
     """
     is_verifier = lambda node: isinstance(node, VerifierState)
     leaves, structure = jax.tree.flatten(state, is_leaf=is_verifier)

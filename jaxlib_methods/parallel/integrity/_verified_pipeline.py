@@ -17,10 +17,7 @@ PyTree = Any
 
 
 class VerifiedState(NamedTuple):
-    """Verifiers of S - 1 boundaries, in a leading axis, and attackers: boundary s joins the stages s and s + 1.
-
-    Source: this library.
-    """
+    """Verifiers of S - 1 boundaries, in a leading axis, and attackers: boundary s joins the stages s and s + 1."""
 
     forward: VerifierState | None  # arrays [S - 1, ...]
     backward: VerifierState | None
@@ -29,10 +26,7 @@ class VerifiedState(NamedTuple):
 
 
 class Verdicts(NamedTuple):
-    """What the verifiers said in a step; row s is boundary s.
-
-    Source: this library.
-    """
+    """What the verifiers said in a step; row s is boundary s."""
 
     forward: jax.Array  # bool [S - 1, R]: accepted activations, of stage s
     backward: jax.Array  # bool [S - 1, R]: accepted gradients, of stage s + 1

@@ -1,17 +1,4 @@
-"""Weights that nobody can put together: random invertible transforms at the boundaries, changed while training.
-
-BibTeX:
-
-@inproceedings{long2025unextractable,
-  title = {Unextractable Protocol Models: Collaborative Training and Inference without Weight Materialization},
-  author = {Long, Alexander and Hewa Koneputugodage, Chamin and Ajanthan, Thalaiyasingam and Zuo, Yan and
-    Avraham, Gil and Shevchenko, Violetta and Mohaghegh Dolatabadi, Hadi and Ramasinghe, Sameera},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-  eprint = {2605.23464},
-  archivePrefix = {arXiv},
-}
-"""
+"""Weights that nobody can put together: random invertible transforms at the boundaries, changed while training."""
 
 from jaxlib_methods.parallel.unextractable._boundary_transforms import (
     Sides as Sides,

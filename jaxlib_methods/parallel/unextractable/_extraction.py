@@ -114,7 +114,7 @@ def estimate_entry_bridge(entry: jax.typing.ArrayLike, later: jax.typing.ArrayLi
       >>> bool(np.allclose(estimate_entry_bridge(D, np.linalg.inv(T) @ D), T))
       True
 
-    Source: this library, for the transforms of Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
+    Source: for the transforms of Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
     """
     if np.shape(entry) != np.shape(later):
         raise ValueError(f"entry matrices of one stage have one shape, got {np.shape(entry)} and {np.shape(later)}")

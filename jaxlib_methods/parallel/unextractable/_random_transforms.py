@@ -1,25 +1,4 @@
-"""Random invertible matrices with their inverses, for the boundaries between stages; in float64 on the host.
-
-BibTeX:
-
-@article{mezzadri2007generate,
-  title = {How to Generate Random Matrices from the Classical Compact Groups},
-  author = {Mezzadri, Francesco},
-  journal = {Notices of the American Mathematical Society},
-  volume = {54},
-  number = {5},
-  year = {2007},
-}
-
-@article{stewart1980efficient,
-  title = {The Efficient Generation of Random Orthogonal Matrices with an Application to Condition Estimators},
-  author = {Stewart, G. W.},
-  journal = {SIAM Journal on Numerical Analysis},
-  volume = {17},
-  number = {3},
-  year = {1980},
-}
-"""
+"""Random invertible matrices with their inverses, for the boundaries between stages; in float64 on the host."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
