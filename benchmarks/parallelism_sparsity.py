@@ -1,10 +1,10 @@
 """Trainings of the study of batch size and sparsity: all trials vmapped in one program, against one after the other.
 
 Cases `MODEL B=b trials=n`: n pruned networks with their own weights, masks, learning rates and order of examples are
-trained for 20 steps and checked on the validation set, by `experiments.trials`. "vmapped" is one call; "sequential" is
-one call for each trial of the same program compiled for a single trial, a scan over the steps as well. Configurations
-per hour are n divided by the time a training takes: their ratio is the inverse ratio of the times. On several devices
-the vmapped trials are spread over them.
+trained for 20 steps and checked on the validation set, by `experiments.tasks.trials`. "vmapped" is one call;
+"sequential" is one call for each trial of the same program compiled for a single trial, a scan over the steps as well.
+Configurations per hour are n divided by the time a training takes: their ratio is the inverse ratio of the times. On
+several devices the vmapped trials are spread over them.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,10 @@ import optax
 from flax import nnx
 
 from benchmarks.timing import Case, Implementation, Options, Record, measure
-from experiments import data, device_data, metaparameters, trials
+from experiments._machinery import device_data
+from experiments.data import images as data
 from experiments.parallelism_sparsity import make_optimizer
+from experiments.tasks import metaparameters, trials
 from jaxlib_methods import models
 
 STEPS = 20

@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FIRST_STEP = """
 import jax, optax
 from flax import nnx
-from experiments import data, train
+from experiments._machinery import loop as train
+from experiments.data import images as data
 from jaxlib_methods import models
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -20,7 +20,8 @@ import optax
 from flax import nnx
 
 from benchmarks.timing import Case, Implementation, Options, Record, measure
-from experiments import data, device_data, train
+from experiments._machinery import device_data, loop as train
+from experiments.data import images as data
 from jaxlib_methods import models
 
 BATCH_SIZE = 100

@@ -1,1 +1,1 @@
-"""Experiments: one module per method, run from the checkout with `python -m experiments list | run NAME | report`."""
+"""Programs on the library that reproduce its papers: methods -> tasks -> data -> _machinery, and no arrow back."""

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 
-from experiments.errors import ExperimentError
+from experiments._machinery.errors import ExperimentError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,7 +39,7 @@ def _configure_jax() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     import jax
 
-    from experiments.data import cache_folder
+    from experiments.data.images import cache_folder
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / f"xla-{jax.__version__}"))
@@ -54,15 +54,15 @@ def main(argv: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if options.command == "list":
-            from experiments import registry
+            from experiments._machinery import registry
 
             return registry.print_list()
         if options.command == "report":
-            from experiments import report
+            from experiments._machinery import report
 
             return report.main(options)
         _configure_jax()
-        from experiments import runner
+        from experiments._machinery import runner
 
         command = "python -m experiments " + shlex.join(argv)
         return runner.main(options.name, options, rest, command)

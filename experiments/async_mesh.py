@@ -34,7 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import language_model, pipeline
+from experiments import pipeline
+from experiments.tasks import language_modelling as language_model
 from jaxlib_methods import parallel
 
 PyTree = Any

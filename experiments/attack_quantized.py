@@ -33,9 +33,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cases, data, quantize
-from experiments.errors import DataError
-from experiments.files import write_json
+from experiments import quantize
+from experiments._machinery import cases
+from experiments._machinery.errors import DataError
+from experiments._machinery.files import write_json
+from experiments.data import images as data
 from jaxlib_methods import robustness
 
 SCALINGS = ("plain", "njs", "hns")

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import cases, data, device_data, train as training
-from experiments.errors import ExperimentError, NonFiniteLossError
+from experiments._machinery import cases, device_data, loop as training
+from experiments._machinery.errors import ExperimentError, NonFiniteLossError
+from experiments.data import images as data
 from jaxlib_methods.normalization import (
     BSNParams,
     apply_bsn,

@@ -45,7 +45,8 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from experiments import async_mesh, language_model, pipeline
+from experiments import async_mesh, pipeline
+from experiments.tasks import language_modelling as language_model
 from jaxlib_methods import models, optimizers, parallel, trees
 
 PyTree = Any

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import grid_mrf
+from experiments.tasks import grid_mrf
 
 
 class Problem(NamedTuple):

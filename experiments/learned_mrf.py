@@ -35,7 +35,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, data, train as training
+from experiments._machinery import cases, loop as training
+from experiments.data import images as data
 from jaxlib_methods import message_passing as mp, models
 
 PyTree = Any

@@ -32,8 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import cases, language_model, train as training
-from experiments.errors import NonFiniteLossError
+from experiments._machinery import cases, loop as training
+from experiments._machinery.errors import NonFiniteLossError
+from experiments.tasks import language_modelling as language_model
 from jaxlib_methods import low_rank, optimizers, trees
 
 PyTree = Any

@@ -31,7 +31,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, data, device_data, metaparameters, trials as vmapped
+from experiments._machinery import cases, device_data
+from experiments.data import images as data
+from experiments.tasks import metaparameters, trials as vmapped
 from jaxlib_methods import models, pruning, training_dynamics as dynamics
 
 PyTree = Any

@@ -39,11 +39,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, device_data, language_model, text, train as training
-from experiments.checkpoint import Checkpoints
-from experiments.errors import ExperimentError
-from experiments.log import JsonLines
-from experiments.progress import Progress
+from experiments._machinery import cases, device_data, loop as training
+from experiments._machinery.checkpoint import Checkpoints
+from experiments._machinery.errors import ExperimentError
+from experiments._machinery.log import JsonLines
+from experiments._machinery.progress import Progress
+from experiments.data import text
+from experiments.tasks import language_modelling as language_model
 from jaxlib_methods import models, optimizers, parallel
 
 PyTree = Any

@@ -31,8 +31,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, data, device_data, train as training
-from experiments.errors import DataError
+from experiments._machinery import cases, device_data, loop as training
+from experiments._machinery.errors import DataError
+from experiments.data import images as data
 from jaxlib_methods import models, quantization, trees
 
 PyTree = Any

@@ -26,7 +26,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, device_data, train as training, volumes
+from experiments._machinery import cases, device_data, loop as training
+from experiments.data import volumes
 from jaxlib_methods import models, pruning
 
 PyTree = Any

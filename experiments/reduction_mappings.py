@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import cases, data
+from experiments._machinery import cases
+from experiments.data import images as data
 from jaxlib_methods.classifiers import etf_weights, helmert_basis, simplex_etf
 from jaxlib_methods.optimizers import ReducedCurvature, geoprec_gd, reduced_curvature, reduced_objective
 

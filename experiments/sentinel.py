@@ -32,7 +32,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, language_model, text
+from experiments._machinery import cases
+from experiments.data import text
+from experiments.tasks import language_modelling as language_model
 from jaxlib_methods import models, parallel
 
 PyTree = Any

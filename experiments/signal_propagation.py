@@ -27,8 +27,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import cases, data, deep_mlp, device_data, train as training
-from experiments.errors import NonFiniteLossError
+from experiments._machinery import cases, device_data, loop as training
+from experiments._machinery.errors import NonFiniteLossError
+from experiments.data import images as data
+from experiments.tasks import deep_mlp
 from jaxlib_methods import pruning
 
 PyTree = Any

@@ -26,7 +26,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, data, device_data, log, train as training
+from experiments._machinery import cases, device_data, log, loop as training
+from experiments.data import images as data
 from jaxlib_methods import models, pruning, trees
 
 PyTree = Any

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import grid_mrf
+from experiments.tasks import grid_mrf
 
 BAD_PIXEL_THRESHOLD = 1.0  # disparities, as on the Middlebury pages
 

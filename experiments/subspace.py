@@ -42,8 +42,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases, language_model, text, train as training
-from experiments.errors import NonFiniteLossError
+from experiments._machinery import cases, loop as training
+from experiments._machinery.errors import NonFiniteLossError
+from experiments.data import text
+from experiments.tasks import language_modelling as language_model
 from jaxlib_methods import models, optimizers, parallel, trees
 
 PyTree = Any

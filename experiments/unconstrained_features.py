@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import cases
+from experiments._machinery import cases
 from jaxlib_methods.classifiers import FixedETFHead, NearestETFHead, NormalizedHead, neural_collapse
 
 PyTree = Any

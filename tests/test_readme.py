@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from experiments import registry
+from experiments._machinery import registry
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 

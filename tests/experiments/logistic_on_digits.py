@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import cases, data, device_data, train as training
+from experiments._machinery import cases, device_data, loop as training
+from experiments.data import images as data
 
 SMOKE = {"steps": 40}
 PAPER = {"test_error": 5.0}

@@ -6,7 +6,8 @@ import math
 import jax
 import pytest
 
-from experiments import async_mesh, runner
+from experiments import async_mesh
+from experiments._machinery import runner
 
 
 @pytest.mark.slow

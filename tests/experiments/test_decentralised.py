@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import decentralised, runner
+from experiments import decentralised
+from experiments._machinery import runner
 from tests.experiments import processes
 
 

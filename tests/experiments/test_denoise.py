@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import denoise, runner
+from experiments import denoise
+from experiments._machinery import runner
 
 
 def test_the_photograph_is_damaged_as_asked():

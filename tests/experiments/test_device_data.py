@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, device_data
-from experiments.errors import DataError
+from experiments._machinery import device_data
+from experiments._machinery.errors import DataError
+from experiments.data import images as data
 
 
 def mesh_of(count):

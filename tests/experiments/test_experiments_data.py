@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from experiments import data
-from experiments.errors import DataError
+from experiments._machinery.errors import DataError
+from experiments.data import images as data
 
 
 def test_digits_are_deterministic_and_complete():

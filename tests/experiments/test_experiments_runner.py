@@ -11,10 +11,10 @@ import types
 import numpy as np
 import pytest
 
-from experiments import cases, registry, report, runner
 from experiments.__main__ import main
-from experiments.checkpoint import claim
-from experiments.errors import ExperimentError, WorkdirError
+from experiments._machinery import cases, registry, report, runner
+from experiments._machinery.checkpoint import claim
+from experiments._machinery.errors import ExperimentError, WorkdirError
 
 EXPERIMENT = str(pathlib.Path(__file__).parent / "logistic_on_digits.py")
 

@@ -9,9 +9,10 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments import data, device_data, log, train
-from experiments.checkpoint import Checkpoints
-from experiments.errors import CheckpointError, DataError, NonFiniteLossError
+from experiments._machinery import device_data, log, loop as train
+from experiments._machinery.checkpoint import Checkpoints
+from experiments._machinery.errors import CheckpointError, DataError, NonFiniteLossError
+from experiments.data import images as data
 
 
 def mesh_of(count):

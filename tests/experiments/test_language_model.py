@@ -11,8 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import language_model, text
-from experiments.errors import DataError
+from experiments._machinery.errors import DataError
+from experiments.data import text
+from experiments.tasks import language_modelling as language_model
 from jaxlib_methods import models
 
 TINY = {"layers": 1, "width": 16, "heads": 2, "block": 16, "batch_size": 7, "validation_windows": 14}

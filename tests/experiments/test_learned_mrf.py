@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import data, learned_mrf, runner
+from experiments import learned_mrf
+from experiments._machinery import runner
+from experiments.data import images as data
 
 
 def test_scenes_are_tiled_digits_with_their_class_on_every_stroke():

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from experiments import bsn, nearest_etf, runner, unconstrained_features
-from experiments.errors import ExperimentError
+from experiments import bsn, nearest_etf, unconstrained_features
+from experiments._machinery import runner
+from experiments._machinery.errors import ExperimentError
 
 
 def test_nearest_etf_smoke_run_leaves_results_and_the_figure(tmp_path):

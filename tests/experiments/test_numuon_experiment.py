@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import numuon, runner, train as training
-from experiments.errors import NonFiniteLossError
+from experiments import numuon
+from experiments._machinery import loop as training, runner
+from experiments._machinery.errors import NonFiniteLossError
 
 SMALL = numuon.Config(**numuon.SMOKE)
 HIDDEN = ("blocks", 0, "mlp", "up", "kernel")

@@ -9,7 +9,9 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments import device_data, metaparameters, parallelism_sparsity, runner, trials
+from experiments import parallelism_sparsity
+from experiments._machinery import device_data, runner
+from experiments.tasks import metaparameters, trials
 from jaxlib_methods import models, pruning
 
 SMALL = {"trials": 4, "interval": 10, "batch_sizes": (32,), "max_steps": 80, "goal_error": 0.5, "early_stop": False}

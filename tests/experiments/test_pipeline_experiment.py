@@ -13,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import pipeline, runner
-from experiments.errors import ExperimentError
+from experiments import pipeline
+from experiments._machinery import runner
+from experiments._machinery.errors import ExperimentError
 from jaxlib_methods import optimizers
 from tests.experiments import processes
 

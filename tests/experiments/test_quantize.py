@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import attack_quantized, data, quantize, runner
-from experiments.errors import DataError
+from experiments import attack_quantized, quantize
+from experiments._machinery import runner
+from experiments._machinery.errors import DataError
+from experiments.data import images as data
 from jaxlib_methods import trees
 from jaxlib_methods.quantization import _lattice as quantization
 

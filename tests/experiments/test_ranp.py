@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import ranp, runner, volumes
-from experiments.errors import DataError
+from experiments import ranp
+from experiments._machinery import runner
+from experiments._machinery.errors import DataError
+from experiments.data import volumes
 
 
 class TestVolumes:

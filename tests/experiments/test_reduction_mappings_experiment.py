@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments import reduction_mappings, runner
+from experiments import reduction_mappings
+from experiments._machinery import runner
 
 
 def test_smoke_run_meets_the_closed_forms(tmp_path):

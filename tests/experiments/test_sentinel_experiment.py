@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import runner, sentinel
+from experiments import sentinel
+from experiments._machinery import runner
 from jaxlib_methods.parallel.integrity import Attack
 
 

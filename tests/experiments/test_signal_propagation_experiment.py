@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, deep_mlp, runner, signal_propagation
+from experiments import signal_propagation
+from experiments._machinery import runner
+from experiments.data import images as data
+from experiments.tasks import deep_mlp
 from jaxlib_methods import pruning
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments import runner, snip
+from experiments import snip
+from experiments._machinery import runner
 
 
 def test_smoke_run_leaves_results_figures_and_exact_masks(tmp_path):

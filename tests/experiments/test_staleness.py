@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import language_model, runner, staleness
+from experiments import staleness
+from experiments._machinery import runner
+from experiments.tasks import language_modelling as language_model
 
 
 @pytest.fixture(autouse=True)

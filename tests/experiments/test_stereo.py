@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import grid_mrf, runner, stereo
-from experiments.errors import DataError
+from experiments import stereo
+from experiments._machinery import runner
+from experiments._machinery.errors import DataError
+from experiments.tasks import grid_mrf
 from jaxlib_methods import message_passing as mp
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import language_model, runner, subspace, train as training
+from experiments import subspace
+from experiments._machinery import loop as training, runner
+from experiments.tasks import language_modelling as language_model
 from jaxlib_methods import models, parallel
 
 

@@ -5,7 +5,8 @@ import math
 import jax
 import pytest
 
-from experiments import runner, unextractable
+from experiments import unextractable
+from experiments._machinery import runner
 
 
 def test_smoke_run_leaves_numbers_of_all_parts_and_figures(tmp_path):

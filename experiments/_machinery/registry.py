@@ -12,9 +12,9 @@ import sys
 from types import ModuleType
 from typing import NamedTuple
 
-from experiments.errors import ExperimentError
+from experiments._machinery.errors import ExperimentError
 
-FOLDER = pathlib.Path(__file__).parent
+FOLDER = pathlib.Path(__file__).parent.parent
 
 
 class Entry(NamedTuple):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from experiments.errors import DataError
+from experiments._machinery.errors import DataError
 from jaxlib_methods._shuffle import shuffled
 
 PyTree = Any

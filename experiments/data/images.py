@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.errors import DataError
+from experiments._machinery.errors import DataError
 
 KNOWN = ("digits", "mnist", "cifar10", "tiny_shakespeare")
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.errors import DataError
+from experiments._machinery.errors import DataError
 
 IGNORED = 255
 PARTS = ("table top", "table leg", "mug body", "mug handle", "rocket body", "rocket nose", "rocket fin")

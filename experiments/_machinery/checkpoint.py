@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.errors import CheckpointError, WorkdirError
-from experiments.files import write_json
+from experiments._machinery.errors import CheckpointError, WorkdirError
+from experiments._machinery.files import write_json
 
 PyTree = Any
 # Where the data lie and how a run is watched do not change its result, so a run may resume with other values of these.

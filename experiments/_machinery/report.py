@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from experiments.errors import ExperimentError
-from experiments.files import write_text
+from experiments._machinery.errors import ExperimentError
+from experiments._machinery.files import write_text
 
 # Runs that differ in these alone are one experiment.
 POOLED = ("seed", "seeds", "data_dir", "download", "tensorboard")

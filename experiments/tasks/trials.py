@@ -19,8 +19,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import data, device_data
-from experiments.checkpoint import Checkpoints
+from experiments._machinery import device_data
+from experiments._machinery.checkpoint import Checkpoints
+from experiments.data import images as data
 from jaxlib_methods import pruning
 
 PyTree = Any

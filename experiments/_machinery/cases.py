@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from experiments.errors import WorkdirError
-from experiments.files import write_json
+from experiments._machinery.errors import WorkdirError
+from experiments._machinery.files import write_json
 
 
 def run_or_load(

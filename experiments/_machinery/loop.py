@@ -23,11 +23,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import device_data
-from experiments.checkpoint import Checkpoints
-from experiments.errors import DataError, NonFiniteLossError
-from experiments.log import JsonLines, Record
-from experiments.progress import Progress
+from experiments._machinery import device_data
+from experiments._machinery.checkpoint import Checkpoints
+from experiments._machinery.errors import DataError, NonFiniteLossError
+from experiments._machinery.log import JsonLines, Record
+from experiments._machinery.progress import Progress
 
 PyTree = Any
 

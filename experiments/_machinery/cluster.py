@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import jax
 
-from experiments.errors import ExperimentError
+from experiments._machinery.errors import ExperimentError
 
 START_S = 120  # within which all processes must have come
 HEARTBEAT_S = 20  # after which a process that says nothing counts as gone

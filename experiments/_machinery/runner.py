@@ -16,9 +16,9 @@ from unittest import mock
 
 import jax
 
-from experiments.checkpoint import claim
-from experiments.errors import ExperimentError
-from experiments.files import write_json
+from experiments._machinery.checkpoint import claim
+from experiments._machinery.errors import ExperimentError
+from experiments._machinery.files import write_json
 
 RESULT_KEYS = (
     "experiment", "config", "seeds", "metrics", "paper", "versions", "device", "command", "wall_s", "smoke",
@@ -154,7 +154,7 @@ class _Clock:
 def main(name: str, options: Any, arguments: list[str], command: str) -> int:
     """The `run` command: options of the runner are parsed already, `arguments` are for the experiment's `Config`."""
     if options.distributed:
-        from experiments import cluster
+        from experiments._machinery import cluster
 
         address = options.coordinator_address, options.num_processes, options.process_id
         with cluster.joined(*address, options.start_timeout):
@@ -163,7 +163,7 @@ def main(name: str, options: Any, arguments: list[str], command: str) -> int:
 
 
 def _main(name: str, options: Any, arguments: list[str], command: str) -> int:
-    from experiments.registry import load
+    from experiments._machinery.registry import load
 
     module = load(name)
     config = parse_config(module, arguments, smoke=options.smoke, name=name)
@@ -173,7 +173,7 @@ def _main(name: str, options: Any, arguments: list[str], command: str) -> int:
     workdir = pathlib.Path(options.workdir or f"runs/{stem}" + ("-smoke" if options.smoke else ""))
     result = run(module, config, workdir, smoke=options.smoke, command=command)
     if jax.process_index() == 0:
-        from experiments import report
+        from experiments._machinery import report
 
         report.print_table(report.rows([result], with_smoke=True))
         print(f"results, log and figures: {workdir}")

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.cases import run_or_load
-from experiments.errors import DataError
+from experiments._machinery.cases import run_or_load
+from experiments._machinery.errors import DataError
 
 SOLVERS = ("sgm", "sgm_path_costs", "isgmr", "trwp", "mean_field", "trws")
 REPORTED = (1, 10, 50)  # iterations whose energies are metrics

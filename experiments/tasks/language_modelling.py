@@ -25,8 +25,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import device_data, text, train as training
-from experiments.log import Record
+from experiments._machinery import device_data, loop as training
+from experiments._machinery.log import Record
+from experiments.data import text
 from jaxlib_methods import models
 
 PyTree = Any
@@ -166,7 +167,7 @@ class Task:
         evaluate: Callable[[training.TrainState], dict[str, float]] | None = None,
         log: Iterable[Callable[[Record], None]] = (),
     ) -> tuple[training.TrainState, list[Record]]:
-        """Trains one model with `fit` of `experiments.train`.
+        """Trains one model with `fit` of `experiments._machinery.loop`.
 
         Args:
           optimizer: pass the same object again for another seed, and nothing is compiled twice.

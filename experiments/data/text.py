@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import data
-from experiments.errors import DataError
+from experiments._machinery.errors import DataError
+from experiments.data import images as data
 
 TOKENIZERS = ("byte", "character")
 NAMES = "texts are python_docs, a TFDS set of texts such as tiny_shakespeare, and a path to a .txt or .npy"

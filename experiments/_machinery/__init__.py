@@ -1,0 +1,1 @@
+"""What every experiment runs on, whatever its task: options, cases, the loop, checkpoints, records, the report."""

@@ -1,0 +1,1 @@
+"""Data as numpy arrays: embedded ones, prepared TFDS sets, and the users' own files."""

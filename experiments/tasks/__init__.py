@@ -1,0 +1,1 @@
+"""What is learned or solved: `load(options) -> Task`, a frozen dataclass of functions that knows no method."""
