@@ -3,10 +3,10 @@
 python -m benchmarks list
 python -m benchmarks run NAME --out FILE.json [--case PATTERN] [--quick]
 python -m benchmarks compare OLD.json NEW.json
+python -m benchmarks report [--write]
 """
 
 import argparse
-import ast
 import dataclasses
 import importlib.util
 import itertools
@@ -22,14 +22,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import compare
+from benchmarks._machinery import compare, results
 
-FOLDER = pathlib.Path(__file__).resolve().parent
+HERE = pathlib.Path(__file__).resolve().parent
+CASES = HERE / "cases"
 EXIT_SLOWER = 1
 EXIT_USAGE = 2
 
 
-def main(arguments: Sequence[str] | None = None, *, folder: pathlib.Path = FOLDER) -> int:
+def main(arguments: Sequence[str] | None = None, *, folder: pathlib.Path = CASES) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Measures jaxlib_methods beside its peers."
@@ -46,12 +47,16 @@ def main(arguments: Sequence[str] | None = None, *, folder: pathlib.Path = FOLDE
     )
     against.add_argument("old", type=pathlib.Path, metavar="OLD.json")
     against.add_argument("new", type=pathlib.Path, metavar="NEW.json")
+    report = commands.add_parser("report", help="show the table of RESULTS.md, made from the records that are kept")
+    report.add_argument("--write", action="store_true", help="put it into RESULTS.md")
     options = parser.parse_args(arguments)
     try:
         if options.command == "list":
             return _list(folder)
         if options.command == "compare":
             return _compare(_read(options.old), _read(options.new))
+        if options.command == "report":
+            return _report(folder, options.write)
         return _run(folder, options.name, options.out, options.case, options.quick)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -62,29 +67,16 @@ class UsageError(Exception):
     """What the user can put right; shown as one line."""
 
 
-def discover(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
-    """Benchmark's name -> its file and one line about it: every module of the folder that defines `run(options)`.
-
-    The files are parsed, not imported, so that `list` is quick and one broken benchmark does not hide the others.
-    """
-    found = {}
-    for path in sorted(folder.glob("*.py")):
-        module = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-        if any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in module.body):
-            found[path.stem] = (path, (ast.get_docstring(module) or "").partition("\n")[0])
-    return found
-
-
 def _list(folder: pathlib.Path) -> int:
     table = Table("benchmark", "measures")
-    for name, (_, line) in discover(folder).items():
-        table.add_row(name, line)
+    for name, benchmark in results.discover(folder).items():
+        table.add_row(name, benchmark.line)
     _console().print(table)
     return 0
 
 
 def _run(folder: pathlib.Path, name: str, out: pathlib.Path | None, pattern: str, quick: bool) -> int:
-    found = discover(folder)
+    found = results.discover(folder)
     if name not in found:
         raise UsageError(f"NAME must be a benchmark, got {name!r}; there are: {', '.join(found)}")
     if out is not None:
@@ -97,7 +89,7 @@ def _run(folder: pathlib.Path, name: str, out: pathlib.Path | None, pattern: str
     jax.config.update("jax_enable_compilation_cache", False)
     options = Options(case=pattern, quick=quick)
     records = []
-    for record in _load(name, found[name][0]).run(options):
+    for record in _load(name, found[name].path).run(options):
         records.append(dataclasses.asdict(record))
         if out is not None:  # after every record: what a long run has measured survives its end
             _write(out, records)
@@ -130,8 +122,20 @@ def _compare(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> int:
     return EXIT_SLOWER if slower else 0
 
 
+def _report(folder: pathlib.Path, write: bool) -> int:
+    """RESULTS.md is a head that people write and the table, which ends it."""
+    table = results.table(results.discover(folder), HERE / "records")
+    if write:
+        file = HERE / "RESULTS.md"
+        head = file.read_text(encoding="utf-8").partition("| benchmark |")[0]
+        file.write_text(head + table, encoding="utf-8")
+    else:
+        print(table, end="")
+    return 0
+
+
 def _load(name: str, path: pathlib.Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmarks.{name}", path)
+    spec = importlib.util.spec_from_file_location(f"benchmarks.cases.{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up by its name
     spec.loader.exec_module(module)

@@ -43,7 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import ceilings
+from benchmarks._machinery import ceilings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -220,7 +220,7 @@ def _trws(instance: Instance, iterations: int) -> tuple[Any, ...]:
 
 
 def _trws_passes(instance: Instance, iterations: int) -> Any:
-    from benchmarks.peers.trws import trws
+    from peers.trws import trws
 
     return trws(instance.unaries, instance.profile, iterations=iterations)
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from benchmarks import decentralised
+from benchmarks.cases import decentralised
 
 
 def test_both_forms_give_the_same_coordinates_and_one_writes_nothing_as_large_as_the_stream(monkeypatch):

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from benchmarks import delays
+from benchmarks.cases import delays
 from jaxlib_methods import optimizers
 
 

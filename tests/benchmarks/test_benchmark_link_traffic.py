@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from benchmarks import link_traffic, staged_decoder
+from benchmarks._machinery import staged_decoder
+from benchmarks.cases import _link_traffic as link_traffic
 from jaxlib_methods import models, parallel
 from tests.jaxlib_methods.parallel.pipeline_problems import chain
 

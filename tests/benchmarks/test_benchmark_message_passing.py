@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import message_passing as benchmark
+from benchmarks.cases import message_passing as benchmark
 from jaxlib_methods import message_passing as mp
 from jaxlib_methods.kernels.scanline import dense
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks import numuon
+from benchmarks.cases import numuon
 
 
 def results(case):

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import pipeline, slow_link
+from benchmarks._machinery import slow_link
+from benchmarks.cases import pipeline
 from jaxlib_methods import parallel
 
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from benchmarks import quantization as benchmark
+from benchmarks.cases import quantization as benchmark
 from benchmarks.timing import Implementation, Options, measure
 from jaxlib_methods.kernels import packed_matmul as kernel
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from flax import nnx
 
-from benchmarks import ranp as benchmark
+from benchmarks.cases import ranp as benchmark
 from benchmarks.timing import Skip
 from experiments import ranp
 from jaxlib_methods import pruning

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import replica_averaging, staged_decoder
+from benchmarks._machinery import staged_decoder
+from benchmarks.cases import _replica_averaging as replica_averaging
 from jaxlib_methods import models
 from tests.jaxlib_methods.parallel.pipeline_problems import chain
 

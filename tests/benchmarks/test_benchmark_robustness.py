@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from benchmarks import robustness as benchmark
+from benchmarks.cases import robustness as benchmark
 from benchmarks.timing import Options, measure
 
 

@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import ceilings, scanline, timing
+from benchmarks import timing
+from benchmarks._machinery import ceilings
+from benchmarks.cases import scanline
 from benchmarks.timing import Options
 from jaxlib_methods.kernels.scanline import Pairwise, arg_specs
 

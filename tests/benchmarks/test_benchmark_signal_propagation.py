@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import signal_propagation
+from benchmarks.cases import signal_propagation
 
 
 def test_both_loops_repair_alike(key):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import threshold_selection
+from benchmarks.cases import threshold_selection
 from benchmarks.timing import Implementation
 from jaxlib_methods.kernels.threshold import ArgSpec
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from benchmarks import weight_transforms
+from benchmarks.cases import _weight_transforms as weight_transforms
 
 
 def test_models_and_morph_compute_the_same(monkeypatch):

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks.compare import compare, differences
+from benchmarks._machinery import results
+from benchmarks._machinery.compare import compare, differences
 from benchmarks.timing import KEYS
 
 TINY = '''"""Sums of a few numbers."""
@@ -89,8 +90,20 @@ def test_mistakes_end_with_one_sentence(arguments, message, folder, capsys, keep
 
 def test_module_lists_the_benchmarks_of_the_checkout():
     shown = [sys.executable, "-m", "benchmarks", "list"]
-    done = subprocess.run(shown, cwd=command.FOLDER.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run(shown, cwd=command.HERE.parent, capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in ("training_loop", "start_up"))
+
+
+def test_the_table_of_results_is_what_report_makes_of_the_records(capsys):
+    assert command.main(["report"]) == 0
+    table = capsys.readouterr().out
+    assert (command.HERE / "RESULTS.md").read_text().endswith("\n" + table)
+
+
+@pytest.mark.parametrize("name", results.discover(command.CASES))
+def test_every_benchmark_has_a_row_and_a_page_that_says_how_to_run_it(name):
+    assert f"[{name}](results/{name}.md)" in (command.HERE / "RESULTS.md").read_text()
+    assert f"python -m benchmarks run {name}\n" in (command.HERE / "results" / f"{name}.md").read_text()
 
 
 def record(implementation="ours", median=10.0, spread=0.01, samples=21, case="c", platform="cpu", jax="0.10.2"):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import ceilings, timing
+from benchmarks import timing
+from benchmarks._machinery import ceilings
 from benchmarks.timing import Case, Implementation, Options, Skip, measure, peer
 
 KEYS = {

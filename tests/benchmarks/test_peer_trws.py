@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.peers.trws import trws
 from jaxlib_methods.message_passing import _cost_volumes as cv, _exact as ex
+from peers.trws import trws
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the TRW-S peer is compiled by g++")
 

@@ -10,7 +10,12 @@ from typing import Any
 
 from benchmarks.timing import Case, Implementation, Options, Record, measure
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+HEADLINES = (
+    ("first step", "warm cache", ("cold cache",)),
+    ("import", "jaxlib_methods, whole", ("jax, flax, optax",)),
+    ("list", "experiments list", ("python",)),
+)
 
 # LeNet-300-100 on the embedded digits, in the experiments' own loop and with their choice of what to cache.
 FIRST_STEP = """

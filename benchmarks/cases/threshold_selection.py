@@ -19,6 +19,17 @@ import numpy as np
 from benchmarks.timing import Case, Implementation, Options, Record, Skip, measure, peer
 from jaxlib_methods.kernels.threshold import ARG_SPECS, ArgSpec, keep_largest
 
+HEADLINES = (
+    (
+        "lenet_300_100 m=266610 sparsity=0.95",
+        "keep_largest",
+        ("jax argsort", "jax top_k", "numpy partition", "jaxpruner"),
+    ),
+    ("vgg_d m=15245130 sparsity=0.95", "keep_largest", ("jax argsort", "jax top_k", "numpy partition")),
+    ("vgg_d m=15245130 sparsity=0.95 ties", "keep_largest", ("jax argsort", "jax top_k", "numpy partition")),
+    ("resnet50 m=25503912 sparsity=0.9", "keep_largest", ("jax argsort", "jax top_k", "numpy partition")),
+    ("one_array_1e8 m=100000000 sparsity=0.95", "keep_largest", ("jax argsort", "jax top_k", "numpy partition"), 5),
+)
 Tree = dict[str, jax.Array]
 
 

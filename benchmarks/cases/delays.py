@@ -16,6 +16,10 @@ import optax
 from benchmarks.timing import Case, Implementation, Options, Record, measure
 from jaxlib_methods import optimizers
 
+HEADLINES = (
+    ("nadam N=1e7", "stale weights", ("bare",)),
+    ("nadam N=1e7", "late gradients", ("bare",)),
+)
 P = 8
 SIZES = {"1e6": 10**6, "1e7": 10**7}  # parameters of all stages
 PASSES = 7  # over the parameters, of a bare NAdam step

@@ -34,6 +34,16 @@ from benchmarks.timing import Case, Implementation, Options, Record, Skip, measu
 from jaxlib_methods import models
 from jaxlib_methods.classifiers import NearestETFHead, nearest_etf
 
+HEADLINES = (
+    ("solver K=10 d=512", "ours", ("trust region", "svd autodiff"), 100),
+    ("solver K=10 d=2048", "ours", ("trust region", "svd autodiff"), 100),
+    ("solver K=50 d=512", "ours", ("trust region", "svd autodiff"), 100),
+    ("dense backward K=100 d=512", "ours", ("trust region",), 100),
+    ("solver K=1000 d=2048", "ours", ("svd autodiff",)),
+    ("step resnet18 K=10 batch=256", "ours", ("linear",), 0.91),
+    ("step resnet18 K=100 batch=256", "ours", ("linear",), 0.91),
+    ("step resnet18 K=1000 batch=256", "ours", ("linear",), 0.91),
+)
 DELTA = 1e-3
 SIZES = ((10, 512), (10, 2048), (50, 512), (100, 512), (100, 2048), (1000, 2048))
 DENSE_MAX = 50  # classes up to which the dense backward is repeated

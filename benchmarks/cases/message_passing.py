@@ -11,7 +11,7 @@ Cases (`INSTANCE` is tsukuba, teddy, venus, map, penguin or house; the pictures 
   TRWP as in the paper, with early stopping, and from coarse grids (`coarse_to_fine`, its time included) with rho 0.6.
 * `INSTANCE backward`: the forward pass without and with argmins, and the backward pass alone; ten iterations.
 * `growth AXIS=SIZE`: one TRWP iteration of a Tsukuba-like problem with one size changed.
-  `python -m benchmarks.message_passing RECORDS.json FIGURE.png` draws these.
+  `python -m benchmarks.cases.message_passing RECORDS.json FIGURE.png` draws these.
 """
 
 import functools
@@ -29,7 +29,16 @@ from benchmarks.timing import Case, Implementation, Options, Record, Skip, measu
 from jaxlib_methods import message_passing as mp
 from jaxlib_methods.message_passing import _schedule
 
-DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+HEADLINES = (
+    ("tsukuba iteration", "trwp", ("scan a user would write", "torch", "pgmax", "trws C++")),
+    ("teddy iteration", "trwp", ("scan a user would write", "torch", "trws C++")),
+    ("tsukuba to the energy of TRW-S", "trwp", ("trws C++",), 5),
+    ("tsukuba to the energy of TRW-S", "trwp from coarse grids", ("trws C++",), 5),
+    ("teddy to the energy of TRW-S", "trwp", ("trws C++",), 5),
+    ("teddy to the energy of TRW-S", "trwp from coarse grids", ("trws C++",), 5),
+    ("teddy backward", "backward", ("forward",)),
+)
+DATA = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"
 ITERATIONS = 5  # of the cases `iteration`
 BYTES_PER_COST = 80  # of one TRWP-4 iteration in pair form whose u is rebuilt
 
@@ -170,7 +179,7 @@ def _keep(solve: Callable[[], float], options: Options, case: str) -> Callable[[
 
 
 def _trws(name: str, iterations: int) -> Any:
-    from benchmarks.peers.trws import trws
+    from peers.trws import trws
 
     problem = PROBLEMS[name]
     return trws(_unaries(name), problem.profile, weight=problem.weight, iterations=iterations)

@@ -21,6 +21,10 @@ from flax import nnx
 from benchmarks.timing import Case, Implementation, Options, Record, measure, peer
 from jaxlib_methods import models, robustness
 
+HEADLINES = (
+    ("pgd lenet300 batch=250", "ours", ("foolbox", "python loop")),
+    ("pgd lenet5 batch=100", "ours", ("foolbox", "python loop")),
+)
 # Batch, and multiply-adds of a forward pass of one image.
 NETWORKS = {"lenet300": (250, 784 * 300 + 300 * 100 + 1000), "lenet5": (100, 576 * 500 + 64 * 25_000 + 405_000)}
 STEPS, EPSILON, STEP = 20, 0.02, 0.005

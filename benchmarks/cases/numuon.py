@@ -35,6 +35,13 @@ import optax
 from benchmarks.timing import Case, Implementation, Options, Record, measure
 from jaxlib_methods.optimizers import block_krylov_svd, nuclear_norm_lmo, numuon, scale_by_numuon
 
+HEADLINES = (
+    ("update layers=12", "r=1.0", ("optax",)),
+    ("update layers=12", "r=0.5", ("optax",)),
+    ("update layers=12", "r=0.25", ("optax",), 1),
+    ("update layers=12", "r=0.1", ("optax",)),
+    ("step 768x768 r=0.25", "ours", ("householder", "newton_schulz")),
+)
 RANKS = (0.25, 1.0, 0.5, 0.1)
 WIDTH = 768
 OVERSAMPLING = 8

@@ -22,6 +22,11 @@ from experiments.parallelism_sparsity import make_optimizer
 from experiments.tasks import metaparameters, trials
 from jaxlib_methods import models
 
+HEADLINES = (
+    ("lenet300 B=8 trials=16", "vmapped", ("sequential",)),
+    ("lenet300 B=64 trials=16", "vmapped", ("sequential",)),
+    ("simple_cnn B=16 trials=8", "vmapped", ("sequential",)),
+)
 STEPS = 20
 EXAMPLES, VALIDATION = 1293, 144  # of the digits
 CASES = (("lenet300", (8, 8, 1), 8, 16), ("lenet300", (8, 8, 1), 64, 16), ("simple_cnn", (28, 28, 1), 16, 8))

@@ -1,7 +1,7 @@
 """Two processes, pinned to a core each, that run a pipeline of two stages whenever they are told to.
 
-A worker reads one JSON line per request and answers with one: {"schedule": "gpipe", "count": 16} trains on 16
-microbatches, {"costs": 9} times its own stage alone, the median of 9.
+{"schedule": "gpipe", "count": 16} asks a worker to train on 16 microbatches, {"costs": 9} to time its own stage alone,
+the median of 9; `peers.worker` holds the model's sizes and how requests are answered.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-P, M = 2, 2  # stages, microbatches of a synchronous update
-LAYERS, WIDTH, HEADS, BLOCK, BATCH, VOCABULARY = 4, 128, 4, 128, 4, 256
+from peers.worker import BATCH, BLOCK, HEADS, LAYERS, VOCABULARY, WIDTH, M, P, answer
+
 SCHEDULES = ("async", "gpipe", "gpipe keep", "1f1b")  # keep: activations are kept, not computed again
 
 
@@ -61,15 +61,6 @@ def pair(module: str, *, host: str = "localhost", prefixes: Sequence[list[str]] 
         yield Pair(processes)
 
 
-def answer(handle: Any) -> None:
-    """The worker's side: `handle(request)` -> answer, until the parent closes."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not stand between the answers
-    for line in sys.stdin:
-        replies.write(json.dumps(handle(json.loads(line))) + "\n")
-        replies.flush()
-
-
 def main(address: str, number: int) -> None:
     import jax
 
@@ -81,7 +72,7 @@ class _Worker:
     def __init__(self, number: int):
         import optax
 
-        from benchmarks import staged_decoder
+        from benchmarks._machinery import staged_decoder
         from jaxlib_methods import models, parallel
 
         self.number = number
@@ -136,7 +127,7 @@ class _Worker:
 
     def trace(self, schedule: str, count: int) -> dict[str, float]:
         """The share of the time in which this process is in a permute or a sum over stages, by XLA's own trace."""
-        from benchmarks import traces
+        from benchmarks._machinery import traces
 
         events, trained = traces.record(lambda: self.train(schedule, count))
         waiting = traces.union(e for e in events if e.name.startswith(("ppermute", "psum")))  # of several threads

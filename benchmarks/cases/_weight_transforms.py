@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from benchmarks import staged_decoder
-from benchmarks.link_traffic import DESIGN
+from benchmarks._machinery import staged_decoder
+from benchmarks.cases._link_traffic import DESIGN
 from benchmarks.timing import Case, Implementation, Options, Record, measure
 from jaxlib_methods import models, parallel, trees
 

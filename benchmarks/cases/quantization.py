@@ -27,6 +27,18 @@ from jaxlib_methods import models, quantization
 from jaxlib_methods.kernels import packed_matmul as kernel
 from jaxlib_methods.kernels.packed_matmul import pallas_gpu, pallas_tpu
 
+HEADLINES = (
+    ("step lenet5 batch=100", "binary_connect", ("float",), 0.87),
+    ("step lenet5 batch=100", "md_tanh_s", ("float",), 0.87),
+    ("step lenet5 batch=100", "md_softmax_s", ("float",), 0.87),
+    ("step lenet5 batch=100", "pmf", ("float",), 0.87),
+    ("step lenet300 batch=100", "binary_connect", ("float",), 0.87),
+    ("step lenet300 batch=100", "md_tanh_s", ("float",), 0.87),
+    ("step lenet300 batch=100", "md_softmax_s", ("float",), 0.87),
+    ("step lenet300 batch=100", "pmf", ("float",), 0.87),
+    ("matmul transformer 1 token", "packed", ("float32", "int8")),
+    ("matmul transformer 128 tokens", "packed", ("float32", "int8")),
+)
 NETWORKS = {"lenet300": (100, (28, 28, 1)), "lenet5": (100, (28, 28, 1)), "resnet18": (32, (32, 32, 3))}
 BETA = quantization.inverse_temperature_schedule(1.02, 100)
 METHODS = {

@@ -1,10 +1,10 @@
-"""torch.distributed.pipelining on the model of `benchmarks.two_processes`: GPipe or 1F1B over gloo, AdamW."""
+"""torch.distributed.pipelining on the model whose sizes stand in `peers.worker`: GPipe or 1F1B over gloo, AdamW."""
 
 import sys
 import time
 from typing import Any
 
-from benchmarks.two_processes import BATCH, BLOCK, HEADS, LAYERS, VOCABULARY, WIDTH, M, P, answer
+from peers.worker import BATCH, BLOCK, HEADS, LAYERS, VOCABULARY, WIDTH, M, P, answer
 
 
 def main(address: str, number: int) -> None:

@@ -14,10 +14,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import slow_link, staged_decoder, two_processes
+from benchmarks._machinery import slow_link, staged_decoder, two_processes
 from benchmarks.timing import Case, Implementation, Options, Record, Skip, measure, peer
 from jaxlib_methods import models, parallel
 
+HEADLINES = (  # an overhead of at most a quarter over the model without a pipeline; 1.3 times GPipe's throughput
+    ("update P=4", "async", ("one device, as async",), 0.8),
+    ("update P=4", "gpipe", ("one device, as gpipe",), 0.8),
+    ("update P=4", "1f1b", ("one device, as gpipe",), 0.8),
+    ("two processes", "async", ("gpipe", "1f1b", "torch gpipe"), 1.3),
+    ("two processes", "gpipe", ("torch gpipe",)),
+    ("link 80 Mbit/s", "async", ("gpipe", "1f1b")),
+    ("link 200 Mbit/s + 50 ms", "async", ("gpipe", "1f1b")),
+    ("link 1 Gbit/s", "async", ("gpipe", "1f1b")),
+)
 LAYERS, WIDTH, HEADS, BLOCK, BATCH, VOCABULARY = 8, 64, 2, 64, 4, 256
 MICROBATCHES = 8  # of a synchronous update
 COUNT = 16  # microbatches of a sample with two processes
@@ -160,14 +170,14 @@ def _compile(options: Options) -> Iterator[Record]:
 
 def _two_processes(options: Options) -> list[Record]:
     with contextlib.ExitStack() as at_end:
-        ours = at_end.enter_context(two_processes.pair("benchmarks.two_processes"))
+        ours = at_end.enter_context(two_processes.pair("benchmarks._machinery.two_processes"))
         implementations: dict[str, Implementation | Skip] = {
             name: Implementation(functools.partial(_request, ours, name)) for name in two_processes.SCHEDULES
         }
 
         def of_torch(torch: Any) -> Implementation:
             del torch
-            theirs = at_end.enter_context(two_processes.pair("benchmarks.peers.torch_pipeline"))
+            theirs = at_end.enter_context(two_processes.pair("peers.torch_pipeline"))
             return Implementation(functools.partial(_request, theirs, "gpipe"))
 
         implementations["torch gpipe"] = peer("torch", of_torch)
@@ -197,7 +207,7 @@ def _over(name: str, link: parallel.Link, options: Options) -> Iterator[Record]:
         return
     with slow_link.slow_link(link) as prefix:
         ends = {"host": slow_link.ADDRESSES[0], "prefixes": [prefix(0), prefix(1)]}
-        with two_processes.pair("benchmarks.two_processes", **ends) as workers:
+        with two_processes.pair("benchmarks._machinery.two_processes", **ends) as workers:
             schedules = ("async", "gpipe", "1f1b")
             implementations = {s: Implementation(functools.partial(_request, workers, s)) for s in schedules}
             case = Case("pipeline", f"link {name}", implementations, seconds=20.0, min_rounds=5, warm_up=2)

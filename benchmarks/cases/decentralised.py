@@ -23,10 +23,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import link_traffic, replica_averaging, staged_decoder, weight_transforms
+from benchmarks._machinery import staged_decoder
+from benchmarks.cases import (
+    _link_traffic as link_traffic,
+    _replica_averaging as replica_averaging,
+    _weight_transforms as weight_transforms,
+)
 from benchmarks.timing import Case, Implementation, Options, Record, measure
 from jaxlib_methods import models, parallel
 
+HEADLINES = (  # case, ours, peers, aim: the first peer's time over ours at least
+    ("coordinates d=1024 k=160", "projected", ("direct",)),
+    ("share d=1024", "subspace", ("block",)),
+    ("share d=1024", "top_k", ("block",)),
+    ("monitor d=1024", "four distances", ("block",)),
+    ("averaging P=2", "sparse avg", ("nothing", "gradients", "diloco")),
+    ("transforms d=1024", "step", ("step, plain",)),
+    ("transforms d=1024", "morph", ("forward",)),
+)
 TOKENS, VOCABULARY, REPLICAS = (4, 128), 50_304, 8
 
 

@@ -19,6 +19,10 @@ from flax import nnx
 from benchmarks.timing import Case, Implementation, Options, Record, measure, peer
 from jaxlib_methods import models, pruning
 
+HEADLINES = (
+    ("repair vgg_c steps=3", "compiled loop", ("python loop", "torch")),
+    ("repair mlp100 steps=30", "compiled loop", ("python loop", "torch")),
+)
 CASES = {"vgg_c": 3, "mlp100": 30}  # network -> steps
 Layers = dict[str, jax.Array]
 

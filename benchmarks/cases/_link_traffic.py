@@ -8,7 +8,7 @@ import jax
 import optax
 from flax import nnx
 
-from benchmarks import staged_decoder
+from benchmarks._machinery import staged_decoder
 from benchmarks.timing import Case, Implementation, Options, Record, measure
 from jaxlib_methods import models, parallel
 

@@ -1,0 +1,1 @@
+"""What is measured: `run(options)` of each module yields one benchmark's records; an underscore marks a part of one."""
