@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         robustness as robustness,
         training_dynamics as training_dynamics,
         trees as trees,
+        typing as typing,
     )
     from jaxlib_methods._citation import citation as citation
 
@@ -45,6 +46,7 @@ __all__ = [
     "robustness",
     "training_dynamics",
     "trees",
+    "typing",
 ]
 
 

@@ -6,6 +6,8 @@ import pathlib
 import jax
 import pytest
 
+import tests.type_checks  # noqa: F401 - named in pyproject.toml, and to be loaded before the library
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments._machinery.errors import DataError
-from jaxlib_methods._shuffle import shuffled
+from jaxlib_methods._core.sampling import shuffled
 
 PyTree = Any
 AXIS = "data"

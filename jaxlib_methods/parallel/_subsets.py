@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlib_methods._shuffle import shuffled_each
+from jaxlib_methods._core.sampling import shuffled_each
 
 SUBSETS = ("partition", "strided", "bernoulli")
 

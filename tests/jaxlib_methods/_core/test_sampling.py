@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlib_methods._shuffle import shuffled, shuffled_each
+from jaxlib_methods._core.sampling import shuffled, shuffled_each
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1797])

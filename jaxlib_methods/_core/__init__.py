@@ -1,0 +1,1 @@
+"""Mathematics and checks that more than one family uses. Families import from here, never from one another."""
