@@ -37,6 +37,7 @@ import optax
 from experiments import pipeline
 from experiments.tasks import language_modelling as language_model
 from jaxlib_methods import parallel
+from jaxlib_methods.parallel.pipelines import hooks
 
 PyTree = Any
 Method = Literal["full_sync", "dp", "sparta", "async_sparta", "ema", "weight_update", "fed_avg", "diloco", "alone"]
@@ -143,18 +144,18 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     return metrics
 
 
-def averaging(config: Config, method: str) -> parallel.DataHook | None:
+def averaging(config: Config, method: str) -> hooks.DataHook | None:
     """What the replicas exchange after their own update; None where that is nothing."""
     key = jax.random.key(0)
     if method in ("full_sync", "alone"):
         return None
     if method == "fed_avg":
-        return parallel.fed_avg(config.local_steps)
+        return parallel.replicas.fed_avg(config.local_steps)
     if method == "diloco":
-        return parallel.diloco(config.local_steps)
+        return parallel.replicas.diloco(config.local_steps)
     if method == "dp":
-        return parallel.sparse_averaging(1.0, key=key, tau=0, rule="avg")
-    return parallel.sparse_averaging(
+        return parallel.replicas.sparse_averaging(1.0, key=key, tau=0, rule="avg")
+    return parallel.replicas.sparse_averaging(
         config.fraction,
         key=key,
         tau=0 if method == "sparta" else config.tau,
@@ -167,7 +168,7 @@ def averaging(config: Config, method: str) -> parallel.DataHook | None:
 def ema_weight(steps: int) -> optax.Schedule:
     """lambda of the EMA rule, the paper's in proportion to the length of the run."""
     warmup = max(1, round(WARMUP_ROUNDS * steps / PAPER_STEPS))
-    return parallel.ema_weight_schedule(max(steps, warmup + 2), warmup_rounds=warmup)
+    return parallel.replicas.ema_weight_schedule(max(steps, warmup + 2), warmup_rounds=warmup)
 
 
 def averaged_share(config: Config, method: str) -> float:
@@ -181,7 +182,7 @@ class Runs(pipeline.Runs):
     """All runs of one method."""
 
     @functools.cached_property
-    def pipe(self) -> parallel.Pipeline:
+    def pipe(self) -> parallel.pipelines.Pipeline:
         """The pipeline, from the shapes of the parameters and of a microbatch."""
         config, synchronous = self.config, self.synchronous
         stages = parallel.split_stages(jax.eval_shape(self.model.init, jax.random.key(0)), config.stages)

@@ -48,6 +48,7 @@ from jax.experimental import multihost_utils
 from experiments import async_mesh, pipeline
 from experiments.tasks import language_modelling as language_model
 from jaxlib_methods import models, optimizers, parallel, trees
+from jaxlib_methods.parallel import boundaries, integrity, unextractable
 
 PyTree = Any
 METHODS = ("plain", "averaging", "subspace", "verification", "transforms", "attacked", "unprotected")
@@ -155,14 +156,14 @@ class CoordinateModel(pipeline.Model):
     def decoder(self, config: Config, vocab_size: int) -> models.GPTConfig:
         self.shared_basis = config.shared_basis
         dense = dataclasses.replace(config.model(vocab_size), full_rank_blocks=0)  # all blocks are between boundaries
-        self.subspace = parallel.codecs.random_subspace(
+        self.subspace = boundaries.random_subspace(
             jax.random.key(0), vocab_size=vocab_size, width=dense.width, rank=config.rank
         )
         return language_model.subspace_network(dense, config.rank)
 
     def functions(self) -> models.GPTStages:
-        fixed = lambda ids: parallel.codecs.fixed_embedding(ids, self.subspace)
-        return models.coordinate_gpt_stages(self.config, fixed)
+        fixed = lambda ids: boundaries.fixed_embedding(ids, self.subspace)
+        return unextractable.gpt_coordinates.coordinate_gpt_stages(self.config, fixed)
 
     def init(self, key: jax.Array) -> tuple[PyTree, list[PyTree], PyTree]:
         gpt, count = self.config, 2 * self.config.layers + 1
@@ -171,7 +172,7 @@ class CoordinateModel(pipeline.Model):
         bases = [self.subspace.U] * count
         if not self.shared_basis:
             bases = [basis(one) for one in jax.random.split(jax.random.fold_in(key, 1), count)]
-        return models.coordinate_gpt_params(gpt, params, bases)
+        return unextractable.gpt_coordinates.coordinate_gpt_params(gpt, params, bases)
 
 
 class _Runs(async_mesh.Runs):
@@ -187,33 +188,35 @@ class _Runs(async_mesh.Runs):
         return math.gcd(super().chunk, self.config.morph_every) if "transforms" in self.plug_ins else super().chunk
 
     @functools.cached_property
-    def pipe(self) -> parallel.Pipeline:
+    def pipe(self) -> parallel.pipelines.Pipeline:
         config, mesh = self.config, parallel.make_mesh(self.config.stages, self.config.replicas)
         stages = parallel.split_stages(jax.eval_shape(self.model.init, jax.random.key(0)), config.stages)
         tokens = jax.ShapeDtypeStruct((config.batch_size, self.model.config.block_size), jnp.int32)
         model, hooks = self.model.parts, {}
         if self.malicious or "verification" in self.plug_ins:
-            model, hooks = parallel.integrity.guard_model(model), self._verification(mesh)
+            model, hooks = integrity.guard_model(model), self._verification(mesh)
         of_all = model, stages, make_optimizer(config, self.model.config.subspace), mesh, (tokens, tokens)
         averaging = "averaging" in self.plug_ins
         weight = async_mesh.ema_weight(config.steps)
-        average = parallel.sparse_averaging(config.fraction, key=jax.random.key(1), tau=config.tau, ema_weight=weight)
+        average = parallel.replicas.sparse_averaging(
+            config.fraction, key=jax.random.key(1), tau=config.tau, ema_weight=weight
+        )
         hooks |= {"average_gradients": not averaging, "data_hook": average if averaging else None}
         if self.synchronous:
             return parallel.synchronous_pipeline(*of_all, 1, schedule="gpipe", **hooks)
         return parallel.asynchronous_pipeline(*of_all, **hooks)
 
-    def _verification(self, mesh: jax.sharding.Mesh) -> dict[str, parallel.BoundaryHook]:
+    def _verification(self, mesh: jax.sharding.Mesh) -> dict[str, parallel.pipelines.hooks.BoundaryHook]:
         options = {"forward": 0.9, "backward": 0.8}  # decay of the references
         attacks = [
-            parallel.integrity.Attack("scale", stage, replica, value=-1.0, start=self.config.attack_from)
+            integrity.Attack("scale", stage, replica, value=-1.0, start=self.config.attack_from)
             for stage, replica in self.malicious
         ]
-        verifier = lambda decay: parallel.integrity.Verifier(
+        verifier = lambda decay: integrity.VerifierConfig(
             decay=decay, warmup_steps=self.config.verified_from, distances=("euclidean", "wasserstein")
         )
         return {
-            f"{direction}_hook": parallel.integrity.verification_hook(
+            f"{direction}_hook": integrity.verification_hook(
                 verifier(decay) if "verification" in self.plug_ins else None,
                 mesh,
                 direction,
@@ -234,7 +237,7 @@ class _Runs(async_mesh.Runs):
 
     def _banned(self, state: PyTree) -> set[tuple[int, int]]:
         """Workers (stage, replica) who have been banned by the verifier behind or before them."""
-        ends = trees.find_states(state, parallel.integrity.VerifierState)
+        ends = trees.find_states(state, integrity.VerifierState)
         banned = set()
         for end, sender in ((ends[1], -1), (ends[3], 1)):  # the receiving ends, forward and backward
             bans = np.asarray(multihost_utils.process_allgather(end.bans, tiled=True))[:, 0]  # all replicas agree
@@ -250,17 +253,17 @@ class _Runs(async_mesh.Runs):
             state = self._transformed(state, jax.random.fold_in(jax.random.key(seed), begin))
         state, losses = super()._advance(state, seed, begin, end)
         if "verification" in self.plug_ins:
-            state = parallel.integrity.share_bans(state, self.pipe.layout.mesh)
+            state = integrity.share_bans(state, self.pipe.layout.mesh)
         return state, np.concatenate([drained, losses])
 
     def _transformed(self, state: PyTree, key: jax.Array) -> PyTree:
         """The state with new coordinates before each block, in the middle of each, and before the head."""
         config, L = self.config, self.model.config.layers
         names = [("boundary", i) for i in range(L + 1)] + [("middle", i) for i in range(L)]
-        transforms = parallel.unextractable.draw_transforms(key, names, config.rank)
-        rules = models.coordinate_gpt_rules(L, embed="^embed/", blocks="^blocks/", head="^head/")
+        transforms = unextractable.draw_transforms(key, names, config.rank)
+        rules = unextractable.gpt_coordinates.coordinate_gpt_rules(L, embed="^embed/", blocks="^blocks/", head="^head/")
         between = [("boundary", j * L // config.stages) for j in range(1, config.stages)]
-        return parallel.unextractable.morph_pipeline(self.pipe, state, transforms, rules, between)
+        return unextractable.morph_pipeline(self.pipe, state, transforms, rules, between)
 
 
 def make_optimizer(config: Config, rank: int | None) -> optax.GradientTransformation:
@@ -268,7 +271,10 @@ def make_optimizer(config: Config, rank: int | None) -> optax.GradientTransforma
     adam = optax.scale_by_adam(b1=0.9, b2=0.99)
     if rank is not None:
         adam = optimizers.scale_by_row_shared_adam(
-            b1=0.9, b2=0.99, shared=models.coordinate_gpt_mask, row_size=config.model().width
+            b1=0.9,
+            b2=0.99,
+            shared=unextractable.gpt_coordinates.coordinate_gpt_mask,
+            row_size=config.model().width,
         )
     return optax.chain(
         optax.clip_by_global_norm(config.clip),  # of the stage: it is applied to nothing else

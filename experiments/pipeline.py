@@ -221,7 +221,7 @@ class Runs:
         return math.gcd(self.config.evaluate_every, self.config.checkpoint_every, self.config.steps)
 
     @functools.cached_property
-    def pipe(self) -> parallel.Pipeline:
+    def pipe(self) -> parallel.pipelines.Pipeline:
         """The pipeline, from the shapes of the parameters and of a microbatch."""
         config, P = self.config, self.P
         try:

@@ -36,6 +36,7 @@ from experiments._machinery import cases
 from experiments.data import text
 from experiments.tasks import language_modelling as language_model
 from jaxlib_methods import models, parallel
+from jaxlib_methods.parallel import integrity
 
 PyTree = Any
 ATTACKS: dict[str, tuple[str, float | int]] = {
@@ -74,7 +75,7 @@ class Config(language_model.Options):
     votes: int = 1
     window: int = 100
     reduce_axes: tuple[int, ...] = (0,)
-    distances: tuple[Literal["absolute", "euclidean", "sign", "wasserstein"], ...] = parallel.integrity.DISTANCES
+    distances: tuple[Literal["absolute", "euclidean", "sign", "wasserstein"], ...] = integrity.distances.DISTANCES
     collusion: float = 0.0  # share of a stage's malicious workers who send what the first of them sends
     attacks: tuple[Literal[tuple([*ATTACKS, "mixed"])], ...] = (*MIXED, "adaptive", "mixed")
 
@@ -94,13 +95,13 @@ class Config(language_model.Options):
             )
         self.verifiers()
 
-    def verifiers(self) -> dict[str, parallel.integrity.Verifier]:
+    def verifiers(self) -> dict[str, integrity.VerifierConfig]:
         """Options of the verifiers by direction."""
         names = ("votes", "window", "reduce_axes", "distances")
         options = {name: getattr(self, name) for name in names} | {"warmup_steps": self.warmup}
         return {
-            "forward": parallel.integrity.Verifier(decay=self.decay, **options),
-            "backward": parallel.integrity.Verifier(decay=self.gradient_decay, **options),
+            "forward": integrity.VerifierConfig(decay=self.decay, **options),
+            "backward": integrity.VerifierConfig(decay=self.gradient_decay, **options),
         }
 
 
@@ -182,10 +183,10 @@ class _Task:
         return windows[..., :-1], windows[..., 1:]
 
     def pipeline(
-        self, attacks: tuple[parallel.integrity.Attack, ...] = (), protected: bool = True
-    ) -> parallel.integrity.VerifiedPipeline:
+        self, attacks: tuple[integrity.Attack, ...] = (), protected: bool = True
+    ) -> integrity.VerifiedPipeline:
         verifiers = self.config.verifiers() if protected else {"forward": None, "backward": None}
-        return parallel.integrity.VerifiedPipeline(
+        return integrity.VerifiedPipeline(
             self.model, self.config.replicas, attacks=attacks, collusion=self.config.collusion, **verifiers
         )
 
@@ -194,9 +195,7 @@ class _Task:
         loss = lambda stages, rows: parallel.sequential_loss(self.model, stages, rows[:, :-1], rows[:, 1:])
         return jax.jit(lambda stages: loss(stages, self.held_out.astype(jnp.int32)))
 
-    def run(
-        self, pipeline: parallel.integrity.VerifiedPipeline, carry: PyTree, first: int, steps: int
-    ) -> tuple[PyTree, PyTree]:
+    def run(self, pipeline: integrity.VerifiedPipeline, carry: PyTree, first: int, steps: int) -> tuple[PyTree, PyTree]:
         """Steps first, first + 1, ... of training; (carry, by step: losses, bans and rejections of all workers)."""
         per_call, seen = math.gcd(steps, 50), []
         some = self._compiled(pipeline, per_call)
@@ -206,7 +205,7 @@ class _Task:
         return carry, jax.tree.map(lambda *parts: np.concatenate(parts), *seen)
 
     @functools.cache  # noqa: B019 - a task lives as long as its run
-    def _compiled(self, pipeline: parallel.integrity.VerifiedPipeline, steps: int) -> Any:
+    def _compiled(self, pipeline: integrity.VerifiedPipeline, steps: int) -> Any:
         def one(carry: PyTree, step: jax.Array) -> tuple[PyTree, PyTree]:
             stages, opt_state, verified = carry
             batch_key, attack_key = jax.random.split(jax.random.fold_in(self.key, step))
@@ -252,14 +251,14 @@ def _clean(task: _Task, case_dir: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def plan(config: Config, attack: str, seed: int = 0) -> tuple[parallel.integrity.Attack, ...]:
+def plan(config: Config, attack: str, seed: int = 0) -> tuple[integrity.Attack, ...]:
     """The malicious workers: a share of each stage but the first and the last, the same for all attacks of a seed."""
     random = np.random.default_rng(seed)
     count, chosen = round(config.share * config.replicas), []
     for stage in range(1, config.model().layers - 1):
         for replica in sorted(random.choice(config.replicas, count, replace=False).tolist()):
             kind, value = ATTACKS[MIXED[len(chosen) % len(MIXED)] if attack == "mixed" else attack]
-            chosen.append(parallel.integrity.Attack(kind, stage, replica, value=value))
+            chosen.append(integrity.Attack(kind, stage, replica, value=value))
     return tuple(chosen)
 
 
@@ -287,7 +286,7 @@ def _attacked(task: _Task, attack: str, protected: bool, case_dir: pathlib.Path)
     return result | (scores(seen["bans"], attacks) if protected else {})
 
 
-def scores(bans: list[np.ndarray], attacks: tuple[parallel.integrity.Attack, ...]) -> dict[str, float | None]:
+def scores(bans: list[np.ndarray], attacks: tuple[integrity.Attack, ...]) -> dict[str, float | None]:
     """F1, precision and recall in percent, and mean steps to the ban, from bans [steps, S - 1, R] by direction."""
     forward, backward = bans
     first: dict[tuple[int, int], int] = {}

@@ -145,7 +145,7 @@ class Network(NamedTuple):
     """A model in stages with a codec for each direction of its boundaries."""
 
     init: Callable[[jax.Array], PyTree]  # key -> parameters
-    codecs: tuple[parallel.codecs.Codec, parallel.codecs.Codec]
+    codecs: tuple[parallel.boundaries.Codec, parallel.boundaries.Codec]
     like: PyTree  # shapes of the activations of a batch
     boundaries: int
     losses: Callable[..., tuple[jax.Array, PyTree]]  # see `of`
@@ -167,7 +167,7 @@ class Network(NamedTuple):
         fns = models.gpt_stages(decoder)
         head = lambda params, x, targets: language_model.cross_entropy(fns.head(params, x), targets)
         if constrained or method == "unconstrained":
-            drawn = parallel.codecs.random_subspace(
+            drawn = parallel.boundaries.random_subspace(
                 jax.random.key(0),
                 vocab_size=V,
                 width=decoder.width,
@@ -177,11 +177,11 @@ class Network(NamedTuple):
             dense = (lambda p, ids, U, fixed: fns.embed(p, ids, None, fixed), lambda p, x, U: fns.block(p, x))
             embed, block = (fns.embed, fns.block) if constrained else dense
 
-            def coded(U: jax.Array) -> tuple[parallel.StageModel, tuple[parallel.codecs.Codec, ...]]:
+            def coded(U: jax.Array) -> tuple[parallel.StageModel, tuple[parallel.boundaries.Codec, ...]]:
                 subspace = drawn._replace(U=U)
-                return parallel.codecs.subspace_model(embed, block, head, subspace), (
-                    parallel.codecs.subspace_codec(subspace, activations=decoder.dtype),
-                    parallel.codecs.subspace_gradient_codec(subspace),
+                return parallel.boundaries.subspace_model(embed, block, head, subspace), (
+                    parallel.boundaries.subspace_codec(subspace, activations=decoder.dtype),
+                    parallel.boundaries.subspace_gradient_codec(subspace),
                 )
 
             model, codecs = coded(drawn.U)
@@ -195,7 +195,7 @@ class Network(NamedTuple):
         ) -> tuple[jax.Array, PyTree]:
             U, states = states if moving else (None, states)
             stages, (forward, backward) = coded(U) if moving else (model, codecs)
-            transmit = parallel.codecs.coded_boundary(forward, backward)
+            transmit = parallel.boundaries.codecs.coded_boundary(forward, backward)
             of_embed, of_blocks, of_head = models.split_gpt_params(decoder, params)
             x, states = stages.embed(of_embed, windows[:, :-1]), list(states)
             for i, of_block in enumerate(of_blocks):
@@ -210,7 +210,7 @@ class Network(NamedTuple):
         windows = jax.ShapeDtypeStruct((config.batch_size, decoder.block_size), jnp.int32)
         like = jax.eval_shape(model.embed, models.split_gpt_params(decoder, params)[0], windows)
         floating = [leaf for leaf in jax.tree.leaves(like) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        sizes = [parallel.codecs.payload_bytes(codec, x) for codec, x in zip(codecs, (like, floating), strict=True)]
+        sizes = [parallel.boundaries.payload_bytes(codec, x) for codec, x in zip(codecs, (like, floating), strict=True)]
         return cls(
             init,
             codecs,
@@ -238,20 +238,20 @@ class Network(NamedTuple):
         def of_batch(_: None, windows: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
             loss = lambda pushes: self.losses(params, states, windows, pushes)[0].mean()
             G = jax.grad(loss)(jnp.zeros((self.boundaries, *x.shape), x.dtype)).astype(jnp.float32)
-            return None, (parallel.codecs.gradient_moment(G, states[0]), jnp.mean(jnp.sum(G**2, axis=-1)))
+            return None, (parallel.boundaries.grassmann.gradient_moment(G, states[0]), jnp.mean(jnp.sum(G**2, axis=-1)))
 
         Y, total = jax.lax.scan(of_batch, None, windows)[1]
         return jnp.mean(Y, axis=0), jnp.mean(total)
 
 
-def lossy_codecs(method: str, rank: int) -> tuple[parallel.codecs.Codec, parallel.codecs.Codec]:
+def lossy_codecs(method: str, rank: int) -> tuple[parallel.boundaries.Codec, parallel.boundaries.Codec]:
     """Forwards and backwards; the gradients' codec of a simulated boundary has no memory."""
     if method in ("top_k", "top_k_plain"):
         k = max(1, (4 * rank + 1) // 5)  # entries of a value and an index, in the bytes of k values and an id
-        plain = parallel.codecs.top_k_codec(k, error_feedback=False)
-        return plain if method == "top_k_plain" else parallel.codecs.top_k_codec(k), plain
-    codec = {"bf16": parallel.codecs.cast_codec(), "int8": parallel.codecs.int8_codec()}.get(
-        method, parallel.codecs.identity_codec()
+        plain = parallel.boundaries.top_k_codec(k, error_feedback=False)
+        return plain if method == "top_k_plain" else parallel.boundaries.top_k_codec(k), plain
+    codec = {"bf16": parallel.boundaries.cast_codec(), "int8": parallel.boundaries.int8_codec()}.get(
+        method, parallel.boundaries.identity_codec()
     )
     return codec, codec
 
@@ -357,8 +357,8 @@ class _Runs:
         def move(state: training.TrainState, windows: jax.Array) -> tuple[jax.Array, training.TrainState]:
             U, ends = state.model_state
             Y, total = self.network.moments(state.params, state.model_state, windows)
-            moved = parallel.codecs.grassmann_step(U, Y / jnp.linalg.norm(Y, 2), self.config.basis_step)
-            change = lambda tree: parallel.codecs.change_basis(tree, U, moved, self.network.coordinates)
+            moved = parallel.boundaries.grassmann.grassmann_step(U, Y / jnp.linalg.norm(Y, 2), self.config.basis_step)
+            change = lambda tree: parallel.boundaries.grassmann.change_basis(tree, U, moved, self.network.coordinates)
             m = change(optax.tree_utils.tree_get(state.opt_state, "m"))
             return jnp.sum(U * Y) / total, state._replace(
                 params=change(state.params),

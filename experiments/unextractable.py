@@ -41,7 +41,8 @@ from flax import nnx
 from experiments._machinery import cases
 from experiments.data import text
 from experiments.tasks import language_modelling as language_model
-from jaxlib_methods import models, parallel, trees
+from jaxlib_methods import models, trees
+from jaxlib_methods.parallel import unextractable
 
 PyTree = Any
 PRECISIONS = ("in place", "each", "master")
@@ -72,7 +73,7 @@ class Config(language_model.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        models.transformable_gpt_stages(self.model())
+        unextractable.gpt.transformable_gpt_stages(self.model())
         for name in ("morph_every", "transforms"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -132,7 +133,7 @@ class _Task:
         self.rows = jnp.asarray(text.training_rows(loaded.train, self.gpt.block_size))
         held_out = text.validation_rows(loaded.validation, self.gpt.block_size, config.validation_windows)
         self.held_out = jnp.asarray(held_out.astype(np.int32))
-        self.rules = models.gpt_transform_rules(self.gpt.layers)
+        self.rules = unextractable.gpt.gpt_transform_rules(self.gpt.layers)
         blocks = range(self.gpt.layers)
         self.names = [("boundary", i) for i in (*blocks, self.gpt.layers)] + [("middle", i) for i in blocks]
 
@@ -142,19 +143,19 @@ class _Task:
         init = lambda key: nnx.to_pure_dict(nnx.state(models.GPT(self.gpt, rngs=nnx.Rngs(key)), nnx.Param))
         params = models.split_gpt_params(self.gpt, jax.jit(init)(self.key))
         rotations = [
-            parallel.unextractable.draw_transform(jax.random.fold_in(self.key, i), self.gpt.width).matrix
+            unextractable.draw_transform(jax.random.fold_in(self.key, i), self.gpt.width).matrix
             for i in range(2 * self.gpt.layers + 1)
         ]
-        return models.transformable_gpt_params(self.gpt, params, rotations)
+        return unextractable.gpt.transformable_gpt_params(self.gpt, params, rotations)
 
-    def transforms(self, time: int, spread: float | None = None) -> dict[Any, parallel.unextractable.Transform]:
+    def transforms(self, time: int, spread: float | None = None) -> dict[Any, unextractable.Transform]:
         key = jax.random.fold_in(self.key, 10**6 + time)
-        return parallel.unextractable.draw_transforms(key, self.names, self.gpt.width, spread=spread)
+        return unextractable.draw_transforms(key, self.names, self.gpt.width, spread=spread)
 
     @functools.cache  # noqa: B019 - a task lives as long as its run
     def forward(self, dtype: str = "float32", blocks: int | None = None) -> Any:
         """Jitted (parameters, tokens) -> logits, or the activations behind so many blocks."""
-        parts = models.transformable_gpt_stages(dataclasses.replace(self.gpt, dtype=dtype))
+        parts = unextractable.gpt.transformable_gpt_stages(dataclasses.replace(self.gpt, dtype=dtype))
 
         def function(params: PyTree, tokens: jax.Array) -> jax.Array:
             embed, layers, head = params
@@ -220,8 +221,8 @@ class _Task:
             if morph and step % config.morph_every == 0:
                 params, opt_state = carry
                 transforms = self.transforms(step, spread)
-                opt_state = parallel.unextractable.transform_momentum(opt_state, params, transforms, self.rules)
-                carry = parallel.unextractable.morph(params, transforms, self.rules), opt_state
+                opt_state = unextractable.transform_momentum(opt_state, params, transforms, self.rules)
+                carry = unextractable.morph(params, transforms, self.rules), opt_state
         return carry[0], losses
 
     def save(self, folder: pathlib.Path, params: PyTree) -> None:
@@ -249,20 +250,20 @@ def _drift(task: _Task, trained: PyTree, case_dir: pathlib.Path) -> dict[str, An
     )
     original = {name: predict(name, params) for name, params in served.items()}
     models_ = {(name, how): params for name, params in served.items() for how in ("in place", "each")}
-    master = parallel.unextractable.master_copy(trained)
+    master = unextractable.morphing.master_copy(trained)
     times = {
         min(round(10 ** (k / 2)), config.transforms) for k in range(2 * math.ceil(math.log10(config.transforms)) + 1)
     }
     drift: dict[str, list[list[float]]] = {}
     for time in range(1, config.transforms + 1):
         transforms = task.transforms(time)
-        master = parallel.unextractable.morph(master, transforms, task.rules)
+        master = unextractable.morph(master, transforms, task.rules)
         for (name, how), params in models_.items():
             precision = "parameter" if how == "in place" else "float64"
-            models_[name, how] = parallel.unextractable.morph(params, transforms, task.rules, precision=precision)
+            models_[name, how] = unextractable.morph(params, transforms, task.rules, precision=precision)
         if time in times:
             now = models_ | {
-                (name, "master"): parallel.unextractable.cast_like(master, params) for name, params in served.items()
+                (name, "master"): unextractable.morphing.cast_like(master, params) for name, params in served.items()
             }
             for (name, how), params in now.items():
                 change = _change(original[name], predict(name, params), task.held_out[:, 1:])
@@ -286,17 +287,17 @@ def _change(before: jax.Array, after: jax.Array, targets: jax.Array) -> tuple[ja
     return jnp.nan_to_num(change, nan=1e9, posinf=1e9), jnp.nan_to_num(js, nan=math.log(2))
 
 
-def stitched(task: _Task, trained: PyTree, k: int) -> tuple[PyTree, PyTree, parallel.unextractable.Transform]:
+def stitched(task: _Task, trained: PyTree, k: int) -> tuple[PyTree, PyTree, unextractable.Transform]:
     """(front from time 0 with back from time k, all of time k, the product of the transforms between)."""
     later, half = trained, len(trained[1]) // 2
     product, inverse = np.eye(task.gpt.width), np.eye(task.gpt.width)
     for time in range(1, k + 1):
         transforms = task.transforms(time)
-        later = parallel.unextractable.morph(later, transforms, task.rules)
+        later = unextractable.morph(later, transforms, task.rules)
         T = transforms["boundary", half]
         product, inverse = product @ T.matrix, T.inverse @ inverse
     front = (trained[0], [*trained[1][:half], *later[1][half:]], later[2])
-    return front, later, parallel.unextractable.Transform(product, inverse)
+    return front, later, unextractable.Transform(product, inverse)
 
 
 def _stitching(task: _Task, trained: PyTree, case_dir: pathlib.Path) -> dict[str, Any]:
@@ -309,14 +310,14 @@ def _stitching(task: _Task, trained: PyTree, case_dir: pathlib.Path) -> dict[str
     same, others = np.split(windows[: len(windows) // 2 * 2], 2)
     for k in task.config.stitches:
         front, later, T = stitched(task, trained, k)
-        join = lambda T, front=front: perplexity(parallel.unextractable.morph(front, {("boundary", half): T}, bridge))
+        join = lambda T, front=front: perplexity(unextractable.morph(front, {("boundary", half): T}, bridge))
         before = task.forward(blocks=half)(trained, same)
         metrics[f"perplexity stitched k={k}"] = perplexity(front)
         metrics[f"perplexity known bridge k={k}"] = join(T)
         for name, inputs in (("same", same), ("other", others)):
-            found = parallel.unextractable.estimate_bridge(before, task.forward(blocks=half)(later, inputs))
+            found = unextractable.estimate_bridge(before, task.forward(blocks=half)(later, inputs))
             metrics[f"perplexity bridge from {name} inputs k={k}"] = join(
-                parallel.unextractable.Transform(found, np.linalg.pinv(found))
+                unextractable.Transform(found, np.linalg.pinv(found))
             )
     return {"metrics": metrics}
 

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from jaxlib_methods.parallel import Link
+from jaxlib_methods.parallel.pipelines.links import Link
 
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 PACKET = 65_000  # bytes, at most

@@ -10,6 +10,8 @@ import optax
 from flax import nnx
 
 from jaxlib_methods import models, parallel
+from jaxlib_methods.parallel import boundaries
+from jaxlib_methods.parallel.pipelines import base
 
 PyTree = Any
 
@@ -28,7 +30,7 @@ def mesh(num_stages: int, num_replicas: int = 1) -> jax.sharding.Mesh:
 
 
 def decoder(
-    config: models.GPTConfig, subspace: parallel.codecs.Subspace | None = None
+    config: models.GPTConfig, subspace: boundaries.Subspace | None = None
 ) -> tuple[parallel.StageModel, tuple[PyTree, list[PyTree], PyTree]]:
     """(model, parameters by part) of a decoder or a subspace network; its loss is the mean cross-entropy."""
     functions = models.gpt_stages(config)
@@ -39,7 +41,7 @@ def decoder(
     params = models.split_gpt_params(config, initial(config))
     if subspace is None:
         return parallel.StageModel(functions.embed, functions.block, head), params
-    return parallel.codecs.subspace_model(functions.embed, functions.block, head, subspace), params
+    return boundaries.subspace_model(functions.embed, functions.block, head, subspace), params
 
 
 def initial(config: models.GPTConfig) -> nnx.State:
@@ -61,5 +63,5 @@ class Training:
 
     def __call__(self) -> Any:
         new = self.step(self.state, *self.batches)
-        self.state = new[0] if isinstance(new[1], parallel.Losses) else new
+        self.state = new[0] if isinstance(new[1], base.Losses) else new
         return jax.tree.leaves(self.state)[0]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jaxlib_methods.parallel.pipelines import communication
 from peers.worker import BATCH, BLOCK, HEADS, LAYERS, VOCABULARY, WIDTH, M, P, answer
 
 SCHEDULES = ("async", "gpipe", "gpipe keep", "1f1b")  # keep: activations are kept, not computed again
@@ -108,7 +109,7 @@ class _Worker:
             put = lambda at: parallel.shard_batch(self.mesh, tuple(of_all[at : at + n] for of_all in self.tokens))
             state, batches = pipe.init(self.stages), [put(at) for at in range(0, count, n)]
             hlo = pipe.step.lower(state, *batches[0]).compile().as_text()
-            self.running[schedule] = [pipe, state, batches, parallel.collectives(hlo)]
+            self.running[schedule] = [pipe, state, batches, communication.collectives(hlo)]
         pipe, state, batches, sent = self.running[schedule]
         began = time.perf_counter()
         for batch in batches:

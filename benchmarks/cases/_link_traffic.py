@@ -11,6 +11,7 @@ from flax import nnx
 from benchmarks._machinery import staged_decoder
 from benchmarks.timing import Case, Implementation, Options, Record, measure
 from jaxlib_methods import models, parallel
+from jaxlib_methods.parallel.pipelines import communication, links
 
 PyTree = Any
 DESIGN = {"position": "rotary", "norm": "rms", "mlp": "gelu", "bias": False, "head_bias": False}
@@ -22,14 +23,14 @@ DESIGN = {"position": "rotary", "norm": "rms", "mlp": "gelu", "bias": False, "he
 class Coding(NamedTuple):
     """How the boundaries of a pipeline are coded."""
 
-    forward: parallel.codecs.Codec
-    backward: parallel.codecs.Codec
-    subspace: parallel.codecs.Subspace | None = None
+    forward: parallel.boundaries.Codec
+    backward: parallel.boundaries.Codec
+    subspace: parallel.boundaries.Subspace | None = None
 
 
 def codings(vocab_size: int, width: int, rank: int) -> dict[str, Coding]:
     """By name; top-k keeps as many entries as the subspace has coordinates."""
-    codecs = parallel.codecs
+    codecs = parallel.boundaries
     subspace = codecs.random_subspace(jax.random.key(0), vocab_size=vocab_size, width=width, rank=rank)
     both = lambda codec: Coding(codec, codec)
     constrained = lambda dtype: Coding(
@@ -60,8 +61,8 @@ def coded_pipeline(
         optax.sgd(1e-3),
         mesh,
         (inputs[0], targets[0]),
-        forward_hook=parallel.codecs.codec_hook(coding.forward),
-        backward_hook=parallel.codecs.codec_hook(coding.backward),
+        forward_hook=parallel.boundaries.codec_hook(coding.forward),
+        backward_hook=parallel.boundaries.codec_hook(coding.backward),
     )
     arguments = pipe.init(stages), *parallel.shard_batch(mesh, (inputs, targets))
     return pipe.step.lower(*arguments).compile(), arguments
@@ -71,12 +72,12 @@ def message_bytes(coding: Coding, tokens: tuple[int, int], width: int, dtype: st
     """Bytes of a message forward and backward, from shapes alone."""
     X, ids = jax.ShapeDtypeStruct((*tokens, width), dtype), jax.ShapeDtypeStruct(tokens, "int32")
     x = X if coding.subspace is None else {"x": X, "ids": ids}
-    return parallel.codecs.payload_bytes(coding.forward, x), parallel.codecs.payload_bytes(coding.backward, [X])
+    return parallel.boundaries.payload_bytes(coding.forward, x), parallel.boundaries.payload_bytes(coding.backward, [X])
 
 
 def boundary_bytes(compiled: jax.stages.Compiled, n: int) -> tuple[set[float], set[float]]:
     """Bytes that a boundary carries for one of n microbatches, forward and backward: the values of all boundaries."""
-    sent = parallel.link_bytes(compiled)
+    sent = communication.link_bytes(compiled)
     of = lambda step: {size / n for (source, target), size in sent.items() if target - source == step}
     return of(1), of(-1)
 
@@ -132,7 +133,7 @@ FLOPS_PER_S = 5e13  # assumed of an accelerator: nothing of these sizes is measu
 class Shapes(NamedTuple):
     """What the link model needs to know of a setting; nothing is allocated for it."""
 
-    costs: parallel.StageCosts  # of dense boundaries, without averaging
+    costs: links.StageCosts  # of dense boundaries, without averaging
     messages: dict[str, tuple[int, int]]  # bytes forward and backward
     reduced: dict[str, int]  # bytes that the replicas of the largest stage reduce in an update
 
@@ -144,7 +145,7 @@ def shapes_of(setting: Setting, flops_per_s: float = FLOPS_PER_S) -> Shapes:
     params, functions = models.split_gpt_params(config, jax.eval_shape(init)), models.gpt_stages(config)
     X = jax.ShapeDtypeStruct((*tokens, config.width), config.dtype)
     blocks = config.layers // setting.stages
-    costs = parallel.stage_costs(functions.block, params[1][0], X, flops_per_second=flops_per_s, blocks=blocks)
+    costs = links.stage_costs(functions.block, params[1][0], X, flops_per_second=flops_per_s, blocks=blocks)
 
     def head(params: PyTree, X: jax.Array) -> Any:
         logits, pull_back = jax.vjp(functions.head, params, X)
@@ -158,20 +159,22 @@ def shapes_of(setting: Setting, flops_per_s: float = FLOPS_PER_S) -> Shapes:
         gradient_bytes=0,
     )
     stages = parallel.split_stages(params, setting.stages)
-    largest = max(stages, key=lambda stage: parallel.averaged_per_round(stage, 1.0))
+    largest = max(stages, key=lambda stage: parallel.replicas.averaged_per_round(stage, 1.0))
     fractions = {"all": 1.0, "5 %": FRACTION}
-    reduced = {name: 4 * parallel.averaged_per_round(largest, fraction) for name, fraction in fractions.items()}
+    reduced = {
+        name: 4 * parallel.replicas.averaged_per_round(largest, fraction) for name, fraction in fractions.items()
+    }
     return Shapes(costs, messages_of(setting), reduced)
 
 
 def messages_of(setting: Setting) -> dict[str, tuple[int, int]]:
     """Bytes of a message forward and backward, in bfloat16, dense and as coordinates of a subspace."""
     config, tokens = setting.config, (setting.examples, setting.config.block_size)
-    dense = Coding(parallel.codecs.identity_codec(), parallel.codecs.identity_codec())
+    dense = Coding(parallel.boundaries.identity_codec(), parallel.boundaries.identity_codec())
     found = {"dense": message_bytes(dense, tokens, config.width, "bfloat16")}
 
     def traced(key: jax.Array) -> None:
-        codecs = parallel.codecs
+        codecs = parallel.boundaries
         subspace = codecs.random_subspace(key, vocab_size=config.vocab_size, width=config.width, rank=setting.rank)
         forward = codecs.subspace_codec(subspace, "bfloat16")
         coding = Coding(forward, codecs.subspace_gradient_codec(subspace, "bfloat16"), subspace)
@@ -184,7 +187,7 @@ def messages_of(setting: Setting) -> dict[str, tuple[int, int]]:
 def update_seconds(
     setting: Setting,
     shapes: Shapes,
-    link: parallel.Link,
+    link: links.Link,
     *,
     boundaries: str = "dense",
     schedule: str = "async",
@@ -198,7 +201,7 @@ def update_seconds(
     """
     forward, backward = shapes.messages[boundaries]
     reduced, waits = shapes.reduced[averaged] if averaged else 0, averaged is not None and not tau
-    predicted = parallel.predict_step(
+    predicted = links.predict_step(
         shapes.costs._replace(forward_bytes=forward, backward_bytes=backward, gradient_bytes=reduced if waits else 0),
         link,
         num_stages=setting.stages,
@@ -208,8 +211,8 @@ def update_seconds(
     )
     if waits or averaged is None:
         return predicted.step
-    whole = parallel.all_reduce_time(reduced, setting.replicas, link)
-    sending = parallel.all_reduce_time(reduced, setting.replicas, link._replace(latency=0))
+    whole = links.all_reduce_time(reduced, setting.replicas, link)
+    sending = links.all_reduce_time(reduced, setting.replicas, link._replace(latency=0))
     return max(predicted.step, sending, whole / tau)
 
 
@@ -220,9 +223,7 @@ def links_records(width: int, options: Options) -> list[Record]:
     setting = Setting(config, stages=8, rank=160 * width // 1024, examples=1, microbatches=64)
     records = measure(Case("decentralised", name, _of_block(config), seconds=15.0, min_rounds=5), options)
     seconds = {record.implementation: record.median_ms / 1e3 for record in records}
-    costs = parallel.StageCosts(
-        7 * [seconds["forward"]] + [0.0], seconds["backward, recomputed"], 0, 0, seconds["update"]
-    )
+    costs = links.StageCosts(7 * [seconds["forward"]] + [0.0], seconds["backward, recomputed"], 0, 0, seconds["update"])
     timed = Shapes(costs, messages_of(setting), {})
     for title, where, shapes, count in (
         (f"8 stages of a block of width {width}, times of this device in float32, head left out", setting, timed, 64),
@@ -232,7 +233,7 @@ def links_records(width: int, options: Options) -> list[Record]:
             for schedule, updates in (("gpipe", 1), ("async", count)):
                 found = [
                     updates * update_seconds(where, shapes, link, boundaries=boundaries, schedule=schedule)
-                    for link in parallel.LINKS.values()
+                    for link in links.LINKS.values()
                 ]
                 options.note(f"{name}: {title}: {schedule}, {boundaries}: {count} microbatches in {_per_link(found)}")
     shapes = shapes_of(ASYNC_MESH)
@@ -240,7 +241,7 @@ def links_records(width: int, options: Options) -> list[Record]:
         for averaged, tau in ((None, 0), ("all", 0), ("5 %", 0), ("5 %", TAU)):
             found = [
                 update_seconds(ASYNC_MESH, shapes, link, boundaries=boundaries, averaged=averaged, tau=tau)
-                for link in parallel.LINKS.values()
+                for link in links.LINKS.values()
             ]
             what = f"{averaged or 'nothing'} averaged{f', {tau} updates late' if tau else ''}"
             options.note(
@@ -273,7 +274,7 @@ def _of_block(config: models.GPTConfig) -> dict[str, Implementation]:
 
 
 def _per_link(seconds: list[float]) -> str:
-    return ", ".join(f"{s:.3g} s at {name}" for name, s in zip(parallel.LINKS, seconds, strict=True))
+    return ", ".join(f"{s:.3g} s at {name}" for name, s in zip(links.LINKS, seconds, strict=True))
 
 
 def run_cases(options: Options) -> Iterator[Record]:

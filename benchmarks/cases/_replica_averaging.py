@@ -12,6 +12,7 @@ import optax
 from benchmarks._machinery import staged_decoder, traces
 from benchmarks.timing import Case, Implementation, Options, Record, measure
 from jaxlib_methods import models, parallel
+from jaxlib_methods.parallel.pipelines import communication, hooks
 
 PyTree = Any
 FRACTION, TAU, COUNT = 0.05, 10, 4  # p; rounds that an average is late; updates of a call, and local steps of a round
@@ -20,7 +21,7 @@ FRACTION, TAU, COUNT = 0.05, 10, 4  # p; rounds that an average is late; updates
 class Exchange(NamedTuple):
     """What the replicas exchange, and what that should take."""
 
-    hook: parallel.DataHook | None
+    hook: hooks.DataHook | None
     gradients: bool  # whether these are averaged before the update
     every: int  # updates between two rounds
     reduced: int  # numbers of a round
@@ -30,9 +31,9 @@ class Exchange(NamedTuple):
 def exchanges(packed: PyTree) -> dict[str, Exchange]:
     """By name; `packed` are the parameters of one device, N numbers in all."""
     key = jax.random.key(0)
-    N = parallel.averaged_per_round(packed, 1.0)
-    K = parallel.averaged_per_round(packed, FRACTION)
-    sparse = lambda **options: parallel.sparse_averaging(FRACTION, key=key, **options)
+    N = parallel.replicas.averaged_per_round(packed, 1.0)
+    K = parallel.replicas.averaged_per_round(packed, FRACTION)
+    sparse = lambda **options: parallel.replicas.sparse_averaging(FRACTION, key=key, **options)
     fragments = [("common/.*[02468]$", 0), (".", 1)]
     return {
         "nothing": Exchange(None, False, 1, 0, 0),
@@ -40,15 +41,15 @@ def exchanges(packed: PyTree) -> dict[str, Exchange]:
         "sparse avg, tau 0": Exchange(sparse(tau=0, rule="avg"), False, 1, K, 2 * K),
         "sparse avg": Exchange(sparse(tau=TAU, rule="avg"), False, 1, K, 2 * TAU * K),
         "sparse ema": Exchange(sparse(tau=TAU), False, 1, K, 2 * TAU * K + N),
-        "fed_avg": Exchange(parallel.fed_avg(COUNT), False, COUNT, N, 0),
-        "diloco": Exchange(parallel.diloco(COUNT), False, COUNT, N, 2 * N),
-        "streaming_diloco": Exchange(parallel.streaming_diloco(COUNT, fragments), False, COUNT, N, 2 * N),
+        "fed_avg": Exchange(parallel.replicas.fed_avg(COUNT), False, COUNT, N, 0),
+        "diloco": Exchange(parallel.replicas.diloco(COUNT), False, COUNT, N, 2 * N),
+        "streaming_diloco": Exchange(parallel.replicas.streaming_diloco(COUNT, fragments), False, COUNT, N, 2 * N),
     }
 
 
 def mesh_pipeline(
     config: models.GPTConfig, P: int, D: int, examples: int, exchange: Exchange
-) -> tuple[parallel.Pipeline, tuple[Any, ...]]:
+) -> tuple[parallel.pipelines.Pipeline, tuple[Any, ...]]:
     """An asynchronous pipeline of P stages and D replicas, and the arguments of its step on COUNT microbatches."""
     model, params = staged_decoder.decoder(config)
     stages, mesh = parallel.split_stages(params, P), staged_decoder.mesh(P, D)
@@ -79,12 +80,12 @@ def reduced_bytes(program: jax.stages.Compiled, P: int, D: int) -> int:
     replicas = {tuple(range(j * D, (j + 1) * D)) for j in range(P)}
     return sum(
         c.bytes * c.count
-        for c in parallel.collectives(program)
+        for c in communication.collectives(program)
         if c.kind == "all-reduce" and c.count == COUNT and (set(c.groups) == replicas or (P == 1 and not c.groups))
     )
 
 
-def state_bytes(pipe: parallel.Pipeline, state: PyTree) -> int:
+def state_bytes(pipe: parallel.pipelines.Pipeline, state: PyTree) -> int:
     """Bytes of the floating arrays of the hook's state, on one device."""
     floating = [leaf for leaf in jax.tree.leaves(state.data_hook) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return sum(leaf.nbytes for leaf in floating) // (pipe.layout.num_stages * pipe.layout.num_replicas)

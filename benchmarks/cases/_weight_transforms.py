@@ -12,7 +12,8 @@ from flax import nnx
 from benchmarks._machinery import staged_decoder
 from benchmarks.cases._link_traffic import DESIGN
 from benchmarks.timing import Case, Implementation, Options, Record, measure
-from jaxlib_methods import models, parallel, trees
+from jaxlib_methods import models, trees
+from jaxlib_methods.parallel import unextractable
 
 PyTree = Any
 LAYERS, EXAMPLES, BLOCK = 4, 4, 128
@@ -27,11 +28,11 @@ def transforms_case(width: int) -> Case:
     """Forward passes and steps of a model with and without its matrices, and morphs of all its blocks."""
     config = models.GPTConfig(256, BLOCK, LAYERS, width, max(1, width // 64), **DESIGN)
     plain = models.split_gpt_params(config, nnx.to_pure_dict(staged_decoder.initial(config)))
-    draw = lambda names: parallel.unextractable.draw_transforms(jax.random.key(1), names, width)
+    draw = lambda names: unextractable.draw_transforms(jax.random.key(1), names, width)
     rotations = [T.matrix for T in draw(range(2 * LAYERS + 1)).values()]
-    params = models.transformable_gpt_params(config, plain, rotations)
+    params = unextractable.gpt.transformable_gpt_params(config, plain, rotations)
     names = [("boundary", i) for i in range(LAYERS + 1)] + [("middle", i) for i in range(LAYERS)]
-    rules = models.gpt_transform_rules(LAYERS)
+    rules = unextractable.gpt.gpt_transform_rules(LAYERS)
     inputs, targets = (jnp.asarray(ids[0]) for ids in staged_decoder.tokens(config, 1, EXAMPLES))
 
     def logits(parts: models.GPTStages, params: PyTree, ids: jax.Array) -> jax.Array:
@@ -49,16 +50,16 @@ def transforms_case(width: int) -> Case:
 
     fixed = lambda params: trees.label_tree(params, [("transforms/", "fixed")], default="trained", allow_unmatched=True)
     optimizer = optax.partition({"trained": optax.sgd(1e-3, momentum=0.9), "fixed": optax.set_to_zero()}, fixed)
-    transformable = models.transformable_gpt_stages(config)
+    transformable = unextractable.gpt.transformable_gpt_stages(config)
     opt_state = optimizer.init(params)
 
     def morph(*, momentum: bool) -> Callable[[], PyTree]:
         def run() -> PyTree:
             drawn = draw(names)
-            new = parallel.unextractable.morph(params, drawn, rules)
+            new = unextractable.morph(params, drawn, rules)
             if not momentum:
                 return new
-            return new, parallel.unextractable.transform_momentum(opt_state, params, drawn, rules)
+            return new, unextractable.transform_momentum(opt_state, params, drawn, rules)
 
         return run
 

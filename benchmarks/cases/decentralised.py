@@ -31,6 +31,7 @@ from benchmarks.cases import (
 )
 from benchmarks.timing import Case, Implementation, Options, Record, measure
 from jaxlib_methods import models, parallel
+from jaxlib_methods.parallel import boundaries
 
 HEADLINES = (  # case, ours, peers, aim: the first peer's time over ours at least
     ("coordinates d=1024 k=160", "projected", ("direct",)),
@@ -59,18 +60,18 @@ def run(options: Options) -> Iterator[Record]:
         yield from cases.run_cases(options)
 
 
-def activations(d: int, k: int) -> tuple[parallel.codecs.Subspace, dict[str, jax.Array]]:
+def activations(d: int, k: int) -> tuple[boundaries.Subspace, dict[str, jax.Array]]:
     """A subspace and what would cross a boundary."""
-    subspace = parallel.codecs.random_subspace(jax.random.key(0), vocab_size=VOCABULARY, width=d, rank=k)
+    subspace = boundaries.random_subspace(jax.random.key(0), vocab_size=VOCABULARY, width=d, rank=k)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, TOKENS), jnp.int32)
     C = jax.random.normal(jax.random.key(1), (*TOKENS, k))
-    return subspace, {"x": parallel.codecs.subspace_reconstruct(C, ids, subspace), "ids": ids}
+    return subspace, {"x": boundaries.subspaces.subspace_reconstruct(C, ids, subspace), "ids": ids}
 
 
 def coordinates_case(d: int, k: int) -> Case:
     """The two ways to encode."""
     subspace, x = activations(d, k)
-    codec = parallel.codecs.subspace_codec(subspace)
+    codec = boundaries.subspace_codec(subspace)
     tokens = TOKENS[0] * TOKENS[1]
     return Case(
         "decentralised",
@@ -78,7 +79,7 @@ def coordinates_case(d: int, k: int) -> Case:
         {
             "projected": Implementation(jax.jit(lambda x: codec.encode(x, ())[0]["x"].arrays["C"]), (x,)),
             "direct": Implementation(
-                jax.jit(lambda x: parallel.codecs.subspace_coordinates(x["x"], x["ids"], subspace)), (x,)
+                jax.jit(lambda x: boundaries.subspaces.subspace_coordinates(x["x"], x["ids"], subspace)), (x,)
             ),
         },
         reference="direct",
@@ -92,7 +93,7 @@ def share_case(d: int) -> Case:
     """A block's forward and backward pass, and the codecs of one boundary."""
     subspace, x = activations(d, d // 8)
 
-    def both_ways(forward: parallel.codecs.Codec, backward: parallel.codecs.Codec, x) -> Implementation:
+    def both_ways(forward: boundaries.Codec, backward: boundaries.Codec, x) -> Implementation:
         def cross(x, G):
             received, _ = forward.decode(forward.encode(x, forward.init(x))[0], forward.init(x))
             gradient, _ = backward.decode(backward.encode([G], backward.init([G]))[0], backward.init([G]))
@@ -106,12 +107,10 @@ def share_case(d: int) -> Case:
         f"share d={d}",
         {
             "block": _block(d, x["x"]),
-            "subspace": both_ways(
-                parallel.codecs.subspace_codec(subspace), parallel.codecs.subspace_gradient_codec(subspace), x
-            ),
-            "bf16": same(parallel.codecs.cast_codec()),
-            "int8": same(parallel.codecs.int8_codec()),
-            "top_k": same(parallel.codecs.top_k_codec(d // 8, error_feedback=False)),
+            "subspace": both_ways(boundaries.subspace_codec(subspace), boundaries.subspace_gradient_codec(subspace), x),
+            "bf16": same(boundaries.cast_codec()),
+            "int8": same(boundaries.int8_codec()),
+            "top_k": same(boundaries.top_k_codec(d // 8, error_feedback=False)),
         },
         seconds=8.0,
     )
@@ -121,7 +120,7 @@ def monitor_case(d: int) -> Case:
     """The same block, and verifiers with all distances, without the one that sorts, and with one point a message."""
     message = jax.random.normal(jax.random.key(2), (*TOKENS, d))
     others = jax.random.normal(jax.random.key(3), (REPLICAS, *TOKENS, d))
-    three = tuple(name for name in parallel.integrity.DISTANCES if name != "wasserstein")
+    three = tuple(name for name in parallel.integrity.distances.DISTANCES if name != "wasserstein")
     return Case(
         "decentralised",
         f"monitor d={d}",
@@ -151,18 +150,18 @@ def _block(d: int, x: jax.Array) -> Implementation:
 def _verifiers(message: jax.Array, others: jax.Array, **options) -> Implementation:
     """What a replica does at a boundary, forward and backward, with the summaries of all; after the warm-up."""
     integrity = parallel.integrity
-    verifiers = [integrity.Verifier(decay=decay, warmup_steps=1, **options) for decay in (0.9, 0.8)]
+    verifiers = [integrity.VerifierConfig(decay=decay, warmup_steps=1, **options) for decay in (0.9, 0.8)]
     axes, taint = verifiers[0].reduce_axes, jnp.zeros(len(others), bool)
-    summaries = jax.vmap(lambda other: integrity.message_summary(other, axes))(others)
+    summaries = jax.vmap(lambda other: integrity.distances.message_summary(other, axes))(others)
     started = {"count": jnp.int32(1), "started": jnp.bool_(True), "reference": summaries.mean(axis=0)}
     states = [
         integrity.init_verifier(v, len(others), message.shape, jax.random.key(4))._replace(**started) for v in verifiers
     ]
 
     def receive(verifier, state, message, summaries):
-        summaries = summaries.at[0].set(integrity.message_summary(message, axes))
-        reference = integrity.expand_reference(state.reference, message.shape, axes)
-        state, accept = integrity.verify_summaries(state, summaries, taint, verifier)
+        summaries = summaries.at[0].set(integrity.distances.message_summary(message, axes))
+        reference = integrity.distances.expand_reference(state.reference, message.shape, axes)
+        state, accept = integrity.verification.verify_summaries(state, summaries, taint, verifier)
         return jnp.where(accept[0], message, reference), state
 
     def both(states, messages, summaries):

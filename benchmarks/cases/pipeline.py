@@ -17,6 +17,7 @@ import optax
 from benchmarks._machinery import slow_link, staged_decoder, two_processes
 from benchmarks.timing import Case, Implementation, Options, Record, Skip, measure, peer
 from jaxlib_methods import models, parallel
+from jaxlib_methods.parallel.pipelines import links
 
 HEADLINES = (  # an overhead of at most a quarter over the model without a pipeline; 1.3 times GPipe's throughput
     ("update P=4", "async", ("one device, as async",), 0.8),
@@ -32,9 +33,9 @@ LAYERS, WIDTH, HEADS, BLOCK, BATCH, VOCABULARY = 8, 64, 2, 64, 4, 256
 MICROBATCHES = 8  # of a synchronous update
 COUNT = 16  # microbatches of a sample with two processes
 LINKS = {
-    "80 Mbit/s": parallel.LINKS["80 Mbit/s"],
-    "200 Mbit/s + 50 ms": parallel.LINKS["200 Mbit/s + 50 ms"],
-    "1 Gbit/s": parallel.LINKS["1 Gbit/s"],
+    "80 Mbit/s": links.LINKS["80 Mbit/s"],
+    "200 Mbit/s + 50 ms": links.LINKS["200 Mbit/s + 50 ms"],
+    "1 Gbit/s": links.LINKS["1 Gbit/s"],
 }
 
 
@@ -64,7 +65,7 @@ def _config() -> models.GPTConfig:
     return models.GPTConfig(VOCABULARY, BLOCK, LAYERS, WIDTH, HEADS)
 
 
-def make_pipeline(schedule: str, P: int, n: int) -> tuple[parallel.Pipeline, tuple[Any, ...]]:
+def make_pipeline(schedule: str, P: int, n: int) -> tuple[parallel.pipelines.Pipeline, tuple[Any, ...]]:
     """A pipeline and the arguments of its `step` on n microbatches; without "async", n are one update's."""
     model, params = _model()
     stages, mesh = parallel.split_stages(params, P), parallel.make_mesh(P)
@@ -119,7 +120,7 @@ def _update(P: int, options: Options) -> list[Record]:
         pipe, arguments = make_pipeline(schedule, P, MICROBATCHES)
         implementations[schedule] = Implementation(staged_decoder.Training(pipe.step, *arguments))
         if schedule != "async":
-            share = parallel.bubble_fraction(schedule, P, MICROBATCHES)
+            share = parallel.pipelines.schedules.bubble_fraction(schedule, P, MICROBATCHES)
             options.note(f"update P={P}: {schedule} leaves {share:.3f} of the slots idle by its schedule")
     for name, every, keep in (
         ("one device, as async", True, False),
@@ -134,7 +135,7 @@ def _update(P: int, options: Options) -> list[Record]:
     return records
 
 
-def _memory(pipe: parallel.Pipeline, arguments: tuple[Any, ...], P: int, options: Options) -> None:
+def _memory(pipe: parallel.pipelines.Pipeline, arguments: tuple[Any, ...], P: int, options: Options) -> None:
     """Bytes of a stage by the compiled program, against P versions, two moments and P inputs in flight."""
     compiled = pipe.step.lower(*arguments).compile()
     state = arguments[0]
@@ -185,7 +186,11 @@ def _two_processes(options: Options) -> list[Record]:
         records = measure(case, options)
         for schedule in ("async", "gpipe", "1f1b"):
             waiting = [worker["waiting"] for worker in ours(trace=schedule, count=COUNT)]
-            idle = 0.0 if schedule == "async" else parallel.bubble_fraction(schedule, two_processes.P, two_processes.M)
+            idle = (
+                0.0
+                if schedule == "async"
+                else parallel.pipelines.schedules.bubble_fraction(schedule, two_processes.P, two_processes.M)
+            )
             shown = " and ".join(f"{share:.2f}" for share in waiting)
             options.note(
                 f"two processes: {schedule} waits {shown} of the time by the trace; "
@@ -201,7 +206,7 @@ def _request(workers: two_processes.Pair, schedule: str) -> float:
     return workers(schedule=schedule, count=COUNT)[-1]["loss"]
 
 
-def _over(name: str, link: parallel.Link, options: Options) -> Iterator[Record]:
+def _over(name: str, link: links.Link, options: Options) -> Iterator[Record]:
     if reason := slow_link.unavailable():
         options.note(f"link {name} skipped: {reason}")
         return
@@ -217,17 +222,17 @@ def _over(name: str, link: parallel.Link, options: Options) -> Iterator[Record]:
     asked = link._replace(latency=2 * link.latency)  # of a sum's messages: gloo's receiver asks for each
     for record in records:
         s = record.implementation
-        costs = parallel.StageCosts(
+        costs = links.StageCosts(
             *([stage[kind] for stage in stages] for kind in ("forward", "backward")),
             sent[s]["bytes"]["forward"],
             sent[s]["bytes"]["backward"],
             [stage["update"] for stage in stages],
         )
         of_update = 1 if s == "async" else two_processes.M
-        predicted = parallel.predict_step(
+        predicted = links.predict_step(
             costs, link, num_stages=two_processes.P, schedule=s, num_microbatches=of_update, blocking=True
         )
-        sums = sum(parallel.all_reduce_time(size, two_processes.P, asked) for size in sent[s]["summed"])
+        sums = sum(links.all_reduce_time(size, two_processes.P, asked) for size in sent[s]["summed"])
         total = predicted.step + (sums / COUNT if s == "async" else sums)
         step_ms = record.median_ms * of_update / COUNT
         options.note(

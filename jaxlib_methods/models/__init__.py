@@ -14,24 +14,14 @@ so that a path expression tells their scale and bias from the weights and biases
     logits = nnx.merge(eval_def, params, rest)(images)
 """
 
+from jaxlib_methods._moved import moved_names
 from jaxlib_methods.models._alexnet import AlexNet as AlexNet
 from jaxlib_methods.models._convolution import Conv as Conv, convolve as convolve
 from jaxlib_methods.models._gpt import GPT as GPT, GPT_CONFIGS as GPT_CONFIGS, GPTConfig as GPTConfig, rotate as rotate
-from jaxlib_methods.models._gpt_coordinates import (
-    coordinate_gpt_mask as coordinate_gpt_mask,
-    coordinate_gpt_params as coordinate_gpt_params,
-    coordinate_gpt_rules as coordinate_gpt_rules,
-    coordinate_gpt_stages as coordinate_gpt_stages,
-)
 from jaxlib_methods.models._gpt_stages import (
     GPTStages as GPTStages,
     gpt_stages as gpt_stages,
     split_gpt_params as split_gpt_params,
-)
-from jaxlib_methods.models._gpt_transforms import (
-    gpt_transform_rules as gpt_transform_rules,
-    transformable_gpt_params as transformable_gpt_params,
-    transformable_gpt_stages as transformable_gpt_stages,
 )
 from jaxlib_methods.models._lenet import LeNet5 as LeNet5, LeNet300 as LeNet300
 from jaxlib_methods.models._recurrent import GRUClassifier as GRUClassifier, LSTMClassifier as LSTMClassifier
@@ -64,15 +54,21 @@ __all__ = [
     "UNet3D",
     "WideResNet",
     "convolve",
-    "coordinate_gpt_mask",
-    "coordinate_gpt_params",
-    "coordinate_gpt_rules",
-    "coordinate_gpt_stages",
     "create",
     "gpt_stages",
-    "gpt_transform_rules",
     "rotate",
     "split_gpt_params",
-    "transformable_gpt_params",
-    "transformable_gpt_stages",
 ]
+
+__getattr__ = moved_names(
+    __name__,
+    {
+        "coordinate_gpt_mask": "parallel.unextractable.gpt_coordinates.coordinate_gpt_mask",
+        "coordinate_gpt_params": "parallel.unextractable.gpt_coordinates.coordinate_gpt_params",
+        "coordinate_gpt_rules": "parallel.unextractable.gpt_coordinates.coordinate_gpt_rules",
+        "coordinate_gpt_stages": "parallel.unextractable.gpt_coordinates.coordinate_gpt_stages",
+        "gpt_transform_rules": "parallel.unextractable.gpt.gpt_transform_rules",
+        "transformable_gpt_params": "parallel.unextractable.gpt.transformable_gpt_params",
+        "transformable_gpt_stages": "parallel.unextractable.gpt.transformable_gpt_stages",
+    },
+)

@@ -1,117 +1,93 @@
-"""Pipelines over a mesh of devices, and a model of how long they take over slow links."""
+"""Training over a mesh of devices and over slow links, in five rooms.
 
-from jaxlib_methods.parallel import codecs as codecs, integrity as integrity, unextractable as unextractable
-from jaxlib_methods.parallel._asynchronous import (
-    AsynchronousState as AsynchronousState,
+| room | what is in it |
+|---|---|
+| `pipelines` | GPipe, 1F1B, circular and asynchronous 1F1B; what a step takes over slow links |
+| `replicas` | what replicas on the data axis exchange: sparse averaging, FedAvg, DiLoCo, streaming DiLoCo |
+| `boundaries` | what crosses a boundary in fewer bytes: lossy codecs, subspace networks |
+| `integrity` | who sends what: SENTINEL's verifiers, attacks on pipelines, robust aggregation |
+| `unextractable` | weights that nobody can put together: random transforms at the boundaries |
+
+All rooms meet in a pipeline: a codec, a verifier or a transform is a hook or a call between steps. The names that every
+program with a pipeline needs stand here too.
+"""
+
+from jaxlib_methods._moved import moved_names
+from jaxlib_methods.parallel import (
+    boundaries as boundaries,
+    integrity as integrity,
+    pipelines as pipelines,
+    replicas as replicas,
+    unextractable as unextractable,
+)
+from jaxlib_methods.parallel.pipelines import (
+    StageModel as StageModel,
     asynchronous_pipeline as asynchronous_pipeline,
-)
-from jaxlib_methods.parallel._collectives import (
-    Collective as Collective,
-    collectives as collectives,
-    link_bytes as link_bytes,
-)
-from jaxlib_methods.parallel._engine import Traffic as Traffic
-from jaxlib_methods.parallel._hooks import (
-    BoundaryHook as BoundaryHook,
-    DataHook as DataHook,
-    HookInfo as HookInfo,
-    chain_hooks as chain_hooks,
-)
-from jaxlib_methods.parallel._layout import Snapshot as Snapshot
-from jaxlib_methods.parallel._links import (
-    LINKS as LINKS,
-    Link as Link,
-    StageCosts as StageCosts,
-    StepTime as StepTime,
-    all_reduce_time as all_reduce_time,
-    blocking_floor as blocking_floor,
-    largest_pipeline as largest_pipeline,
-    predict_step as predict_step,
-    stage_costs as stage_costs,
-)
-from jaxlib_methods.parallel._local_sgd import (
-    DiLoCoState as DiLoCoState,
-    FedAvgState as FedAvgState,
-    StreamingDiLoCoState as StreamingDiLoCoState,
-    diloco as diloco,
-    fed_avg as fed_avg,
-    outer_sgd as outer_sgd,
-    streaming_diloco as streaming_diloco,
-)
-from jaxlib_methods.parallel._mesh import (
+    join_stages as join_stages,
     make_mesh as make_mesh,
+    sequential_loss as sequential_loss,
     shard_batch as shard_batch,
     split_microbatches as split_microbatches,
-)
-from jaxlib_methods.parallel._packing import Packed as Packed
-from jaxlib_methods.parallel._pipeline import Losses as Losses, Pipeline as Pipeline
-from jaxlib_methods.parallel._schedules import bubble_fraction as bubble_fraction, schedule_table as schedule_table
-from jaxlib_methods.parallel._sparse_averaging import (
-    SparseAveragingState as SparseAveragingState,
-    averaged_per_round as averaged_per_round,
-    ema_weight_schedule as ema_weight_schedule,
-    replica_mean as replica_mean,
-    sparse_averaging as sparse_averaging,
-)
-from jaxlib_methods.parallel._stages import (
-    StageModel as StageModel,
-    join_stages as join_stages,
-    sequential_loss as sequential_loss,
     split_stages as split_stages,
-)
-from jaxlib_methods.parallel._synchronous import (
-    SynchronousState as SynchronousState,
     synchronous_pipeline as synchronous_pipeline,
 )
 
 __all__ = [
-    "LINKS",
-    "AsynchronousState",
-    "BoundaryHook",
-    "Collective",
-    "DataHook",
-    "DiLoCoState",
-    "FedAvgState",
-    "HookInfo",
-    "Link",
-    "Losses",
-    "Packed",
-    "Pipeline",
-    "Snapshot",
-    "SparseAveragingState",
-    "StageCosts",
     "StageModel",
-    "StepTime",
-    "StreamingDiLoCoState",
-    "SynchronousState",
-    "Traffic",
-    "all_reduce_time",
     "asynchronous_pipeline",
-    "averaged_per_round",
-    "blocking_floor",
-    "bubble_fraction",
-    "chain_hooks",
-    "codecs",
-    "collectives",
-    "diloco",
-    "ema_weight_schedule",
-    "fed_avg",
+    "boundaries",
     "integrity",
     "join_stages",
-    "largest_pipeline",
-    "link_bytes",
     "make_mesh",
-    "outer_sgd",
-    "predict_step",
-    "replica_mean",
-    "schedule_table",
+    "pipelines",
+    "replicas",
     "sequential_loss",
     "shard_batch",
-    "sparse_averaging",
     "split_microbatches",
     "split_stages",
-    "stage_costs",
-    "streaming_diloco",
     "synchronous_pipeline",
     "unextractable",
 ]
+
+__getattr__ = moved_names(
+    __name__,
+    {
+        "LINKS": "parallel.pipelines.links.LINKS",
+        "AsynchronousState": "parallel.pipelines.asynchronous.AsynchronousState",
+        "BoundaryHook": "parallel.pipelines.BoundaryHook",
+        "Collective": "parallel.pipelines.communication.Collective",
+        "DataHook": "parallel.pipelines.DataHook",
+        "DiLoCoState": "parallel.replicas.local_sgd.DiLoCoState",
+        "FedAvgState": "parallel.replicas.local_sgd.FedAvgState",
+        "HookInfo": "parallel.pipelines.hooks.HookInfo",
+        "Link": "parallel.pipelines.links.Link",
+        "Losses": "parallel.pipelines.base.Losses",
+        "Packed": "parallel.pipelines.packing.Packed",
+        "Pipeline": "parallel.pipelines.Pipeline",
+        "Snapshot": "parallel.pipelines.layout.Snapshot",
+        "SparseAveragingState": "parallel.replicas.averaging.SparseAveragingState",
+        "StageCosts": "parallel.pipelines.links.StageCosts",
+        "StepTime": "parallel.pipelines.links.StepTime",
+        "StreamingDiLoCoState": "parallel.replicas.local_sgd.StreamingDiLoCoState",
+        "SynchronousState": "parallel.pipelines.synchronous.SynchronousState",
+        "all_reduce_time": "parallel.pipelines.links.all_reduce_time",
+        "averaged_per_round": "parallel.replicas.averaged_per_round",
+        "blocking_floor": "parallel.pipelines.links.blocking_floor",
+        "bubble_fraction": "parallel.pipelines.schedules.bubble_fraction",
+        "chain_hooks": "parallel.pipelines.chain_hooks",
+        "codecs": "parallel.boundaries",
+        "collectives": "parallel.pipelines.communication.collectives",
+        "diloco": "parallel.replicas.diloco",
+        "ema_weight_schedule": "parallel.replicas.ema_weight_schedule",
+        "fed_avg": "parallel.replicas.fed_avg",
+        "largest_pipeline": "parallel.pipelines.links.largest_pipeline",
+        "link_bytes": "parallel.pipelines.communication.link_bytes",
+        "outer_sgd": "parallel.replicas.outer_sgd",
+        "predict_step": "parallel.pipelines.links.predict_step",
+        "replica_mean": "parallel.replicas.replica_mean",
+        "schedule_table": "parallel.pipelines.schedules.schedule_table",
+        "sparse_averaging": "parallel.replicas.sparse_averaging",
+        "stage_costs": "parallel.pipelines.links.stage_costs",
+        "streaming_diloco": "parallel.replicas.streaming_diloco",
+    },
+)

@@ -5,7 +5,8 @@ import pytest
 
 from benchmarks._machinery import staged_decoder
 from benchmarks.cases import _link_traffic as link_traffic
-from jaxlib_methods import models, parallel
+from jaxlib_methods import models
+from jaxlib_methods.parallel.pipelines import links
 from tests.jaxlib_methods.parallel.pipeline_problems import chain
 
 K = 6
@@ -46,11 +47,11 @@ def test_messages_of_the_paper_are_a_hundred_times_smaller():
 
 def test_a_late_average_hides_behind_the_update_until_its_link_is_full():
     setting = link_traffic.ASYNC_MESH
-    costs = parallel.StageCosts(3 * [1.0] + [0.0], 4 * [2.0], 0, 0)
+    costs = links.StageCosts(3 * [1.0] + [0.0], 4 * [2.0], 0, 0)
     seconds = lambda size, link, **options: link_traffic.update_seconds(
         setting, link_traffic.Shapes(costs, {"dense": (0, 0)}, {"all": size}), link, averaged="all", **options
     )
-    link = parallel.Link(8e6)  # a second for a megabyte: two replicas exchange half of it twice
+    link = links.Link(8e6)  # a second for a megabyte: two replicas exchange half of it twice
     assert seconds(1e6, link) == pytest.approx(4.0)
     assert seconds(1e6, link, tau=10) == pytest.approx(3.0)
     assert seconds(9e6, link, tau=10) == pytest.approx(9.0)

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks._machinery import slow_link
 from benchmarks.cases import pipeline
-from jaxlib_methods import parallel
+from jaxlib_methods.parallel.pipelines import links
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ print(min(once(1) for _ in range(5)), min(once(50_000) for _ in range(5)))
 
 @pytest.mark.skipif(slow_link.unavailable() is not None, reason="no network namespaces here")
 def test_the_slow_link_takes_its_latency_and_its_bandwidth():
-    link = parallel.Link(8e6, 0.03)
+    link = links.Link(8e6, 0.03)
     with slow_link.slow_link(link) as prefix:
         server = subprocess.Popen([*prefix(0), sys.executable, "-c", ECHO, "0"])
         done = subprocess.run([*prefix(1), sys.executable, "-c", CLIENT], capture_output=True, text=True, timeout=60)

@@ -12,7 +12,8 @@ import pytest
 from experiments import subspace
 from experiments._machinery import loop as training, runner
 from experiments.tasks import language_modelling as language_model
-from jaxlib_methods import models, parallel
+from jaxlib_methods import models
+from jaxlib_methods.parallel import boundaries
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def test_a_move_projects_the_constrained_weights_onto_the_new_subspace_and_chang
 
     decoder = dataclasses.replace(config.subspace_model(task.config.vocab_size), subspace=None)
     fns = models.gpt_stages(decoder)
-    fixed = parallel.codecs.random_subspace(jax.random.key(0), vocab_size=256, width=16, rank=4).T_fixed
+    fixed = boundaries.random_subspace(jax.random.key(0), vocab_size=256, width=16, rank=4).T_fixed
 
     def dense_loss(params, windows):
         of_embed, of_blocks, of_head = models.split_gpt_params(decoder, params)

@@ -1,39 +1,47 @@
 """Weights that nobody can put together: random invertible transforms at the boundaries, changed while training."""
 
-from jaxlib_methods.parallel.unextractable._boundary_transforms import (
+from jaxlib_methods._moved import moved_names
+from jaxlib_methods.parallel.unextractable import gpt as gpt, gpt_coordinates as gpt_coordinates
+from jaxlib_methods.parallel.unextractable.extraction import (
+    estimate_bridge as estimate_bridge,
+    estimate_entry_bridge as estimate_entry_bridge,
+    extraction_probability as extraction_probability,
+)
+from jaxlib_methods.parallel.unextractable.morphing import (
     Sides as Sides,
-    cast_like as cast_like,
-    master_copy as master_copy,
     morph as morph,
     morph_pipeline as morph_pipeline,
     morph_snapshot as morph_snapshot,
     transform_momentum as transform_momentum,
 )
-from jaxlib_methods.parallel.unextractable._extraction import (
-    estimate_bridge as estimate_bridge,
-    estimate_entry_bridge as estimate_entry_bridge,
-    extraction_probability as extraction_probability,
-)
-from jaxlib_methods.parallel.unextractable._random_transforms import (
+from jaxlib_methods.parallel.unextractable.rounding import rounding_bound as rounding_bound
+from jaxlib_methods.parallel.unextractable.transforms import (
     Transform as Transform,
     draw_transform as draw_transform,
     draw_transforms as draw_transforms,
 )
-from jaxlib_methods.parallel.unextractable._rounding import rounding_bound as rounding_bound
 
 __all__ = [
     "Sides",
     "Transform",
-    "cast_like",
     "draw_transform",
     "draw_transforms",
     "estimate_bridge",
     "estimate_entry_bridge",
     "extraction_probability",
-    "master_copy",
+    "gpt",
+    "gpt_coordinates",
     "morph",
     "morph_pipeline",
     "morph_snapshot",
     "rounding_bound",
     "transform_momentum",
 ]
+
+__getattr__ = moved_names(
+    __name__,
+    {
+        "cast_like": "parallel.unextractable.morphing.cast_like",
+        "master_copy": "parallel.unextractable.morphing.master_copy",
+    },
+)

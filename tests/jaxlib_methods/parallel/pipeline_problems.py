@@ -11,8 +11,8 @@ from flax import nnx
 from jaxlib_methods.models import GPT, GPTConfig, gpt_stages, split_gpt_params
 from jaxlib_methods.optimizers import delayed_nesterov
 from jaxlib_methods.parallel import StageModel, sequential_loss
-from jaxlib_methods.parallel._engine import update_stage
-from jaxlib_methods.parallel._stages import run_stage, stage_vjp
+from jaxlib_methods.parallel.pipelines._engine import update_stage
+from jaxlib_methods.parallel.pipelines.stages import run_stage, stage_vjp
 
 CONFIG = GPTConfig(vocab_size=64, block_size=16, layers=4, width=32, heads=2)
 

@@ -5,18 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlib_methods.parallel.integrity import (
-    Attack,
-    Verifier,
-    check_attacks,
-    collude,
-    init_attacks,
-    init_verifier,
-    message_distances,
-    message_summary,
-    tamper,
-    verify,
-)
+from jaxlib_methods.parallel.integrity import Attack, VerifierConfig, init_verifier, verify
+from jaxlib_methods.parallel.integrity.attacks import check_attacks, collude, init_attacks, tamper
+from jaxlib_methods.parallel.integrity.distances import message_distances, message_summary
 
 X = 3.0 + 2.0 * jax.random.normal(jax.random.key(5), (2, 16, 8))
 
@@ -91,7 +82,7 @@ def test_only_the_worker_the_direction_and_the_steps_of_the_plan_are_hit():
 
 
 def test_an_adaptive_attacker_stays_within_the_fences_and_is_not_found():
-    options = Verifier(warmup_steps=30, window=20, directions=8, fence_factor=3.0)
+    options = VerifierConfig(warmup_steps=30, window=20, directions=8, fence_factor=3.0)
     state = init_verifier(options, 4, X.shape, jax.random.key(0))
     step = jax.jit(lambda state, messages: verify(state, messages, jnp.zeros(4, bool), options))
     for t in range(40):
@@ -102,7 +93,7 @@ def test_an_adaptive_attacker_stays_within_the_fences_and_is_not_found():
     assert 0.3 < share.max() <= 0.9 + 1e-4, share
     _, accept, _ = step(state, jnp.broadcast_to(attack[None], (4, *X.shape)))
     assert accept.all()
-    channels = Verifier(reduce_axes=(0, 1), threshold=0.5)
+    channels = VerifierConfig(reduce_axes=(0, 1), threshold=0.5)
     state = init_verifier(channels, 4, X.shape, jax.random.key(0))._replace(reference=jnp.ones((1, 8)))
     flat = sent("adaptive", verifier=state, reduce_axes=(0, 1))
     np.testing.assert_array_equal(flat, jnp.broadcast_to(flat[0, 0], X.shape))  # the verifier sees means alone

@@ -11,22 +11,25 @@ import optax
 import pytest
 
 from jaxlib_methods import trees
-from jaxlib_methods.parallel import chain_hooks, make_mesh, shard_batch, split_stages, synchronous_pipeline
-from jaxlib_methods.parallel.codecs import cast_codec, codec_hook
+from jaxlib_methods.parallel import make_mesh, shard_batch, split_stages, synchronous_pipeline
+from jaxlib_methods.parallel.boundaries import cast_codec, codec_hook
 from jaxlib_methods.parallel.integrity import (
     Attack,
     VerifiedPipeline,
-    Verifier,
+    VerifierConfig,
     VerifierState,
     guard_model,
     init_verifier,
     share_bans,
     verification_hook,
 )
+from jaxlib_methods.parallel.pipelines.hooks import chain_hooks
 from tests.jaxlib_methods.parallel.pipeline_problems import assert_trees_equal, chain, tokens
 
 S, R = 6, 5
-OPTIONS = Verifier(warmup_steps=30, window=20, directions=8, fence_factor=6.0)  # wide: no false alarms in short tests
+OPTIONS = VerifierConfig(
+    warmup_steps=30, window=20, directions=8, fence_factor=6.0
+)  # wide: no false alarms in short tests
 MODEL, PARAMS = chain(layers=S)
 STAGES = split_stages(PARAMS, S)
 
@@ -174,7 +177,7 @@ def test_on_a_mesh_attackers_of_both_directions_are_banned_and_training_goes_on_
 def test_bans_are_known_on_both_sides_of_a_worker():
     """Stage j verifies activations of stage j - 1 and gradients of stage j + 1; 4 stages of 2 workers."""
     rng, mesh = np.random.default_rng(0), make_mesh(4, 2)
-    state = init_verifier(Verifier(window=2), 2, (2, 3, 4), KEY)
+    state = init_verifier(VerifierConfig(window=2), 2, (2, 3, 4), KEY)
     seen = rng.integers(3, size=(2, 4, 2))  # by direction, stage of the verifier and replica
     everywhere = lambda bans: jnp.asarray(np.repeat(bans[:, None], 2, axis=1), jnp.int32)
     ends = [state._replace(bans=everywhere(bans)) for bans in (seen[0], seen[0], seen[1], seen[1])]

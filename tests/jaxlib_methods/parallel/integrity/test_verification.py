@@ -9,20 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlib_methods.parallel.integrity import (
+from jaxlib_methods.parallel.integrity import VerifierConfig, init_verifier, verify
+from jaxlib_methods.parallel.integrity.distances import (
     DISTANCES,
-    Verifier,
-    init_verifier,
     message_distances,
     message_summary,
     random_directions,
-    reroute,
     sliced_wasserstein,
+    sorting_network,
     tukey_fence,
-    verify,
-    verify_summaries,
 )
-from jaxlib_methods.parallel.integrity._message_distances import sorting_network
+from jaxlib_methods.parallel.integrity.verification import reroute, verify_summaries
 
 D1, D2, D3, D4 = range(4)
 
@@ -118,7 +115,7 @@ def test_summaries_average_what_they_are_told_to():
 # ------------------------------------------------------------------------------ the state machine
 
 SHAPE = (2, 6, 4)  # B, N, D
-SHORT = Verifier(warmup_steps=40, window=20, directions=8, fence_factor=6.0)  # no false alarms in a short test
+SHORT = VerifierConfig(warmup_steps=40, window=20, directions=8, fence_factor=6.0)  # no false alarms in a short test
 
 
 @functools.partial(jax.jit, static_argnums=(3,))
@@ -141,7 +138,7 @@ def run(options, steps, change=lambda t, x: x, taint=lambda t: jnp.zeros(5, bool
 
 
 def test_reference_is_the_moving_average_from_the_first_message_on():
-    options = Verifier(threshold=math.inf)
+    options = VerifierConfig(threshold=math.inf)
     one = init_verifier(options, 1, (1, 1, 1), jax.random.key(0))._replace(started=jnp.array(True))
     for _ in range(10):
         one, _, replacement = step(one, jnp.ones((1, 1, 1, 1)), jnp.zeros(1, bool), options)
@@ -176,7 +173,7 @@ def test_violations_that_lie_further_apart_than_the_horizon_ban_nobody():
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("threshold", [None, math.inf])
 def test_what_is_not_finite_is_contained_in_the_warm_up_too(value, threshold):
-    options = Verifier(warmup_steps=10, window=20, directions=8, threshold=threshold)
+    options = VerifierConfig(warmup_steps=10, window=20, directions=8, threshold=threshold)
     poison = lambda t, x: x.at[1, 0, 2, 3].set(value) if t in (0, 5, 20, 21) else x
     state, accepted, replacement = run(options, 22, poison)
     assert [t for t in range(22) if not accepted[t, 1]] == [0, 5, 20, 21]
@@ -199,9 +196,9 @@ def test_tainted_messages_are_relayed_untested_and_teach_nothing_but_are_contain
 
 def test_threshold_infinity_accepts_all_and_zero_nobody_after_the_warm_up():
     flip = lambda t, x: x.at[3].multiply(-1.0)
-    _, accepted, _ = run(Verifier(warmup_steps=5, threshold=math.inf, directions=8), 12, flip)
+    _, accepted, _ = run(VerifierConfig(warmup_steps=5, threshold=math.inf, directions=8), 12, flip)
     assert accepted.all()
-    _, accepted, _ = run(Verifier(warmup_steps=5, threshold=0.0, directions=8), 12)
+    _, accepted, _ = run(VerifierConfig(warmup_steps=5, threshold=0.0, directions=8), 12)
     assert accepted[:5].all() and not accepted[5:].any()
 
 
@@ -213,7 +210,7 @@ def test_votes_and_the_choice_of_distances():
 
 
 def test_a_worker_within_the_fences_moves_the_reference_by_its_share_at_most():
-    options = Verifier(warmup_steps=0, threshold=math.inf, directions=8, decay=0.9)
+    options = VerifierConfig(warmup_steps=0, threshold=math.inf, directions=8, decay=0.9)
     delta, base = 0.3, jnp.ones((5, *SHAPE))
     state = init_verifier(options, 5, SHAPE, jax.random.key(0))
     state, _, _ = step(state, base, jnp.zeros(5, bool), options)
@@ -226,13 +223,13 @@ def test_a_worker_within_the_fences_moves_the_reference_by_its_share_at_most():
 
 
 def test_sign_flips_from_a_third_shrink_an_average_that_includes_them_to_a_third():
-    options = Verifier(warmup_steps=0, directions=8, threshold=1.0)  # d2 of a sign flip is 2
+    options = VerifierConfig(warmup_steps=0, directions=8, threshold=1.0)  # d2 of a sign flip is 2
     flip = lambda x: x.at[:2].multiply(-1.0)
     messages = jnp.ones((6, 2, 3, 4))
     state = init_verifier(options, 6, (2, 3, 4), jax.random.key(0))
     state, _, _ = step(state, messages, jnp.zeros(6, bool), options)
     included = state
-    accept_all = Verifier(warmup_steps=0, directions=8, threshold=math.inf)
+    accept_all = VerifierConfig(warmup_steps=0, directions=8, threshold=math.inf)
     for _ in range(120):
         state, accept, _ = step(state, flip(messages), jnp.zeros(6, bool), options)
         included, _, _ = step(included, flip(messages), jnp.zeros(6, bool), accept_all)
@@ -242,7 +239,7 @@ def test_sign_flips_from_a_third_shrink_an_average_that_includes_them_to_a_third
 
 
 def test_honest_workers_pass_ten_thousand_steps():
-    options, replicas, shape = Verifier(), 4, (1, 4, 8)
+    options, replicas, shape = VerifierConfig(), 4, (1, 4, 8)
     mean = jax.random.normal(jax.random.key(2), shape[1:])
 
     @jax.jit
@@ -282,12 +279,12 @@ def test_rerouting_in_turn():
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        Verifier(**options)
+        VerifierConfig(**options)
 
 
 def test_a_verifier_needs_replicas_and_axes_that_exist():
     with pytest.raises(ValueError, match="replicas must be at least 1, got 0"):
-        init_verifier(Verifier(), 0, SHAPE, jax.random.key(0))
+        init_verifier(VerifierConfig(), 0, SHAPE, jax.random.key(0))
     with pytest.raises(ValueError, match="reduce_axes must be axes before the last one"):
-        init_verifier(Verifier(reduce_axes=(2,)), 3, SHAPE, jax.random.key(0))
+        init_verifier(VerifierConfig(reduce_axes=(2,)), 3, SHAPE, jax.random.key(0))
     assert len(DISTANCES) == 4

@@ -13,15 +13,15 @@ from jaxlib_methods import models, optimizers, trees
 from jaxlib_methods.parallel import (
     StageModel,
     asynchronous_pipeline,
-    diloco,
     make_mesh,
     sequential_loss,
     shard_batch,
-    sparse_averaging,
     split_stages,
+    unextractable,
 )
-from jaxlib_methods.parallel.codecs import fixed_embedding, random_subspace
-from jaxlib_methods.parallel.integrity import Attack, Verifier, VerifierState, guard_model, verification_hook
+from jaxlib_methods.parallel.boundaries import fixed_embedding, random_subspace
+from jaxlib_methods.parallel.integrity import Attack, VerifierConfig, VerifierState, guard_model, verification_hook
+from jaxlib_methods.parallel.replicas import diloco, sparse_averaging
 from jaxlib_methods.parallel.unextractable import draw_transform, draw_transforms, morph_pipeline
 from tests.jaxlib_methods.parallel.pipeline_problems import tokens
 
@@ -30,7 +30,7 @@ GPT = dataclasses.replace(
     models.GPT_CONFIGS["llama_tiny"],
     layers=2, width=8, heads=2, mlp_width=16, vocab_size=11, init_std=0.3, subspace=RANK, full_rank_blocks=0,
 )  # fmt: skip
-RULES = models.coordinate_gpt_rules(2, embed="^embed/", blocks="^blocks/", head="^head/")
+RULES = unextractable.gpt_coordinates.coordinate_gpt_rules(2, embed="^embed/", blocks="^blocks/", head="^head/")
 NAMES = [("boundary", 0), ("middle", 0), ("boundary", 1), ("middle", 1), ("boundary", 2)]
 BETWEEN = [("boundary", 1)]
 KEY = jax.random.key(4)
@@ -41,11 +41,13 @@ COUNT = 8  # micro-batches between two transforms
 def problem():
     """(model, stages) of a network in coordinates with private bases."""
     subspace = random_subspace(KEY, vocab_size=GPT.vocab_size, width=GPT.width, rank=RANK)
-    parts = models.coordinate_gpt_stages(GPT, lambda ids: fixed_embedding(ids, subspace))
+    parts = unextractable.gpt_coordinates.coordinate_gpt_stages(GPT, lambda ids: fixed_embedding(ids, subspace))
     loss = lambda p, x, y: optax.softmax_cross_entropy_with_integer_labels(parts.head(p, x), y).mean()
     params = models.split_gpt_params(GPT, nnx.state(models.GPT(GPT, rngs=nnx.Rngs(0)), nnx.Param))
     bases = [draw_transform(jax.random.key(k), GPT.width).matrix[:, :RANK] for k in range(5)]
-    return StageModel(parts.embed, parts.block, loss), split_stages(models.coordinate_gpt_params(GPT, params, bases), P)
+    return StageModel(parts.embed, parts.block, loss), split_stages(
+        unextractable.gpt_coordinates.coordinate_gpt_params(GPT, params, bases), P
+    )
 
 
 def pipeline(problem, data_hook):
@@ -55,7 +57,7 @@ def pipeline(problem, data_hook):
     attack = Attack("scale", stage=0, replica=1, direction="forward", value=-3.0, start=3 * COUNT + 2)
     hooks = {
         f"{direction}_hook": verification_hook(
-            Verifier(warmup_steps=2 * COUNT, fence_factor=5.0, distances=("euclidean", "wasserstein")),
+            VerifierConfig(warmup_steps=2 * COUNT, fence_factor=5.0, distances=("euclidean", "wasserstein")),
             mesh,
             direction,
             key=KEY,
@@ -63,7 +65,7 @@ def pipeline(problem, data_hook):
         )
         for direction in ("forward", "backward")
     }
-    rule = optimizers.row_shared_adamw(1e-2, weight_decay=0.0, shared=models.coordinate_gpt_mask)
+    rule = optimizers.row_shared_adamw(1e-2, weight_decay=0.0, shared=unextractable.gpt_coordinates.coordinate_gpt_mask)
     of_all = guard_model(model), stages, rule, mesh, (x, x)
     return asynchronous_pipeline(*of_all, average_gradients=False, data_hook=data_hook, **hooks)
 

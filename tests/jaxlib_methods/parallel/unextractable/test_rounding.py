@@ -7,13 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlib_methods.parallel.unextractable import (
-    cast_like,
-    draw_transform,
-    master_copy,
-    morph,
-    rounding_bound,
-)
+from jaxlib_methods.parallel.unextractable import draw_transform, morph, rounding_bound
+from jaxlib_methods.parallel.unextractable.morphing import cast_like, master_copy
 
 WIDTH, COUNT, RULES = 16, 100, [("V", (None, "b"))]
 

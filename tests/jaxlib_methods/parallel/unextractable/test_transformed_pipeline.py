@@ -10,22 +10,21 @@ import pytest
 from flax import nnx
 
 from jaxlib_methods import optimizers, trees
-from jaxlib_methods.models import (
-    GPT,
-    GPT_CONFIGS,
-    GPTConfig,
+from jaxlib_methods.models import GPT, GPT_CONFIGS, GPTConfig, split_gpt_params
+from jaxlib_methods.parallel import StageModel, make_mesh, shard_batch, split_stages, synchronous_pipeline
+from jaxlib_methods.parallel.boundaries import fixed_embedding, random_subspace
+from jaxlib_methods.parallel.unextractable import draw_transform, draw_transforms, morph_snapshot
+from jaxlib_methods.parallel.unextractable.gpt import (
+    gpt_transform_rules,
+    transformable_gpt_params,
+    transformable_gpt_stages,
+)
+from jaxlib_methods.parallel.unextractable.gpt_coordinates import (
     coordinate_gpt_mask,
     coordinate_gpt_params,
     coordinate_gpt_rules,
     coordinate_gpt_stages,
-    gpt_transform_rules,
-    split_gpt_params,
-    transformable_gpt_params,
-    transformable_gpt_stages,
 )
-from jaxlib_methods.parallel import StageModel, make_mesh, shard_batch, split_stages, synchronous_pipeline
-from jaxlib_methods.parallel.codecs import fixed_embedding, random_subspace
-from jaxlib_methods.parallel.unextractable import draw_transform, draw_transforms, morph_snapshot
 from tests.jaxlib_methods.parallel.pipeline_problems import tokens
 
 CONFIG = dataclasses.replace(

@@ -1,0 +1,369 @@
+r"""What malicious workers send in place of activations and gradients: pure functions, and plans of who does it when."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlib_methods.parallel.integrity.distances import expand_reference, message_distances
+from jaxlib_methods.parallel.integrity.verification import VerifierState
+
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "AttackState",
+    "adaptive",
+    "check_attacks",
+    "collude",
+    "init_attacks",
+    "invisible_noise",
+    "random_sign",
+    "random_values",
+    "tamper",
+]
+
+# Kind of attack -> what its value is, and the value if none is given.
+ATTACKS = {
+    "constant": ("the value of every entry; NaN and infinity too", 0.0),
+    "random": ("1 for the tensor's own mean and deviation, 0 for N(0, 1)", 0.0),
+    "scale": ("the factor sigma; -1 flips all signs", -1.0),
+    "random_sign": ("the probability that an entry's sign is flipped", 0.5),
+    "delay": ("the age in steps", 100),
+    "bias": ("what is added", 1.0),
+    "invisible_noise": ("the level p of the normal quantile", 0.99),
+    "adaptive": ("the share of the fences that is used", 0.9),
+}
+DIRECTIONS = ("forward", "backward", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """One malicious worker.
+
+    Args:
+      kind: a name of `ATTACKS`.
+      stage: whose worker it is, 0-based.
+      replica: which of the stage's workers, 0-based.
+      direction: "forward" tampers with activations, "backward" with gradients, or "both".
+      value: the attack's strength, as `ATTACKS` says; None takes its default.
+      start: first step.
+      stop: the step after the last one; None: never stops.
+
+    Raises:
+      ValueError: for an unknown kind or direction, a value out of range, or steps that are none.
+
+    Example:
+      >>> Attack("scale", stage=2, replica=0, value=-1.0).strength
+      -1.0
+
+    Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
+    """
+
+    kind: str
+    stage: int
+    replica: int
+    direction: str = "both"
+    value: float | int | None = None
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self):
+        if self.kind not in ATTACKS:
+            raise ValueError(f"unknown attack {self.kind!r}; known are {', '.join(ATTACKS)}")
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"direction must be one of {DIRECTIONS}, got {self.direction!r}")
+        if self.start < 0 or (self.stop is not None and self.stop <= self.start):
+            raise ValueError(f"an attack needs steps 0 <= start < stop, got start={self.start}, stop={self.stop}")
+        value, ok = self.strength, True
+        if self.kind == "delay":
+            ok = value >= 1 and value == int(value)
+        elif self.kind == "random_sign":
+            ok = 0 <= value <= 1
+        elif self.kind in ("invisible_noise", "adaptive"):
+            ok = 0 < value < 1
+        if not ok:
+            raise ValueError(f"the value of {self.kind!r} is {ATTACKS[self.kind][0]}; {value} is none")
+
+    @property
+    def strength(self) -> float | int:
+        """The value, or the default of the kind."""
+        return ATTACKS[self.kind][1] if self.value is None else self.value
+
+    def acts(self, step: jax.Array) -> jax.Array:
+        """Whether the worker tampers with its message in a step; one that delays is honest until it has one to send."""
+        first = self.start + (int(self.strength) if self.kind == "delay" else 0)
+        return (step >= first) & (True if self.stop is None else step < self.stop)
+
+
+class AttackState(NamedTuple):
+    """What a delaying worker remembers."""
+
+    count: jax.Array  # int32 []: steps
+    past: jax.Array  # [longest delay, ...] of the message's dtype: step t in slot t mod delay; length 0 without delays
+
+
+# ------------------------------------------------------------------------------ the attacks
+
+
+def random_values(key: jax.Array, x: jax.Array, *, matched: bool = False) -> jax.Array:
+    """Normal numbers: N(0, 1), or with the mean and deviation of the tensor.
+
+    Args:
+      key: typed key.
+      x: the honest tensor.
+      matched: whether to imitate it.
+
+    Returns:
+      An array like `x`.
+
+    Example:
+      >>> random_values(jax.random.key(0), jnp.zeros((2, 3))).shape
+      (2, 3)
+
+    Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
+    """
+    z = jax.random.normal(key, x.shape, x.dtype)
+    return jnp.mean(x) + jnp.std(x) * z if matched else z
+
+
+def random_sign(key: jax.Array, x: jax.Array, probability: float | int = 0.5) -> jax.Array:
+    """Flips the sign of each entry with a probability.
+
+    Args:
+      key: typed key.
+      x: the honest tensor.
+      probability: p.
+
+    Returns:
+      An array like `x`.
+
+    Example:
+      >>> random_sign(jax.random.key(0), jnp.ones(3), 1.0).tolist()
+      [-1.0, -1.0, -1.0]
+
+    Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
+    """
+    return jnp.where(jax.random.bernoulli(key, probability, x.shape), -x, x)
+
+
+def invisible_noise(x: jax.Array, level: float | int = 0.99) -> jax.Array:
+    r"""$a + z\,\mathrm{std}(a)$ with the normal quantile z at the level: a shift within the spread of honest entries.
+
+    Args:
+      x: the honest tensor a.
+      level: p in (0, 1).
+
+    Returns:
+      An array like `x`.
+
+    Example:
+      >>> [round(float(y), 3) for y in invisible_noise(jnp.array([-1.0, 1.0]))]
+      [1.326, 3.326]
+
+    Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel], after Baruch et al. (NeurIPS 2019),
+    arXiv:1902.06156 [baruch2019little]; the deviation over all entries of the tensor is this library's choice.
+    """
+    z = jax.scipy.special.ndtri(jnp.asarray(level, jnp.float32)).astype(x.dtype)
+    return x + z * jnp.std(x)
+
+
+def adaptive(
+    key: jax.Array,
+    x: jax.Array,
+    verifier: VerifierState,
+    *,
+    share: float | int = 0.9,
+    reduce_axes: Sequence[int] = (0,),
+) -> jax.Array:
+    """The reference plus the largest random perturbation that stays within a share of all fences.
+
+    Args:
+      key: typed key of the perturbation's direction.
+      x: the honest tensor; only its shape matters.
+      verifier: state of the verifier that will test the message.
+      share: of the fences.
+      reduce_axes: the verifier's.
+
+    Returns:
+      An array like `x`: one of 40 sizes of the perturbation, from 1e-4 to 1e2 of the reference's root mean square, or
+      the bare reference.
+
+    Example:
+      >>> from jaxlib_methods.parallel.integrity import VerifierConfig, init_verifier
+      >>> state = init_verifier(VerifierConfig(threshold=0.5), 2, (2, 3, 5), jax.random.key(0))
+      >>> adaptive(jax.random.key(1), jnp.zeros((2, 3, 5)), state).shape
+      (2, 3, 5)
+
+    Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
+    """
+    m = verifier.reference
+    sizes = jnp.concatenate([jnp.zeros(1), jnp.geomspace(1e-4, 1e2, 40)]).astype(m.dtype)
+    step = jnp.sqrt(jnp.mean(m**2)) * jax.random.normal(key, m.shape, m.dtype)
+    candidates = m[None] + sizes[:, None, None] * step[None]
+    distances = message_distances(candidates, m, verifier.projections)
+    passing = jnp.all(distances <= share * verifier.fences[None], axis=1)
+    largest = jnp.max(jnp.where(passing, jnp.arange(len(sizes)), 0))
+    return expand_reference(candidates[largest], x.shape, reduce_axes).astype(x.dtype)
+
+
+def collude(messages: jax.Array, malicious: jax.Array, share: float | int) -> jax.Array:
+    """The first `share` of the malicious workers, rounded up, all send what the first of them sends.
+
+    Args:
+      messages: (R, ...).
+      malicious: bool (R,).
+      share: q in [0, 1].
+
+    Returns:
+      An array like `messages`.
+
+    Example:
+      >>> collude(jnp.array([0.0, 1.0, 2.0, 3.0]), jnp.array([False, True, True, True]), 0.6).tolist()
+      [0.0, 1.0, 1.0, 3.0]
+
+    Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
+    """
+    nth = jnp.cumsum(malicious.astype(jnp.float32))
+    together = malicious & (nth <= jnp.ceil(share * jnp.sum(malicious.astype(jnp.float32))))
+    return jnp.where(together.reshape(-1, *(1,) * (messages.ndim - 1)), messages[jnp.argmax(malicious)][None], messages)
+
+
+# ------------------------------------------------------------------------------ plans
+
+
+def check_attacks(attacks: Sequence[Attack], stages: int, replicas: int) -> tuple[Attack, ...]:
+    """The attacks, if the pipeline has the workers and the boundaries that they name.
+
+    Args:
+      attacks: the plan.
+      stages: S.
+      replicas: R.
+
+    Returns:
+      The plan as a tuple.
+
+    Raises:
+      ValueError: for a stage or a replica that does not exist, activations of the last stage, and gradients of the
+        first: they cross no boundary. "both" on these means the one that does.
+
+    Example:
+      >>> len(check_attacks([Attack("bias", stage=1, replica=3)], stages=4, replicas=8))
+      1
+    """
+    for attack in attacks:
+        for name, size in (("stage", stages), ("replica", replicas)):
+            if not 0 <= getattr(attack, name) < size:
+                raise ValueError(
+                    f"{attack} is on a {name} that does not exist: the pipeline has {size}, numbered from 0"
+                )
+        if attack.direction == "forward" and attack.stage == stages - 1:
+            raise ValueError(f"{attack}: the last stage sends no activations; attack 'backward', or an earlier stage")
+        if attack.direction == "backward" and attack.stage == 0:
+            raise ValueError(f"{attack}: the first stage sends no gradients; attack 'forward', or a later stage")
+    return tuple(attacks)
+
+
+def init_attacks(attacks: Sequence[Attack], message: jax.Array | jax.ShapeDtypeStruct) -> AttackState:
+    """The state of one worker's tampering before the first step.
+
+    Args:
+      attacks: the plan; its longest delay makes the memory.
+      message: like what the worker sends.
+
+    Returns:
+      The state.
+
+    Example:
+      >>> init_attacks([Attack("delay", 1, 0, value=7)], jax.ShapeDtypeStruct((2, 3), jnp.float32)).past.shape
+      (7, 2, 3)
+    """
+    longest = max((int(attack.strength) for attack in attacks if attack.kind == "delay"), default=0)
+    return AttackState(jnp.zeros((), jnp.int32), jnp.zeros((longest, *message.shape), message.dtype))
+
+
+def tamper(
+    attacks: Sequence[Attack],
+    state: AttackState,
+    x: jax.Array,
+    key: jax.Array,
+    *,
+    stage: int | jax.Array,
+    replica: int | jax.Array,
+    direction: str,
+    banned: bool | jax.Array = False,
+    verifier: VerifierState | None = None,
+    reduce_axes: Sequence[int] = (0,),
+) -> tuple[AttackState, jax.Array]:
+    """What the worker (stage, replica) sends in the next step in place of x.
+
+    Stage and replica may be traced, so that one program serves all devices of a mesh.
+
+    Args:
+      attacks: the plan.
+      state: of `init_attacks`; counts the steps.
+      x: the honest message.
+      key: typed key of this worker and step.
+      stage: of the sender.
+      replica: of the sender.
+      direction: "forward" or "backward".
+      banned: whether the worker has been replaced by an honest one.
+      verifier: state of the verifier that will test the message, for adaptive attacks.
+      reduce_axes: the verifier's.
+
+    Returns:
+      (state, the message).
+
+    Raises:
+      ValueError: for an adaptive attack without a verifier.
+
+    Example:
+      >>> plan = [Attack("scale", stage=1, replica=0, value=-1.0)]
+      >>> x = jnp.ones(3)
+      >>> _, sent = tamper(plan, init_attacks(plan, x), x, jax.random.key(0), stage=1, replica=0, direction="forward")
+      >>> sent.tolist()
+      [-1.0, -1.0, -1.0]
+
+    Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
+    """
+    t, length, sent = state.count, state.past.shape[0], x
+    for index, attack in enumerate(attacks):
+        if attack.direction not in ("both", direction) or any(
+            isinstance(own, int) and own != of for own, of in ((stage, attack.stage), (replica, attack.replica))
+        ):
+            continue
+        active = attack.acts(t) & jnp.logical_not(banned) & (stage == attack.stage) & (replica == attack.replica)
+        own = jax.random.fold_in(key, index)
+        sent = jnp.where(active, _tampered(attack, state, x, own, verifier, reduce_axes), sent)
+    past = state.past.at[t % length].set(x) if length else state.past
+    return AttackState(t + 1, past), sent
+
+
+def _tampered(
+    attack: Attack,
+    state: AttackState,
+    x: jax.Array,
+    key: jax.Array,
+    verifier: VerifierState | None,
+    reduce_axes: Sequence[int],
+) -> jax.Array:
+    value = attack.strength
+    match attack.kind:
+        case "constant":
+            return jnp.full_like(x, value)
+        case "random":
+            return random_values(key, x, matched=bool(value))
+        case "scale":
+            return x * value
+        case "random_sign":
+            return random_sign(key, x, value)
+        case "delay":
+            return state.past[(state.count - int(value)) % state.past.shape[0]]
+        case "bias":
+            return x + value
+        case "invisible_noise":
+            return invisible_noise(x, value)
+    if verifier is None:
+        raise ValueError("an adaptive attack needs the verifier it adapts to; pass verifier=")
+    return adaptive(key, x, verifier, share=value, reduce_axes=reduce_axes)
