@@ -59,6 +59,12 @@ def joined(
         os._exit(1)
 
 
+def fake_devices(count: int) -> None:
+    """A single process on a CPU gets that many devices, unless JAX_NUM_CPU_DEVICES says how many."""
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and not jax.distributed.is_initialized():
+        jax.config.update("jax_num_cpu_devices", count)
+
+
 def _loss_of_another(error: BaseException) -> str | None:
     """The line that speaks of it, of the error or of one that it was raised from."""
     lines = str(error).splitlines()

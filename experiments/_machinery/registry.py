@@ -1,6 +1,6 @@
 """Finds experiments without importing them: `list` must be instant and must not need JAX.
 
-An experiment is a module of this folder with `class Config` and `def train(config, workdir)`; the first line of its
+An experiment is a module of `methods/` with `class Config`, `def variants` and `def run`; the first line of its
 docstring describes it and a paragraph `Paper: ...` names its source.
 """
 
@@ -26,13 +26,14 @@ class Entry(NamedTuple):
 def entries() -> list[Entry]:
     """All experiments of the folder, by name."""
     found = []
-    for path in sorted(FOLDER.glob("*.py")):
+    for path in [*FOLDER.glob("*.py"), *(FOLDER / "methods").glob("*.py")]:
         tree = ast.parse(path.read_text())
-        if {"Config", "train"} <= {getattr(node, "name", None) for node in tree.body}:
+        names = {getattr(node, "name", None) for node in tree.body}
+        if {"Config", "train"} <= names or {"Config", "variants", "run"} <= names:
             paragraphs = [part.split() for part in (ast.get_docstring(tree) or "").split("\n\n")]
             paper = next((words[1:] for words in paragraphs if words[:1] == ["Paper:"]), [])
             found.append(Entry(path.stem, " ".join(paragraphs[0]), " ".join(paper)))
-    return found
+    return sorted(found)
 
 
 def print_list() -> int:
@@ -61,4 +62,5 @@ def load(name: str) -> ModuleType:
     known = [entry.name for entry in entries()]
     if name not in known:
         raise ExperimentError(f"unknown experiment {name!r}; known are {', '.join(known) or 'none'}")
-    return importlib.import_module(f"experiments.{name}")
+    converted = (FOLDER / "methods" / f"{name}.py").exists()
+    return importlib.import_module(f"experiments.methods.{name}" if converted else f"experiments.{name}")

@@ -9,26 +9,24 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import jax
 
+from experiments._machinery import cluster, plots, records, registry
+from experiments._machinery.cases import run_all, seeds_of
 from experiments._machinery.checkpoint import claim
 from experiments._machinery.errors import ExperimentError
 from experiments._machinery.files import write_json
-
-RESULT_KEYS = (
-    "experiment", "config", "seeds", "metrics", "paper", "versions", "device", "command", "wall_s", "smoke",
-)  # fmt: skip
 
 
 def run(
     module: ModuleType, config: Any, workdir: str | os.PathLike, *, smoke: bool = False, command: str = ""
 ) -> dict[str, Any]:
-    """Trains `module.train(config, workdir)` in a claimed folder and returns what was written to its `result.json`.
+    """Runs all cases of a method in a claimed folder and returns what was written to its `result.json`.
 
     The same call again resumes an interrupted run, and reads back a finished one.
     """
@@ -40,66 +38,45 @@ def run(
             print(f"{workdir} holds the finished run; delete it to run again")
         return json.loads(finished.read_text())
     clock = _Clock(workdir)
-    metrics = module.train(config, workdir)
-    paper = module.PAPER(config) if callable(module.PAPER) else module.PAPER
-    return write_result(
-        workdir,
-        experiment=name,
-        config=config,
-        metrics=metrics,
-        paper=paper,
-        command=command,
-        wall_s=clock.total(),
-        smoke=smoke,
-    )
-
-
-def write_result(
-    workdir: pathlib.Path,
-    *,
-    experiment: str,
-    config: Any,
-    metrics: Mapping[str, float | Sequence[float]],
-    paper: Mapping[str, float],
-    command: str,
-    wall_s: float,
-    smoke: bool,
-    seeds: Sequence[int] | None = None,
-) -> dict[str, Any]:
-    """Writes `result.json` with exactly `RESULT_KEYS`.
-
-    Args:
-      metrics: flat name -> number; a sequence of numbers, one per seed, becomes `name` (the mean) and `name_std` (the
-        sample standard deviation).
-      paper: flat name -> number, with the names of `metrics` wherever the two can be compared.
-      seeds: None takes `config.seeds` (a sequence, or how many from 0), else `config.seed`.
-    """
-    flat: dict[str, float] = {}
-    for name, value in metrics.items():
-        if isinstance(value, Sequence):
-            flat[name] = statistics.fmean(value)
-            if len(value) > 1:
-                flat[f"{name}_std"] = statistics.stdev(value)
-        else:
-            flat[name] = float(value)
-    if seeds is None:
-        seeds = getattr(config, "seeds", None) or [getattr(config, "seed", 0)]
-    values = {
-        "experiment": experiment,
-        "config": dataclasses.asdict(config),
-        "seeds": list(range(seeds)) if isinstance(seeds, int) else list(seeds),
-        "metrics": flat,
-        "paper": dict(paper),
-        "versions": versions(),
-        "device": device(),
-        "command": command,
-        "wall_s": round(wall_s, 1),
-        "smoke": smoke,
-    }
-    values = json.loads(json.dumps(values, default=str))
+    about = {"experiment": name, "config": dataclasses.asdict(config), "smoke": smoke}
+    measured = _run_unconverted(module, config, workdir) if hasattr(module, "train") else _run(module, config, workdir)
+    made = {"versions": versions(), "device": device(), "command": command, "wall_s": round(clock.total(), 1)}
+    result = json.loads(json.dumps(about | measured | made, default=str))
     if jax.process_index() == 0:
-        write_json(workdir / "result.json", values)
-    return values
+        write_json(finished, result)
+    return result
+
+
+def _run(method: ModuleType, config: Any, workdir: pathlib.Path) -> dict[str, Any]:
+    """Records and targets of all cases, after the figures are drawn."""
+    shared = method.load(config) if hasattr(method, "load") else config
+    cases = list(run_all(method, config, shared, workdir))
+    found = [(case.name, case.seed, case.metrics) for case in cases]
+    if hasattr(method, "compare"):
+        found += method.compare(shared, cases)
+    if jax.process_index() == 0:
+        for name, picture in method.figures(shared, cases).items():
+            plots.save(workdir / f"{name}.png", picture)
+    return {
+        "records": [records.record(*values) for values in found],
+        "targets": records.targets_to_json(method.targets(config)),
+        "shown": list(getattr(method, "SHOWN", ())),
+    }
+
+
+def _run_unconverted(module: ModuleType, config: Any, workdir: pathlib.Path) -> dict[str, Any]:
+    """An experiment that is `train(config, workdir) -> {name: number or one a seed}` as a whole."""
+    metrics, std = {}, {}
+    for name, value in module.train(config, workdir).items():
+        values = value if isinstance(value, Sequence) else [value]
+        metrics[name] = statistics.fmean(values)
+        if len(values) > 1:
+            std[name] = statistics.stdev(values)
+    paper = module.PAPER(config) if callable(module.PAPER) else module.PAPER
+    targets = {name: {"value": value, "source": "PAPER", "kind": "reproduction"} for name, value in paper.items()}
+    record = {"variant": "all", "seeds": len(seeds_of(config)), "metrics": metrics, "std": std}
+    flat = metrics | {f"{name}_std": value for name, value in std.items()}
+    return {"records": [record], "targets": {"all": targets}, "shown": [], "metrics": flat, "paper": dict(paper)}
 
 
 def versions() -> dict[str, str]:
@@ -154,8 +131,6 @@ class _Clock:
 def main(name: str, options: Any, arguments: list[str], command: str) -> int:
     """The `run` command: options of the runner are parsed already, `arguments` are for the experiment's `Config`."""
     if options.distributed:
-        from experiments._machinery import cluster
-
         address = options.coordinator_address, options.num_processes, options.process_id
         with cluster.joined(*address, options.start_timeout):
             return _main(name, options, arguments, command)
@@ -163,19 +138,19 @@ def main(name: str, options: Any, arguments: list[str], command: str) -> int:
 
 
 def _main(name: str, options: Any, arguments: list[str], command: str) -> int:
-    from experiments._machinery.registry import load
-
-    module = load(name)
+    module = registry.load(name)
     config = parse_config(module, arguments, smoke=options.smoke, name=name)
     if hasattr(module, "prepare"):  # before JAX looks for devices
         module.prepare(config)
+    if hasattr(module, "devices"):
+        cluster.fake_devices(module.devices(config))
     stem = module.__name__.rpartition(".")[2]
     workdir = pathlib.Path(options.workdir or f"runs/{stem}" + ("-smoke" if options.smoke else ""))
     result = run(module, config, workdir, smoke=options.smoke, command=command)
     if jax.process_index() == 0:
         from experiments._machinery import report
 
-        report.print_table(report.rows([result], with_smoke=True))
+        report.print_tables(report.tables([result], with_smoke=True))
         print(f"results, log and figures: {workdir}")
     return 0
 
@@ -189,7 +164,7 @@ def parse_config(module: ModuleType, arguments: list[str], *, smoke: bool, name:
     import tyro
 
     # tyro draws a box around a ValueError; parsed without the check, the values can be refused in one sentence.
-    check = vars(module.Config).get("__post_init__")
+    check = getattr(module.Config, "__post_init__", None)
     with mock.patch.object(module.Config, "__post_init__", lambda self: None) if check else contextlib.nullcontext():
         parsed = tyro.cli(
             module.Config,

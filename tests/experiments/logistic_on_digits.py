@@ -5,39 +5,46 @@ Paper: none
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from experiments._machinery import cases, device_data, loop as training
-from experiments.data import images as data
+from experiments._machinery import device_data, loop, plots
+from experiments._machinery.options import Count, Options, Range
+from experiments._machinery.records import Outcome, Target
+from experiments.data import images
 
 SMOKE = {"steps": 40}
-PAPER = {"test_error": 5.0}
+SHOWN = ("test_error",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     data_dir: str = ""  # where TFDS keeps prepared sets
     dataset: str = "digits"
-    seeds: int = 2
-    steps: int = 200
-    batch_size: int = 64  # examples per step
-    learning_rate: float = 0.02
-    checkpoint_every: int = 20
-
-    def __post_init__(self):
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}; try 0.02")
+    seeds: Count = 2
+    steps: Count = 200
+    batch_size: Count = 64  # examples per step
+    learning_rate: Annotated[float, Range(0, closed="neither", remedy="try 0.02")] = 0.02
+    checkpoint_every: Count = 20
 
 
-def train(config, workdir):
-    dataset = data.load(config.dataset, config.data_dir or None)
-    mean, std = data.global_statistics(dataset.train.images)
+def variants(config):
+    return {"logistic": None}
 
-    def logits_fn(params, model_state, images):
-        flat = data.standardise(images, mean, std).reshape(images.shape[0], -1)
+
+def targets(config):
+    return {"logistic": {"test_error": Target(5.0, "made up", "ours")}}
+
+
+def load(config):
+    dataset = images.load(config.dataset, config.data_dir or None)
+    mean, std = images.global_statistics(dataset.train.images)
+
+    def logits_fn(params, model_state, images_):
+        flat = images.standardise(images_, mean, std).reshape(images_.shape[0], -1)
         return flat @ params["kernel"] + params["bias"][None]
 
     def loss_fn(params, model_state, batch, key):
@@ -49,19 +56,25 @@ def train(config, workdir):
         return batch._replace(images=device_data.random_crop(batch.images, key, padding=1))
 
     optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(config.learning_rate, momentum=0.9))
+    evaluate = loop.evaluator(loop.classification(logits_fn), dataset.test, batch_size=100)
+    fit = functools.partial(
+        loop.fit, loss_fn, optimizer, split=dataset.train, batch_size=config.batch_size, steps=config.steps,
+        steps_per_call=10, augment=augment, evaluate=evaluate, evaluate_every=100,
+        checkpoint_every=config.checkpoint_every,
+    )  # fmt: skip
     features, classes = dataset.train.images[0].size, dataset.num_classes
-    evaluate = training.evaluator(training.classification(logits_fn), dataset.test, batch_size=100)
+    params = {"kernel": jnp.zeros((features, classes)), "bias": jnp.zeros(classes)}
+    initial = lambda key: loop.init_state(params, optimizer, key=key, model_state=jnp.zeros((), jnp.int32))
+    return initial, fit
 
-    def one(seed, case_dir):
-        params = {"kernel": jnp.zeros((features, classes)), "bias": jnp.zeros(classes)}
-        state = training.init_state(params, optimizer, key=jax.random.key(seed), model_state=jnp.zeros((), jnp.int32))
-        state, history = training.fit(
-            loss_fn, optimizer, state, dataset.train, batch_size=config.batch_size, steps=config.steps,
-            steps_per_call=10, augment=augment, evaluate=evaluate, evaluate_every=100, workdir=case_dir,
-            checkpoint_every=config.checkpoint_every, label=f"seed {seed}",
-        )  # fmt: skip
-        bits = jax.tree.map(lambda leaf: jax.device_get(leaf).tobytes().hex(), state.params)
-        return {"test_error": history[-1]["test_error"], "bits": bits}
 
-    runs = [cases.run_or_load(workdir / f"seed-{s}", functools.partial(one, s)) for s in range(config.seeds)]
-    return {"test_error": [run["test_error"] for run in runs]}
+def run(shared, variant, seed, workdir):
+    initial, fit = shared
+    state, history = fit(state=initial(jax.random.key(seed)), workdir=workdir, label=f"seed {seed}")
+    bits = jax.tree.map(lambda leaf: jax.device_get(leaf).tobytes().hex(), state.params)
+    curve = [record for record in history if "test_error" in record]
+    return Outcome({"test_error": history[-1]["test_error"]}, curve, {"bits": bits})
+
+
+def figures(shared, cases):
+    return {"error": plots.curves(cases, "step", {"test_error": "test error (%)"})}

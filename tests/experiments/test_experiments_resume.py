@@ -21,13 +21,19 @@ def start(workdir, *options, devices=1):
 
 
 def parameters(workdir, seed=0):
-    metrics = json.loads((workdir / f"seed-{seed}" / "metrics.json").read_text())
-    return {name: np.frombuffer(bytes.fromhex(bits), np.float32) for name, bits in metrics["bits"].items()}
+    metrics = json.loads((workdir / f"cases/logistic-seed{seed}" / "metrics.json").read_text())
+    return {name: np.frombuffer(bytes.fromhex(bits), np.float32) for name, bits in metrics["details"]["bits"].items()}
+
+
+def logged(workdir):
+    """The steps of the lines of seed 0's log."""
+    lines = (workdir / "cases" / "logistic-seed0" / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
 
 
 def newest(workdir):
     """Step of the newest whole checkpoint, over the seeds of the run; -1 before the first."""
-    steps = [int(path.name) for path in workdir.glob("seed-*/checkpoints/*") if path.name.isdigit()]
+    steps = [int(path.name) for path in workdir.glob("cases/*/checkpoints/*") if path.name.isdigit()]
     return max(steps, default=-1)
 
 
@@ -58,7 +64,9 @@ def test_kill_9_at_any_moment_and_the_same_command_again_gives_the_same_bits(und
     finish(start(workdir, *OPTIONS))
     for name, value in parameters(workdir).items():
         np.testing.assert_array_equal(value, undisturbed[name])
-    steps = [json.loads(line)["step"] for line in (workdir / "seed-0" / "log.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (workdir / "cases/logistic-seed0" / "log.jsonl").read_text().splitlines()
+    ]
     assert steps == list(range(10, 401, 10))
     attempts = json.loads((workdir / "attempts.json").read_text())
     busy = sum(end - begin for begin, end in attempts[:-1])
@@ -72,7 +80,7 @@ def test_a_damaged_checkpoint_ends_the_command_with_the_remedy_and_the_remedy_wo
     wait_for(lambda: newest(workdir) > 20, process)
     process.kill()
     process.wait()
-    folder = workdir / "seed-0" / "checkpoints" / str(newest(workdir))
+    folder = workdir / "cases/logistic-seed0" / "checkpoints" / str(newest(workdir))
     (folder / "state" / "manifest.ocdbt").write_bytes(b"damaged")
     process = start(workdir, *OPTIONS)
     assert process.wait(timeout=60) == 1
@@ -102,5 +110,7 @@ def test_two_processes_of_two_devices_are_killed_resume_and_equal_one_process(un
     result = json.loads((workdir / "result.json").read_text())
     assert result["device"].startswith("4 x cpu") and "2 processes" in result["device"]
     # One process writes: every line of the log stands there once.
-    steps = [json.loads(line)["step"] for line in (workdir / "seed-0" / "log.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (workdir / "cases/logistic-seed0" / "log.jsonl").read_text().splitlines()
+    ]
     assert steps == list(range(10, 401, 10))

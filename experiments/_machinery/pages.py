@@ -1,0 +1,136 @@
+"""The recorded results: `records/NAME.json`, a page `NAME.md` an experiment, and `README.md` with one line for each.
+
+What stands between `<!-- table -->` and `<!-- /table -->`, and the same with `commands`, is written here. The rest of
+a page is written by hand and kept: its claim, its verdict, what differs from the paper.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments._machinery import registry
+from experiments._machinery.errors import ExperimentError
+from experiments._machinery.files import write_json, write_text
+from experiments._machinery.report import configuration, number, page_tables, provenance, tables
+
+VERDICTS = ("reproduced", "direction shown", "not shown at this size", "contradicted")
+INDEX_HEAD = "| experiment | claim | target | ours | seeds | verdict |\n| --- | --- | ---: | ---: | ---: | --- |\n"
+PAGE = """\
+# {name}
+
+**Claim.** {claim}
+
+**Verdict.** *{verdicts}*: the reason.
+
+<!-- table -->
+<!-- /table -->
+
+**What differs from the paper.**
+
+**Commands.**
+
+<!-- commands -->
+<!-- /commands -->
+"""
+INDEX = """\
+# Results
+
+One line an experiment; its page has the table, a figure and what differs from the paper.
+
+<!-- table -->
+<!-- /table -->
+"""
+
+
+def write(folder: pathlib.Path, results: Sequence[Mapping[str, Any]], *, allow_dirty: bool) -> list[pathlib.Path]:
+    """Takes runs into the records, and writes the pages of all records and their index anew.
+
+    Raises:
+      ExperimentError: a run was made from a tree with changes that were not committed, and `allow_dirty` is False.
+    """
+    for result in results:
+        commit = result["versions"].get("commit", "unknown")
+        if not allow_dirty and (commit == "unknown" or commit.endswith("-dirty")):
+            raise ExperimentError(
+                f"the run `{result['command']}` was made from a tree with changes that were not committed "
+                f"(commit {commit}); commit and run it again, or say --allow-dirty, and the record will say it too"
+            )
+    for name in dict.fromkeys(result["experiment"] for result in results):
+        _record(folder / "records" / f"{name}.json", name, [r for r in results if r["experiment"] == name])
+    records = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "records").glob("*.json"))}
+    written = []
+    for name, kept in records.items():
+        path = folder / f"{name}.md"
+        text = path.read_text() if path.exists() else skeleton(name)
+        runs = [run | {"experiment": name} for run in kept["runs"]]
+        text = with_block(text, "table", page_tables(tables(runs)))
+        text = with_block(text, "commands", "".join(provenance(run) for run in runs if run.get("command")))
+        write_text(path, text)
+        written.append(path)
+    index = folder / "README.md"
+    text = index.read_text() if index.exists() else INDEX
+    lines = [_line(name, kept, (folder / f"{name}.md").read_text()) for name, kept in records.items()]
+    write_text(index, with_block(text, "table", INDEX_HEAD + "".join(lines)))
+    return [*written, index]
+
+
+def skeleton(name: str) -> str:
+    """A page whose claim and verdict are still to be written."""
+    claims = {entry.name: entry.description for entry in registry.entries()}
+    return PAGE.format(name=name, claim=claims.get(name, ""), verdicts=" | ".join(VERDICTS))
+
+
+def with_block(text: str, name: str, content: str) -> str:
+    """The text with other content between its marks `name`; all else stays.
+
+    Raises:
+      ExperimentError: the marks are missing.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, opened, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (opened and closed):
+        raise ExperimentError(f"the page {text.partition(chr(10))[0]!r} lacks the marks {begin.strip()} and {end}")
+    return before + begin + content + end + after
+
+
+def said(page: str, what: str) -> str:
+    """What a page says after `**Claim.**` or `**Verdict.**`, as one line."""
+    found = re.search(rf"^\*\*{what}\.\*\*(.*?)(?:\n\s*\n|\Z)", page, re.MULTILINE | re.DOTALL)
+    return " ".join(found.group(1).split()) if found else ""
+
+
+def _record(path: pathlib.Path, name: str, results: Sequence[Mapping[str, Any]]) -> None:
+    """A run of a recorded configuration takes the place of the earlier one; its title stays."""
+    kept = json.loads(path.read_text()) if path.exists() else {"experiment": name, "runs": []}
+    earlier = {configuration(run): run for run in kept["runs"]}
+    fresh: dict[str, list[Any]] = {}
+    for result in results:
+        fresh.setdefault(configuration(result), []).append(result)
+    runs = []
+    for key, members in fresh.items():
+        about = {field: value for field, value in members[0].items() if field != "experiment"}
+        title = {"title": earlier[key]["title"]} if earlier.get(key, {}).get("title") else {}
+        runs.append(title | about | {"records": [record for member in members for record in member["records"]]})
+    others = [run for key, run in earlier.items() if key not in fresh]
+    write_json(path, kept | {"runs": [*others, *runs]})
+
+
+def _line(name: str, kept: Mapping[str, Any], page: str) -> str:
+    """The line of the index: claim and verdict as the page has them, numbers of the headline or the first target."""
+    found = tables(run | {"experiment": name} for run in kept["runs"])
+    headline = kept.get("headline")
+    aimed = [(variant, metric) for table in found for variant, row in table.targets.items() for metric in row]
+    wanted = [(headline["variant"], headline["metric"])] if headline else aimed
+    target, ours, seeds = "", "", ""
+    for table in found:
+        for variant, metric in wanted:
+            if not ours and metric in table.rows.get(variant, {}):
+                cell, aim = table.rows[variant][metric], table.targets.get(variant, {}).get(metric)
+                spread = f" ± {number(cell.std)}" if cell.std is not None else ""
+                ours, seeds = f"{number(cell.mean)}{spread} ({metric}, {variant})", str(cell.seeds)
+                target = f"{number(aim.value)} ({aim.kind})" if aim else ""
+    cells = [f"[{name}]({name}.md)", said(page, "Claim"), target, ours, seeds, said(page, "Verdict")]
+    return "| " + " | ".join(cells) + " |\n"
