@@ -19,15 +19,17 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks._machinery import grids
 from benchmarks.timing import Case, Implementation, Options, Record, Skip, measure, peer
 from jaxlib_methods import message_passing as mp
 from jaxlib_methods.message_passing import _schedule
+from peers import trwp
 
 HEADLINES = (
     ("tsukuba iteration", "trwp", ("scan a user would write", "torch", "pgmax", "trws C++")),
@@ -38,30 +40,10 @@ HEADLINES = (
     ("teddy to the energy of TRW-S", "trwp from coarse grids", ("trws C++",), 5),
     ("teddy backward", "backward", ("forward",)),
 )
-DATA = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"
 ITERATIONS = 5  # of the cases `iteration`
 BYTES_PER_COST = 80  # of one TRWP-4 iteration in pair form whose u is rebuilt
 
 
-class Problem(NamedTuple):
-    """An instance of the paper: V as a `Pairwise`, and as the profile (weight apart) that the C++ peer wants."""
-
-    pairwise: Any
-    weight: float
-    profile: np.ndarray
-    labels: int
-
-
-PROBLEMS = {
-    "tsukuba": Problem(mp.truncated_linear(20.0, truncation=2), 20.0, np.arange(3.0), 16),
-    "teddy": Problem(mp.truncated_linear(10.0, truncation=1), 10.0, np.arange(2.0), 60),
-    "map": Problem(mp.truncated_linear(4.0, truncation=6), 4.0, np.arange(7.0), 29),
-    "venus": Problem(mp.truncated_quadratic(50.0, truncation=7, truncate="distance"), 50.0, np.arange(8.0) ** 2, 20),
-    "penguin": Problem(
-        mp.truncated_quadratic(25.0, truncation=200, truncate="cost"), 25.0, np.minimum(np.arange(16.0) ** 2, 200), 256
-    ),
-    "house": Problem(mp.quadratic(5.0, num_labels=256), 5.0, np.arange(256.0) ** 2, 256),
-}
 # Energies of the specification: ISGMR-4 and TRWP-4 at 1, 10 and 50 iterations, then the best bound and the sequentially
 # rounded energy of TRWP at 50, and the energy of TRW-S at 50.
 TARGETS = {
@@ -84,9 +66,9 @@ GROWTH = {
 
 def run(options: Options) -> Iterator[Record]:
     """Yields the cases above; with --quick only Tsukuba's, a few energies and the small sizes."""
-    names = ("tsukuba",) if options.quick else tuple(PROBLEMS)
-    if not DATA.is_dir():
-        options.note(f"message_passing: no pictures at {DATA}; only the growth of the cost is measured")
+    names = ("tsukuba",) if options.quick else tuple(grids.PROBLEMS)
+    if not grids.DATA.is_dir():
+        options.note(f"message_passing: no pictures at {grids.DATA}; only the growth of the cost is measured")
         names = ()
     for name in names:
         yield from _energies(name, options)
@@ -97,48 +79,25 @@ def run(options: Options) -> Iterator[Record]:
     yield from _growth(options)
 
 
-@functools.cache
-def _unaries(name: str) -> np.ndarray:
-    from PIL import Image
-
-    read = lambda path: np.asarray(Image.open(path))
-    problem = PROBLEMS[name]
-    if (DATA / "denoise" / f"{name}-input.png").exists():
-        flat = lambda x: x if x.ndim == 2 else x[..., 0]
-        image, mask = (flat(read(DATA / "denoise" / f"{name}-{kind}.png")) for kind in ("input", "mask"))
-        return np.asarray(mp.denoising_unaries(image, mask=mask, num_labels=problem.labels))
-    left, right = (read(next((DATA / "stereo" / name).glob(f"*{side}*"))) for side in ("left", "right"))
-    return np.asarray(mp.birchfield_tomasi(left, right, problem.labels))
-
-
-@functools.cache
-def _mrf(name: str) -> mp.GridMRF:
-    return mp.GridMRF(jnp.asarray(_unaries(name)), PROBLEMS[name].pairwise)
-
-
-def energy(name: str, labels: Any) -> float:
-    """The 4-connected energy in float64 on the host: float32 cannot hold those of the denoising problems."""
-    problem, labels = PROBLEMS[name], np.asarray(labels, np.int64)
-    total = np.take_along_axis(_unaries(name), labels[..., None], -1).sum(dtype=np.float64)
-    for axis in (0, 1):
-        distance = np.minimum(np.abs(np.diff(labels, axis=axis)), len(problem.profile) - 1)
-        total += problem.weight * problem.profile[distance].sum()
-    return float(total)
-
-
 def _energies(name: str, options: Options) -> Iterator[Record]:
     """Each number of iterations is a run of its own, as a user would ask for it."""
-    isgmr, trwp, bound, sequential, trws = TARGETS[name]
+    isgmr, of_trwp, bound, sequential, trws = TARGETS[name]
     reported = {1: 0, 10: 1, 50: 2}
     wanted: list[tuple[str, float, Callable[[], float]]] = []
-    for method, target in (("isgmr", isgmr), ("trwp", trwp)):
+    for method, target in (("isgmr", isgmr), ("trwp", of_trwp)):
         for n, at in reported.items():
-            solve = lambda method=method, n=n: energy(name, getattr(mp, method)(_mrf(name), iterations=n).labels)
+            solve = lambda method=method, n=n: grids.energy(
+                name, getattr(mp, method)(grids.mrf(name), iterations=n).labels
+            )
             wanted.append((f"{method}@{n}", target[at], solve))
     wanted += [
-        ("bound@50", bound, lambda: float(mp.trwp(_mrf(name), evaluate_every=10).bounds[-1])),
-        ("sequential@50", sequential, lambda: energy(name, mp.trwp(_mrf(name), rounding="sequential").labels)),
-        ("trws@50", trws, lambda: energy(name, _trws(name, 50).labels)),
+        ("bound@50", bound, lambda: float(mp.trwp(grids.mrf(name), evaluate_every=10).bounds[-1])),
+        (
+            "sequential@50",
+            sequential,
+            lambda: grids.energy(name, mp.trwp(grids.mrf(name), rounding="sequential").labels),
+        ),
+        ("trws@50", trws, lambda: grids.energy(name, _trws(name, 50).labels)),
     ]
     for kind, target, solve in wanted:
         case = f"{name} energies {kind}"
@@ -181,8 +140,8 @@ def _keep(solve: Callable[[], float], options: Options, case: str) -> Callable[[
 def _trws(name: str, iterations: int) -> Any:
     from peers.trws import trws
 
-    problem = PROBLEMS[name]
-    return trws(_unaries(name), problem.profile, weight=problem.weight, iterations=iterations)
+    problem = grids.PROBLEMS[name]
+    return trws(grids.unaries(name), problem.profile, weight=problem.weight, iterations=iterations)
 
 
 def _trws_or_skip(name: str, iterations: int) -> Implementation | Skip:
@@ -197,17 +156,19 @@ def _iteration(name: str, options: Options) -> Iterator[Record]:
     case = f"{name} iteration"
     if not options.selects(case):
         return
-    mrf, problem = _mrf(name), PROBLEMS[name]
+    mrf, problem = grids.mrf(name), grids.PROBLEMS[name]
     height, width, labels = mrf.unaries.shape
     v = np.asarray(problem.weight * problem.profile, np.float32)
     distance = np.abs(np.subtract.outer(np.arange(labels), np.arange(labels)))
     table = v[np.minimum(distance, len(v) - 1)]
-    naive = jax.jit(functools.partial(naive_trwp, iterations=ITERATIONS))
+    naive = jax.jit(functools.partial(trwp.naive, iterations=ITERATIONS))
     implementations = {
         "trwp": Implementation(lambda: mp.trwp(mrf, iterations=ITERATIONS).beliefs),
         "scan a user would write": Implementation(naive, (mrf.unaries, jnp.asarray(table))),
-        "torch": peer("torch", lambda torch: _torch_trwp(torch, _unaries(name), table)),
-        "pgmax": _pgmax_or_skip(_unaries(name), table, options),
+        "torch": peer(
+            "torch", lambda torch: Implementation(trwp.in_torch(grids.unaries(name), table, iterations=ITERATIONS))
+        ),
+        "pgmax": _pgmax_or_skip(grids.unaries(name), table, options),
         "trws C++": _trws_or_skip(name, ITERATIONS),
     }
     entries = height * width * labels * ITERATIONS
@@ -225,7 +186,7 @@ def _to_trws(name: str, options: Options) -> Iterator[Record]:
     case = f"{name} to the energy of TRW-S"
     if not options.selects(case):
         return
-    mrf, target = _mrf(name), TARGETS[name][-1]
+    mrf, target = grids.mrf(name), TARGETS[name][-1]
     implementations: dict[str, Implementation | Skip] = {}
     plain: dict[str, Any] = {"rounding": "sequential"}
     fast = plain | {"rho": 0.6}
@@ -263,7 +224,7 @@ def _backward(name: str, options: Options) -> Iterator[Record]:
     case = f"{name} backward"
     if not options.selects(case):
         return
-    mrf, iterations = _mrf(name), 10
+    mrf, iterations = grids.mrf(name), 10
     unaries, schedule = mrf.unaries[None], _schedule.Schedule(4, 0.5, False)
     forward = jax.jit(lambda u, v: _schedule.solve(schedule, iterations, None, u, v, None, None)[0])
     residual = jax.jit(lambda u, v: _schedule._solve_forward(schedule, iterations, None, u, v, None, None))
@@ -289,7 +250,9 @@ def _growth(options: Options) -> Iterator[Record]:
                 continue
             s = base | {axis: size}
             shape = (s["batch"], s["height"], s["width"], s["labels"])
-            mrf = mp.GridMRF(jax.random.uniform(jax.random.key(0), shape, maxval=100.0), PROBLEMS["tsukuba"].pairwise)
+            mrf = mp.GridMRF(
+                jax.random.uniform(jax.random.key(0), shape, maxval=100.0), grids.PROBLEMS["tsukuba"].pairwise
+            )
             solve = lambda mrf=mrf, s=s: mp.trwp(mrf, iterations=ITERATIONS, directions=s["directions"]).beliefs
             yield from measure(
                 Case("message_passing", case, {"trwp": Implementation(solve)}, min_rounds=5, seconds=3.0, warm_up=1),
@@ -297,97 +260,12 @@ def _growth(options: Options) -> Iterator[Record]:
             )
 
 
-def naive_trwp(unaries: jax.Array, table: jax.Array, *, iterations: int) -> jax.Array:
-    """TRWP-4 as one writes it down: a scan along the lines, an L x L minimum, a running belief."""
-
-    def sweep(b: jax.Array, own: jax.Array, opposite: jax.Array, reverse: bool) -> jax.Array:
-        s = 0.5 * (b - own) - opposite  # positions first
-
-        def step(m: jax.Array, s_i: jax.Array) -> tuple[jax.Array, jax.Array]:
-            t = ((s_i + 0.5 * m)[:, :, None] + table[None]).min(1)
-            m = t - t.min(-1, keepdims=True)
-            return m, m
-
-        zero = jnp.zeros_like(s[0])
-        if reverse:
-            _, m = jax.lax.scan(step, zero, s[1:], reverse=True)
-            return jnp.concatenate([m, zero[None]])
-        _, m = jax.lax.scan(step, zero, s[:-1])
-        return jnp.concatenate([zero[None], m])
-
-    def iteration(carry: tuple, _: None) -> tuple[tuple, None]:
-        b, messages = carry
-        messages = list(messages)
-        for d in range(4):
-            turn = (lambda x: x.swapaxes(0, 1)) if d < 2 else (lambda x: x)
-            m = turn(sweep(turn(b), turn(messages[d]), turn(messages[d ^ 1]), d % 2 == 1))
-            b, messages[d] = b + m - messages[d], m
-        return (b, tuple(messages)), None
-
-    start = (unaries, (jnp.zeros_like(unaries),) * 4)
-    return jax.lax.scan(iteration, start, None, length=iterations)[0][0]
-
-
-def _torch_trwp(torch: Any, unaries: np.ndarray, table: np.ndarray) -> Implementation:
-    """The same in PyTorch: a Python loop along the lines, all lines at once."""
-    theta, v = torch.from_numpy(np.array(unaries)), torch.from_numpy(np.array(table))
-
-    def sweep(b: Any, own: Any, opposite: Any, reverse: bool) -> Any:
-        s = 0.5 * (b - own) - opposite
-        m = torch.zeros_like(s)
-        order = range(len(s) - 1, 0, -1) if reverse else range(len(s) - 1)
-        for i in order:
-            t = ((s[i] + 0.5 * m[i])[:, :, None] + v[None]).amin(1)
-            m[i - 1 if reverse else i + 1] = t - t.amin(-1, keepdim=True)
-        return m
-
-    def solve() -> Any:
-        with torch.no_grad():
-            b, messages = theta.clone(), [torch.zeros_like(theta) for _ in range(4)]
-            for _ in range(ITERATIONS):
-                for d in range(4):
-                    turn = (lambda x: x.transpose(0, 1)) if d < 2 else (lambda x: x)
-                    m = turn(sweep(turn(b), turn(messages[d]), turn(messages[d ^ 1]), d % 2 == 1))
-                    b, messages[d] = b + m - messages[d], m
-        return b.numpy()
-
-    return Implementation(solve)
-
-
 def _pgmax_or_skip(unaries: np.ndarray, table: np.ndarray, options: Options) -> Implementation | Skip:
     gib = 2 * unaries[..., 0].size * table.nbytes / 2**30
     if gib > 2:
         return Skip(f"its log potentials, one table per edge, would take {gib:.1f} GiB and several times that to build")
-    return peer("pgmax", lambda pgmax: _pgmax(unaries, table, options))
-
-
-def _pgmax(unaries: np.ndarray, table: np.ndarray, options: Options) -> Implementation:
-    """Max-product BP of PGMax on the same grid; building the graph is timed apart and told as a note."""
-    import time
-    import types
-
-    from jax.extend import backend
-    from pgmax import fgraph, fgroup, infer, vgroup
-
-    # PGMax 0.6.1 asks for the platform by a name that JAX has removed.
-    if not hasattr(jax.lib, "xla_bridge"):
-        jax.lib.xla_bridge = types.SimpleNamespace(get_backend=backend.get_backend)
-
-    height, width, labels = unaries.shape
-    start = time.perf_counter()
-    variables = vgroup.NDVarArray(num_states=labels, shape=(height, width))
-    graph = fgraph.FactorGraph(variable_groups=[variables])
-    pairs = [[variables[i, j], variables[i, j + 1]] for i in range(height) for j in range(width - 1)]
-    pairs += [[variables[i, j], variables[i + 1, j]] for i in range(height - 1) for j in range(width)]
-    graph.add_factors(fgroup.PairwiseFactorGroup(variables_for_factors=pairs, log_potential_matrix=-table))
-    bp = infer.build_inferer(graph.bp_state, backend="bp")
-    arrays = bp.init(evidence_updates={variables: -unaries})
-    built = time.perf_counter() - start
-    solve = lambda: bp.get_beliefs(bp.run(arrays, num_iters=ITERATIONS, damping=0.0, temperature=0.0))[variables]
-    start = time.perf_counter()
-    jax.block_until_ready(solve())
-    options.note(f"pgmax {unaries.shape}: graph built in {built:.1f} s, first run {time.perf_counter() - start:.1f} s")
-    return Implementation(solve)
+    solve = lambda: trwp.pgmax_max_product(unaries, table, iterations=ITERATIONS, tell=options.note)
+    return peer("pgmax", lambda _: Implementation(solve()))
 
 
 def draw_growth(records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:

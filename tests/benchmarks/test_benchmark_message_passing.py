@@ -4,22 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks._machinery import grids
 from benchmarks.cases import message_passing as benchmark
 from jaxlib_methods import message_passing as mp
 from jaxlib_methods.kernels.scanline import dense
+from peers import trwp
 
 
 def test_the_scan_a_user_would_write_is_trwp(key):
     unaries = jax.random.uniform(key, (6, 7, 4), maxval=50.0)
     distance = np.abs(np.subtract.outer(np.arange(4), np.arange(4)))
     table = jnp.asarray(20.0 * np.minimum(distance, 2), jnp.float32)
-    found = benchmark.naive_trwp(unaries, table, iterations=3)
-    mrf = mp.GridMRF(unaries, benchmark.PROBLEMS["tsukuba"].pairwise)
+    found = trwp.naive(unaries, table, iterations=3)
+    mrf = mp.GridMRF(unaries, grids.PROBLEMS["tsukuba"].pairwise)
     np.testing.assert_allclose(found, mp.trwp(mrf, iterations=3).beliefs, atol=1e-3)
 
 
 def test_profiles_for_the_peer_are_the_pairwise_costs():
-    for problem in benchmark.PROBLEMS.values():
+    for problem in grids.PROBLEMS.values():
         distance = np.abs(np.subtract.outer(np.arange(problem.labels), np.arange(problem.labels)))
         expected = problem.weight * problem.profile[np.minimum(distance, len(problem.profile) - 1)]
 

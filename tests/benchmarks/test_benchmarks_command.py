@@ -7,7 +7,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks._machinery import results
 from benchmarks._machinery.compare import compare, differences
-from benchmarks.timing import KEYS
+from benchmarks._machinery.records import KEYS
 
 TINY = '''"""Sums of a few numbers."""
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import timing
-from benchmarks._machinery import ceilings
+from benchmarks._machinery import ceilings, records
 from benchmarks.timing import Case, Implementation, Options, Skip, measure, peer
 
 KEYS = {
@@ -48,7 +47,7 @@ def slow_ceilings(monkeypatch):
 
 
 def test_record_has_exactly_the_documented_keys():
-    assert set(timing.KEYS) == KEYS
+    assert set(records.KEYS) == KEYS
 
 
 def test_record_of_a_jitted_function(slow_ceilings):
@@ -145,13 +144,13 @@ def test_arguments_made_before_every_call_are_outside_the_clock():
     ],
 )
 def test_error_is_relative_to_the_reference_scale(output, reference, expected):
-    assert timing.error(output, reference) == expected
+    assert records.error(output, reference) == expected
 
 
 @pytest.mark.parametrize(("output", "reference"), [([np.inf], [1.0]), ([1.0], [np.nan]), (np.zeros(2), np.zeros(3))])
 def test_error_that_is_no_number_is_refused(output, reference):
     with pytest.raises(ValueError, match=r"not finite|shapes"):
-        timing.error(output, reference)
+        records.error(output, reference)
 
 
 def test_canonical_form_is_what_the_error_compares():
