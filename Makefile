@@ -1,10 +1,11 @@
 # make demo   sets everything up and trains a pruned network and a structured-prediction model on embedded data
 # make test   sets everything up and passes the tests, on every supported Python that this machine has
+# make docs   builds the site into build/docs; a name or a link that is not there is an error
 PYTHON ?= python3
 NEWEST ?= $(shell .ci/find-python 3.12)
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-oldest test-newest lint format clean
+.PHONY: demo docs test test-oldest test-newest lint format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -12,7 +13,7 @@ demo: .venv/installed
 	.venv/bin/python -m experiments run denoise
 	.venv/bin/python -m experiments report
 
-test: lint test-oldest $(if $(NEWEST),test-newest)
+test: lint test-oldest $(if $(NEWEST),test-newest) docs
 
 # The oldest supported JAX comes with Python 3.11, the newest with 3.12; with one interpreter only, one pair is tested.
 # With both, the experiments and the benchmarks run on the newest alone: they are programs, not a library to install.
@@ -21,6 +22,10 @@ test-oldest: .venv/installed
 
 test-newest: .venv-3.12/installed
 	.venv-3.12/bin/python -m pytest -q -n $(JOBS) --dist worksteal
+
+DOCS = $(if $(NEWEST),.venv-3.12,.venv)
+docs: $(DOCS)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet --config-file docs/mkdocs.yml
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -39,6 +44,10 @@ format: .venv/installed
 .venv-3.12/installed: pyproject.toml
 	$(NEWEST) -m venv .venv-3.12
 	.venv-3.12/bin/pip install --quiet --editable '.[experiments,test]'
+	touch $@
+
+%/docs-installed: %/installed
+	$*/bin/pip install --quiet --editable '.[docs]'
 	touch $@
 
 clean:

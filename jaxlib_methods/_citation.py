@@ -39,7 +39,7 @@ def citation(*objects: Any) -> str:
     if not objects:
         raise ValueError("citation needs at least one function, class, instance or module")
     documented = [found for obj in objects for found in _documented(obj)]
-    return "\n\n".join(dict.fromkeys(entry for found in documented for entry in _entries_of(found)))
+    return "\n\n".join(dict.fromkeys(references()[key] for found in documented for key in keys_of(found)))
 
 
 def _documented(obj: Any) -> Iterator[Callable | type | types.ModuleType]:
@@ -97,8 +97,8 @@ def _is_filled(cell: Any) -> bool:
     return True
 
 
-def _entries_of(obj: Callable | type | types.ModuleType) -> list[str]:
-    """The entries that the docstring of one function, class or module asks for."""
+def keys_of(obj: Callable | type | types.ModuleType) -> list[str]:
+    """The keys that the docstring of one function, class or module names, in order."""
     name = obj.__name__ if inspect.ismodule(obj) else f"{obj.__module__}.{obj.__qualname__}"
     # A subclass that names no source implements what its base class implements.
     owners = inspect.getmro(obj) if inspect.isclass(obj) else (obj,)
@@ -108,15 +108,15 @@ def _entries_of(obj: Callable | type | types.ModuleType) -> list[str]:
     keys = [key for text in sources for group in _KEYS.findall(text) for key in re.split(r"\s*[,;]\s*", group)]
     if sources and not keys:
         raise ValueError(f"`Source:` of {name} names no [key]")
-    entries = _references()
-    missing = [key for key in keys if key not in entries]
+    missing = [key for key in keys if key not in references()]
     if missing:
         raise ValueError(f"{name} cites {missing}, which jaxlib_methods/references.bib does not have")
-    return [entries[key] for key in keys]
+    return keys
 
 
 @functools.cache
-def _references() -> dict[str, str]:
+def references() -> dict[str, str]:
+    """The entries of `references.bib` by key."""
     return _parse((importlib.resources.files("jaxlib_methods") / "references.bib").read_text("utf-8"))
 
 

@@ -85,7 +85,7 @@ def family(monkeypatch):
     module = types.ModuleType("jaxlib_methods._example")
     exec(compile(MODULE.strip(), "_example.py", "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(_citation, "_references", lambda: _citation._parse(REFERENCES))
+    monkeypatch.setattr(_citation, "references", lambda: _citation._parse(REFERENCES))
     return module
 
 
@@ -171,7 +171,7 @@ def flaw(module, attribute):
 
 
 def test_every_entry_is_sorted_complete_and_named_by_a_docstring():
-    entries = _citation._references()
+    entries = _citation.references()
     assert list(entries) == sorted(entries)
     for key, entry in entries.items():
         fields = dict(re.findall(r"^  (\w+) = \{(.*?)\},$", entry, re.DOTALL | re.MULTILINE))
