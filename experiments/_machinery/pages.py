@@ -13,7 +13,7 @@ from typing import Any
 from experiments._machinery import registry
 from experiments._machinery.errors import ExperimentError
 from experiments._machinery.files import write_json, write_text
-from experiments._machinery.report import configuration, number, page_tables, provenance, tables
+from experiments._machinery.report import Table, as_markdown, configuration, header, number, spread, tables
 
 VERDICTS = ("reproduced", "direction shown", "not shown at this size", "contradicted")
 INDEX_HEAD = "| experiment | claim | target | ours | seeds | verdict |\n| --- | --- | ---: | ---: | ---: | --- |\n"
@@ -102,6 +102,40 @@ def said(page: str, what: str) -> str:
     return " ".join(found.group(1).split()) if found else ""
 
 
+def page_tables(found: Sequence[Table]) -> str:
+    """One Markdown table of an experiment, its runs below one another under their titles, with the targets' sources.
+
+    Where runs show one and the same metric without targets, each is a column instead.
+    """
+    metrics = list(dict.fromkeys(metric for table in found for metric in table.metrics))
+    aimed = {metric for table in found for metric in table.aimed()}
+    titles = [table.title.partition(": ")[2] or table.title for table in found]
+    if len(metrics) == 1 and len(found) > 1 and not aimed:
+        return _by_run(metrics[0], titles, found)
+    head, lines = header(metrics, aimed), []
+    for title, table in zip(titles, found, strict=True):
+        if len(found) > 1:
+            lines.append([f"**{title}**", *[""] * (len(head) - 1)])
+        lines += table.lines(metrics, aimed)
+    sources = dict.fromkeys(source for table in found for source in table.sources())
+    return as_markdown(head, lines) + "".join(f"\nTarget, {source}.\n" for source in sources)
+
+
+def _by_run(metric: str, titles: Sequence[str], found: Sequence[Table]) -> str:
+    cells = [{variant: row[metric] for variant, row in table.rows.items() if metric in row} for table in found]
+    variants = dict.fromkeys(variant for column in cells for variant in column)
+    lines = [[name, *(spread(column[name]) if name in column else "" for column in cells)] for name in variants]
+    seeds = ["seeds", *(str(max(cell.seeds for cell in column.values())) for column in cells)]
+    return as_markdown([metric, *titles], [*lines, seeds])
+
+
+def provenance(run: Mapping[str, Any]) -> str:
+    """The command, the device, the time and the versions that made a run's numbers, as an entry of a Markdown list."""
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    dirty = " (with changes that were not committed)" if run["versions"].get("commit", "").endswith("-dirty") else ""
+    return f"- `{run['command']}`\n  {run['device']}, {run['wall_s'] / 60:.1f} min; {versions}{dirty}\n"
+
+
 def _record(path: pathlib.Path, name: str, results: Sequence[Mapping[str, Any]]) -> None:
     """A run of a recorded configuration takes the place of the earlier one; its title stays."""
     kept = json.loads(path.read_text()) if path.exists() else {"experiment": name, "runs": []}
@@ -129,8 +163,7 @@ def _line(name: str, kept: Mapping[str, Any], page: str) -> str:
         for variant, metric in wanted:
             if not ours and metric in table.rows.get(variant, {}):
                 cell, aim = table.rows[variant][metric], table.targets.get(variant, {}).get(metric)
-                spread = f" ± {number(cell.std)}" if cell.std is not None else ""
-                ours, seeds = f"{number(cell.mean)}{spread} ({metric}, {variant})", str(cell.seeds)
+                ours, seeds = f"{spread(cell)} ({metric}, {variant})", str(cell.seeds)
                 target = f"{number(aim.value)} ({aim.kind})" if aim else ""
     cells = [f"[{name}]({name}.md)", said(page, "Claim"), target, ours, seeds, said(page, "Verdict")]
     return "| " + " | ".join(cells) + " |\n"

@@ -1,10 +1,11 @@
 """Tables of results: one a run, rows are variants, columns metrics, targets beside with what they are."""
 
 import json
+import math
 import pathlib
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments._machinery.errors import ExperimentError
@@ -27,23 +28,27 @@ class Table(NamedTuple):
 
     def header(self) -> list[str]:
         """The first line; a metric with targets is followed by a column of them."""
-        columns = [[name, "target"] if self._aimed(name) else [name] for name in self.metrics]
-        return ["variant", *(name for pair in columns for name in pair), "seeds"]
+        return header(self.metrics, self.aimed())
 
-    def lines(self) -> list[list[str]]:
-        """One line a variant, as text."""
+    def lines(self, metrics: Sequence[str] | None = None, aimed: Collection[str] | None = None) -> list[list[str]]:
+        """One line a variant, as text; of other columns than the table's own where they are given."""
+        metrics, aimed = metrics or self.metrics, self.aimed() if aimed is None else aimed
         found = []
         for variant, row in self.rows.items():
             cells = []
-            for metric in self.metrics:
-                cells.append(_value(row[metric]) if metric in row else "")
-                if self._aimed(metric):
+            for metric in metrics:
+                cells.append(spread(row[metric]) if metric in row else "")
+                if metric in aimed:
                     target = self.targets.get(variant, {}).get(metric)
                     cells.append(f"{number(target.value)} ({target.kind})" if target else "")
-            shown = [row[metric].seeds for metric in self.metrics if metric in row]
+            shown = [row[metric].seeds for metric in metrics if metric in row]
             if shown:
                 found.append([variant, *cells, str(max(shown))])
         return found
+
+    def aimed(self) -> set[str]:
+        """The shown metrics that have a target."""
+        return {metric for row in self.targets.values() for metric in row if metric in self.metrics}
 
     def sources(self) -> list[str]:
         """Where the targets of the shown metrics stand, each once."""
@@ -57,12 +62,19 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         """The table alone."""
-        head = self.header()
-        rule = ["---", *["---:"] * (len(head) - 1)]
-        return "".join("| " + " | ".join(cells) + " |\n" for cells in [head, rule, *self.lines()])
+        return as_markdown(self.header(), self.lines())
 
-    def _aimed(self, metric: str) -> bool:
-        return any(metric in row for row in self.targets.values())
+
+def header(metrics: Sequence[str], aimed: Collection[str]) -> list[str]:
+    """The first line of a table with these columns; `aimed` are those with targets."""
+    columns = [[name, "target"] if name in aimed else [name] for name in metrics]
+    return ["variant", *(name for pair in columns for name in pair), "seeds"]
+
+
+def as_markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Lines of cells below a first line."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in [head, rule, *lines])
 
 
 def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -134,13 +146,24 @@ def what_differs(config: Mapping[str, Any], others: Sequence[Mapping[str, Any]])
     return ", ".join(f"{name}={config[name]}" for name in names)
 
 
-def number(value: float) -> str:
-    """Four digits, or all in front of the point."""
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+def number(value: float, digits: int = 4) -> str:
+    """So many digits, or all in front of the point."""
+    if abs(value) >= 1e4:
+        return f"{value:,.0f}"
+    return f"{value:.{max(digits, _place(value) + 1)}g}"
 
 
-def _value(cell: Cell) -> str:
-    return number(cell.mean) + (f" ± {number(cell.std)}" if cell.std is not None else "")
+def spread(cell: Cell) -> str:
+    """The mean with as many digits as the standard deviation leaves it, four at most, and that with two."""
+    if not cell.std or not cell.mean:
+        return number(cell.mean) + ("" if cell.std is None else f" ± {number(cell.std, 2)}")
+    digits = min(4, max(2, _place(cell.mean) - _place(cell.std) + 2))
+    return f"{number(cell.mean, digits)} ± {number(cell.std, 2)}"
+
+
+def _place(value: float) -> int:
+    """The power of ten of the first digit."""
+    return math.floor(math.log10(abs(value))) if value else 0
 
 
 def print_tables(found: Sequence[Table]) -> None:
@@ -160,17 +183,6 @@ def print_tables(found: Sequence[Table]) -> None:
         console.print(shown)
 
 
-def page_tables(found: Sequence[Table]) -> str:
-    """The tables of one experiment as Markdown, each under its heading where there are several, with their sources."""
-    parts = []
-    for table in found:
-        if len(found) > 1:
-            parts.append(f"### {table.title.partition(': ')[2] or table.title}\n\n")
-        parts.append(table.markdown() + "\n")
-        parts += [f"Target, {source}.\n" for source in table.sources()]
-    return "".join(parts).rstrip() + "\n"
-
-
 def figure(found: Sequence[Table], path: pathlib.Path) -> None:
     """The same tables as a picture; one block of monospaced text, because drawing cell by cell takes seconds."""
     from experiments._machinery import plots
@@ -186,13 +198,6 @@ def figure(found: Sequence[Table], path: pathlib.Path) -> None:
     place.axis("off")
     place.text(0, 1, "\n".join(body), family="monospace", fontsize=8, va="top", linespacing=1.3)
     plots.save(path, canvas)
-
-
-def provenance(run: Mapping[str, Any]) -> str:
-    """The command, the device, the time and the versions that made a run's numbers, as an entry of a Markdown list."""
-    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    dirty = " (with changes that were not committed)" if run["versions"].get("commit", "").endswith("-dirty") else ""
-    return f"- `{run['command']}`\n  {run['device']}, {run['wall_s'] / 60:.1f} min; {versions}{dirty}\n"
 
 
 def main(options: Any) -> int:

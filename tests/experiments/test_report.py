@@ -70,7 +70,7 @@ def test_report_pools_seeds_and_tells_configurations_apart(tmp_path, capsys):
     assert "left out" in capsys.readouterr().err
     assert [table.title for table in found] == ["icm", "snip: model=lenet", "snip: model=vgg"]
     assert found[1].header() == ["variant", "error", "target", "seeds"]  # the time has no target
-    assert found[1].lines() == [["snip 90%", "4.8 ± 3.564", "1.6 (paper)", "5"], ["dense", "3 ± 0", "", "2"]]
+    assert found[1].lines() == [["snip 90%", "4.8 ± 3.6", "1.6 (paper)", "5"], ["dense", "3 ± 0", "", "2"]]
     assert found[1].sources() == ["paper: Lee et al., table 1"]
     assert main(["report"]) == 0
     text = (runs / "report.md").read_text()
@@ -96,7 +96,7 @@ def test_report_writes_records_and_pages_and_keeps_what_is_written_by_hand(tmp_p
     made(tmp_path / "runs" / "vgg", "snip", {"snip 90%": {"error": [7.0]}}, model="vgg")
     assert main(["report", "--write", "results"]) == 0
     text = page.read_text()
-    assert "By hand." in text and "### model=lenet\n" in text and "### model=vgg\n" in text
+    assert "By hand." in text and "| **model=lenet** |" in text and "| **model=vgg** |" in text
     assert "| snip 90% | 0.5 | 1.6 (paper) | 1 |" in text and "1.5" not in text.partition("<!-- commands -->")[0]
     assert "Target, paper: Lee et al., table 1." in text and text.count("- `python -m experiments run snip") == 2
     index = (results / "README.md").read_text().splitlines()
@@ -111,6 +111,19 @@ def test_report_writes_records_and_pages_and_keeps_what_is_written_by_hand(tmp_p
     assert main(["report"]) == 0
     shown = capsys.readouterr().out
     assert "there is no folder runs" in shown and "snip: model=vgg" in shown and "gpn" in shown
+
+
+def test_runs_that_show_one_metric_without_targets_are_columns(tmp_path):
+    for model, error in (("lenet", 1.5), ("vgg", 7.0)):
+        made(tmp_path / "runs" / model, "bsn", {"gpn": {"error": [error]}}, model=model, targets={})
+    made(tmp_path / "runs" / "raw", "bsn", {"raw": {"error": [2.0, 3.0]}}, seeds=(0, 1), targets={})
+    assert pages.page_tables(report.tables(report.collect(tmp_path / "runs"))).splitlines() == [
+        "| error | model=lenet | model=vgg |",
+        "| --- | ---: | ---: |",
+        "| raw | 2.5 ± 0.71 |  |",
+        "| gpn | 1.5 | 7 |",
+        "| seeds | 2 | 1 |",
+    ]
 
 
 def test_runs_of_a_tree_with_changes_are_recorded_on_demand_alone(tmp_path):
