@@ -90,7 +90,7 @@ PAPER: dict[str, float] = {}  # no table entry of the paper is confirmed; its cl
 
 def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Tunes, trains and compresses; returns losses and ranks, one per seed, and draws the figures."""
-    study = _Study(config, language_model.Task.of(config))
+    study = _Study(config, language_model.load(config))
     rates = {name: study.tune(name, workdir / "cases") for name in config.optimizers}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in config.optimizers}
     for seed in range(config.seeds):

@@ -106,7 +106,7 @@ PAPER: dict[str, float] = {}  # its perplexities are of another model and text
 
 def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Runs all cases, draws the figures and returns the losses at the chosen learning rates, one per seed."""
-    task = language_model.Task.of(config)
+    task = language_model.load(config)
     metrics: dict[str, list[float] | float] = {}
     chosen: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for P in config.stages:

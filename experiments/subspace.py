@@ -114,7 +114,7 @@ def PAPER(config: Config) -> dict[str, float]:
 
 def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Runs all cases, draws the figure and returns losses and bytes."""
-    task = language_model.Task.of(config)
+    task = language_model.load(config)
     metrics: dict[str, Any] = {}
     chosen: dict[str, list[dict[str, Any]]] = {}
     rates: dict[str, float] = {}

@@ -1,11 +1,11 @@
-"""What the language-model experiments share: text, decoder, loss, evaluation and training of any optimizer.
+"""Next-token prediction: text, decoder, loss, evaluation and training by any optimizer.
 
     @dataclasses.dataclass(frozen=True)
-    class Config(language_model.Options):
-        learning_rate: float = 1e-3
+    class Config(language_modelling.Options):
+        learning_rate: Positive = 1e-3
 
-    task = language_model.Task.of(config)
-    optimizer = optax.adamw(language_model.warmup_cosine(config.learning_rate, config.steps))
+    task = language_modelling.load(config)
+    optimizer = optax.adamw(language_modelling.warmup_cosine(config.learning_rate, config.steps))
     state, history = task.fit(optimizer, seed, workdir, label="adamw")
     task.evaluate(state)  # {"validation_loss": nats per token}
 
@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments._machinery import device_data, loop as training
+from experiments._machinery import device_data, loop, options
 from experiments._machinery.log import Record
+from experiments._machinery.options import Count, OneOf, Positive
 from experiments.data import text
 from jaxlib_methods import models
 
@@ -34,32 +35,28 @@ PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(options.Options):
     """Options of every language-model experiment; its `Config` adds its own."""
 
     text: str = "python_docs"  # python_docs, tiny_shakespeare, another TFDS set of texts, or a path to a .txt or .npy
     validation_text: str | None = None  # another text, wholly for validation; None: the set's own, or the text's end
     data_dir: str | None = None  # folder of prepared TFDS sets; None: TFDS's own default
     tokenizer: Literal["byte", "character"] = "byte"
-    preset: str = "llama_tiny"  # a name of jaxlib_methods.models.GPT_CONFIGS
-    layers: int | None = None  # this and the next three: None takes the preset's
-    width: int | None = None
-    heads: int | None = None
-    block: int | None = None  # tokens of a training window
-    init_std: float | None = None  # of the matrices at the start; None: the preset's
+    preset: Annotated[str, OneOf(models.GPT_CONFIGS)] = "llama_tiny"  # a name of jaxlib_methods.models.GPT_CONFIGS
+    layers: Count | None = None  # this and the next three: None takes the preset's
+    width: Count | None = None
+    heads: Count | None = None
+    block: Count | None = None  # tokens of a training window
+    init_std: Positive | None = None  # of the matrices at the start; None: the preset's
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
-    batch_size: int = 16  # windows per step
-    steps: int = 500
-    seeds: int = 3
-    validation_windows: int = 128  # at most, spread over the validation text
-    evaluate_every: int = 100
+    batch_size: Count = 16  # windows per step
+    steps: Count = 500
+    seeds: Count = 3
+    validation_windows: Count = 128  # at most, spread over the validation text
+    evaluate_every: Count = 100
 
     def __post_init__(self):
-        if self.preset not in models.GPT_CONFIGS:
-            raise ValueError(f"unknown preset {self.preset!r}; known are {', '.join(models.GPT_CONFIGS)}")
-        for name in ("batch_size", "steps", "seeds", "validation_windows", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         self.model()
 
     def model(self, vocab_size: int | None = None) -> models.GPTConfig:
@@ -111,49 +108,14 @@ class Task:
     init: Callable[[jax.Array], PyTree]  # key -> parameters
     merge: Callable[[PyTree], models.GPT]  # parameters -> the model that holds them
     apply: Callable[[PyTree, jax.Array], jax.Array]  # (parameters, tokens [B, T]) -> logits [B, T, V]
-    loss_fn: training.LossFn  # of windows [B, T + 1]: mean over all tokens
+    loss_fn: loop.LossFn  # of windows [B, T + 1]: mean over all tokens
     window: Callable[[jax.Array, jax.Array], jax.Array]  # (rows [B, ...], key) -> windows [B, T + 1]
-    evaluate: Callable[[training.TrainState], dict[str, float]]
+    evaluate: Callable[[loop.TrainState], dict[str, float]]
 
-    @classmethod
-    def of(cls, options: Options) -> "Task":
-        loaded = text.load(
-            options.text, validation=options.validation_text, tokenizer=options.tokenizer, data_dir=options.data_dir
-        )
-        config = options.model(loaded.vocab_size)
-        graph = nnx.graphdef(nnx.eval_shape(lambda: models.GPT(config, rngs=nnx.Rngs(0))))
-        init = jax.jit(lambda key: nnx.state(models.GPT(config, rngs=nnx.Rngs(key)), nnx.Param))
-        merge = lambda params: nnx.merge(graph, params)
-        apply = lambda params, tokens: merge(params)(tokens)
-
-        def per_window(params: PyTree, model_state: PyTree, windows: jax.Array) -> dict[str, jax.Array]:
-            del model_state
-            return {"loss": cross_entropy(apply(params, windows[:, :-1]), windows[:, 1:]).mean(axis=1)}
-
-        def loss_fn(params: PyTree, model_state: PyTree, windows: jax.Array, key: jax.Array):
-            del key
-            return per_window(params, model_state, windows)["loss"].mean(), (model_state, {})
-
-        held_out = text.validation_rows(loaded.validation, config.block_size, options.validation_windows)
-        return cls(
-            options,
-            config,
-            loaded,
-            device_data.put(
-                text.training_rows(loaded.train, config.block_size), device_data.data_mesh(options.batch_size)
-            ),
-            init,
-            merge,
-            apply,
-            loss_fn,
-            functools.partial(text.random_window, block=config.block_size),
-            training.evaluator(per_window, held_out, batch_size=options.batch_size, prefix="validation_"),
-        )
-
-    def start(self, optimizer: optax.GradientTransformation, seed: int) -> training.TrainState:
+    def start(self, optimizer: optax.GradientTransformation, seed: int) -> loop.TrainState:
         """The state before the first step: every optimizer gets the same parameters and batches from the same seed."""
         init_key, train_key = jax.random.split(jax.random.key(seed))
-        return training.init_state(self.init(init_key), optimizer, key=train_key)
+        return loop.init_state(self.init(init_key), optimizer, key=train_key)
 
     def fit(
         self,
@@ -163,11 +125,11 @@ class Task:
         *,
         label: str,
         steps: int | None = None,
-        state: training.TrainState | None = None,
-        evaluate: Callable[[training.TrainState], dict[str, float]] | None = None,
+        state: loop.TrainState | None = None,
+        evaluate: Callable[[loop.TrainState], dict[str, float]] | None = None,
         log: Iterable[Callable[[Record], None]] = (),
-    ) -> tuple[training.TrainState, list[Record]]:
-        """Trains one model with `fit` of `experiments._machinery.loop`.
+    ) -> tuple[loop.TrainState, list[Record]]:
+        """Trains one model with `fit` of `_machinery.loop`.
 
         Args:
           optimizer: pass the same object again for another seed, and nothing is compiled twice.
@@ -177,7 +139,7 @@ class Task:
           state: None takes `start(optimizer, seed)`.
           evaluate: None takes the task's.
         """
-        return training.fit(
+        return loop.fit(
             self.loss_fn,
             optimizer,
             state or self.start(optimizer, seed),
@@ -200,6 +162,40 @@ class Task:
         rows = text.training_rows(self.text.train, self.config.block_size)
         chosen = np.random.default_rng(seed).integers(0, len(rows), count)
         return np.asarray(self.window(jnp.asarray(rows[chosen]), jax.random.key(seed)))
+
+
+def load(options: Options) -> Task:
+    """Loads the text and compiles what trains and evaluates the decoder of these options."""
+    loaded = text.load(
+        options.text, validation=options.validation_text, tokenizer=options.tokenizer, data_dir=options.data_dir
+    )
+    config = options.model(loaded.vocab_size)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: models.GPT(config, rngs=nnx.Rngs(0))))
+    init = jax.jit(lambda key: nnx.state(models.GPT(config, rngs=nnx.Rngs(key)), nnx.Param))
+    merge = lambda params: nnx.merge(graph, params)
+    apply = lambda params, tokens: merge(params)(tokens)
+
+    def per_window(params: PyTree, model_state: PyTree, windows: jax.Array) -> dict[str, jax.Array]:
+        del model_state
+        return {"loss": cross_entropy(apply(params, windows[:, :-1]), windows[:, 1:]).mean(axis=1)}
+
+    def loss_fn(params: PyTree, model_state: PyTree, windows: jax.Array, key: jax.Array):
+        del key
+        return per_window(params, model_state, windows)["loss"].mean(), (model_state, {})
+
+    held_out = text.validation_rows(loaded.validation, config.block_size, options.validation_windows)
+    return Task(
+        options,
+        config,
+        loaded,
+        device_data.put(text.training_rows(loaded.train, config.block_size), device_data.data_mesh(options.batch_size)),
+        init,
+        merge,
+        apply,
+        loss_fn,
+        functools.partial(text.random_window, block=config.block_size),
+        loop.evaluator(per_window, held_out, batch_size=options.batch_size, prefix="validation_"),
+    )
 
 
 def evaluations(history: list[Record]) -> list[dict[str, float]]:

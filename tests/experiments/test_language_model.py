@@ -143,7 +143,7 @@ class TestWindows:
 
 @pytest.fixture(scope="module")
 def task():
-    return language_model.Task.of(language_model.Options(**TINY))
+    return language_model.load(language_model.Options(**TINY))
 
 
 class TestTask:
@@ -199,7 +199,7 @@ class TestTask:
         np.testing.assert_array_equal(windows, task.calibration(5, seed=1))
 
     def test_half_precision_keeps_float32_parameters(self):
-        task = language_model.Task.of(language_model.Options(**TINY | {"dtype": "bfloat16"}))
+        task = language_model.load(language_model.Options(**TINY | {"dtype": "bfloat16"}))
         with jax.numpy_dtype_promotion("standard"):  # flax's norms promote to float32 on their own
             state, _ = task.fit(optax.sgd(0.1), 0, None, label="half", steps=2)
         assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
@@ -216,7 +216,7 @@ def test_schedule_warms_up_and_ends_at_a_tenth():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "gpt5"}, "unknown preset 'gpt5'; known are gpt_tiny, llama_tiny"),
+        ({"preset": "gpt5"}, "preset must be one of gpt_tiny, llama_tiny"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"width": 30}, "heads must divide width, got 4 heads and width 30"),
     ],

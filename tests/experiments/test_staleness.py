@@ -35,7 +35,7 @@ def test_smoke_run_leaves_losses_and_figures(tmp_path):
 
 
 def test_stages_hold_what_the_layer_map_says_and_join_undoes_split(key):
-    task = language_model.Task.of(staleness.Config(**SMALL | {"layers": 4}))
+    task = language_model.load(staleness.Config(**SMALL | {"layers": 4}))
     params, P = task.init(key), 3
     staged = staleness.Staged(task, P)
     vectors = staged.split(params)

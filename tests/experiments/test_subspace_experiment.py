@@ -36,7 +36,7 @@ def test_smoke_run_leaves_losses_bytes_and_a_figure(tmp_path):
 def test_a_move_projects_the_constrained_weights_onto_the_new_subspace_and_changes_nothing_else(tmp_path):
     """Z U^T becomes Z U^T U' U'^T: the moved network is the dense one with these weights."""
     config = subspace.Config(**subspace.SMOKE | {"batch_size": 11})
-    task = language_model.Task.of(config)
+    task = language_model.load(config)
     runs = subspace._Runs(config, task, "subspace_moving", tmp_path)
     rng = np.random.default_rng(0)
     draw = lambda tree: jax.tree.map(lambda p: jnp.asarray(rng.normal(scale=0.3, size=p.shape), p.dtype), tree)
