@@ -237,22 +237,22 @@ def _attack(
 ) -> jax.Array:
     """Whether each image survives the attack."""
     if attack == "fgsm":
-        result = robustness.fgsm(apply, trained, images, labels, key, epsilon=radius, scaling=scaling)
+        result = robustness.fgsm(apply, trained, images, labels, key=key, radius=radius, scaling=scaling)
     else:
         l2 = attack == "pgd_l2"
-        epsilon = radius * _l2_factor(config, images) if l2 else radius
+        radius = radius * _l2_factor(config, images) if l2 else radius
         result = robustness.pgd(
             apply,
             trained,
             images,
             labels,
-            key,
-            epsilon=epsilon,
-            step_size=max(2.5 * epsilon / config.steps if l2 else epsilon / 4, 1e-6),
-            steps=config.steps,
+            key=key,
+            radius=radius,
+            step_size=max(2.5 * radius / config.steps if l2 else radius / 4, 1e-6),
+            num_steps=config.steps,
             norm="l2" if l2 else "linf",
             scaling=scaling,
-            restarts=config.restarts,
+            num_restarts=config.restarts,
         )
     return ~result.success
 

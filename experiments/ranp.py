@@ -122,7 +122,7 @@ class Task(NamedTuple):
     train_split: device_data.OnDevice
     example: jax.ShapeDtypeStruct
     network: nnx.Module  # abstract: shapes alone
-    wiring: pruning.Wiring
+    wiring: pruning.wiring.Wiring
     full: dict[str, int]  # costs of the full network
     init: Any  # key -> (params, model_state) of the full network
     importance: Any  # (params, model_state, samples) -> name of the layer -> [width]
@@ -154,10 +154,10 @@ class Task(NamedTuple):
 
 def initialiser(network: nnx.Module) -> Any:
     """The paper's draw of all weights, compiled: key -> (params, model_state)."""
-    return jax.jit(lambda key: nnx.split(pruning.redraw_weights(network, key=key), nnx.Param, ...)[1:])
+    return jax.jit(lambda key: nnx.split(pruning.removal.redraw_weights(network, key=key), nnx.Param, ...)[1:])
 
 
-def _costs(rows: tuple[pruning.Cost, ...]) -> dict[str, int]:
+def _costs(rows: tuple[pruning.wiring.Cost, ...]) -> dict[str, int]:
     return {name: getattr(rows[-1], name) for name in ("flops", "memory", "parameters")}
 
 
@@ -216,7 +216,7 @@ def _run_case(task: Task, variant: str, seed: int, case_dir: pathlib.Path) -> di
         "sparsity": sparsity,
         "max_sparsity": best,
         "widths": {name: int(mask.sum()) for name, mask in kept.items()},
-        **_costs(pruning.network_costs(net, task.example)),
+        **_costs(pruning.wiring.network_costs(net, task.example)),
     }
 
 
@@ -229,23 +229,23 @@ def choose(
         return {layer.name: np.ones(layer.width, bool) for layer in wiring.layers}, 0.0, 0.0
     if variant in ("random", "layer_wise"):
         widths = {layer.name: jax.ShapeDtypeStruct((layer.width,), jnp.float32) for layer in wiring.layers}
-        scores = jax.device_get(pruning.random(widths, key=key))
+        scores = jax.device_get(pruning.scores.random(widths, key=key))
     if variant != "random":
         samples = jax.tree.map(lambda x: x[: config.samples], task.dataset.train)
         scores = jax.device_get(task.importance(params, model_state, samples))
     if variant in ("weighted", "ranp_f", "ranp_m"):
-        scores = pruning.balance_layers(scores)
+        scores = pruning.neuron_scores.balance_layers(scores)
     if variant in ("ranp_f", "ranp_m"):
         resource = "flops" if variant == "ranp_f" else "memory"
         resources = {layer.name: getattr(layer, resource) for layer in wiring.layers}
-        scores = pruning.reweight_layers(scores, resources, config.strength)
+        scores = pruning.neuron_scores.reweight_layers(scores, resources, config.strength)
     scope = "per_layer" if variant == "layer_wise" else "global"
 
     def kept(sparsity: float) -> dict[str, np.ndarray]:
         masks = pruning.keep_neurons(scores, sparsity, scope=scope)
         return pruning.clean_up_neurons(masks, wiring, scores, multiple=config.multiple)
 
-    best = pruning.max_sparsity(lambda sparsity: not pruning.empty_layers(kept(sparsity)))
+    best = pruning.neurons.max_sparsity(lambda sparsity: not pruning.neurons.empty_layers(kept(sparsity)))
     sparsity = min(config.sparsity, best)
     return kept(sparsity), sparsity, best
 

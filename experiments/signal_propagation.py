@@ -32,6 +32,7 @@ from experiments._machinery.errors import NonFiniteLossError
 from experiments.data import images as data
 from experiments.tasks import deep_mlp
 from jaxlib_methods import pruning
+from jaxlib_methods.pruning import signal_propagation as propagation
 
 PyTree = Any
 Score = Literal["snip", "unsupervised", "random"]
@@ -218,10 +219,10 @@ def _run_case(
     params = pruning.apply_masks(params, masks)
     if network.repaired:
         layers = deep_mlp.unstack(deep_mlp.rescale(params, 1 / task.gain))
-        repaired, _ = pruning.repair_isometry(layers, deep_mlp.unstack(masks), steps=config.repair_steps)
+        repaired, _ = pruning.repair_isometry(layers, deep_mlp.unstack(masks), num_steps=config.repair_steps)
         params = deep_mlp.rescale(deep_mlp.stack(repaired), task.gain)
     inputs = jnp.asarray(task.standardise(task.dataset.test.images[: config.spectrum_examples]))
-    spectrum = pruning.summarize_spectrum(_singular_values(task.logits, params, inputs))
+    spectrum = propagation.summarize_spectrum(_singular_values(task.logits, params, inputs))
     runs = {rate: _train(task, params, masks, rate, train_key, f"{network} lr={rate:g} seed {seed}") for rate in rates}
     rate = min(runs, key=lambda rate: runs[rate][-1].get("validation_loss", math.inf))
     weights = lambda tree: [layer["kernel"] for layer in deep_mlp.unstack(tree)]
@@ -230,23 +231,23 @@ def _run_case(
         "test_error": runs[rate][-1]["test_error"],
         "curve": runs[rate],
         "spectrum": {name: float(value) for name, value in spectrum._asdict().items()},
-        "isometry": float(pruning.isometry_loss(weights(deep_mlp.rescale(params, 1 / task.gain)))),
-        "kept": [row.kept / row.total for row in pruning.summarize_sparsity(weights(masks))[:-1]],
-        "sensitivity": [row.mean for row in pruning.layer_sensitivity(weights(scores))],
+        "isometry": float(pruning.isometry.isometry_loss(weights(deep_mlp.rescale(params, 1 / task.gain)))),
+        "kept": [row.kept / row.total for row in pruning.sparsity.summarize_sparsity(weights(masks))[:-1]],
+        "sensitivity": [row.mean for row in propagation.layer_sensitivity(weights(scores))],
     }
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _singular_values(logits: Callable[..., jax.Array], params: PyTree, inputs: jax.Array) -> jax.Array:
     """Of the Jacobian by the standardised pixels, [examples, classes]."""
-    return pruning.jacobian_singular_values(lambda x: logits(params, x[None])[0], inputs)
+    return propagation.jacobian_singular_values(logits, params, inputs)
 
 
 def _scores(task: _Task, score: str, params: PyTree, key: jax.Array) -> PyTree:
     if score == "random":
-        return pruning.random(params, key=key)
+        return pruning.scores.random(params, key=key)
     if score == "dense":
-        return pruning.magnitude(params)
+        return pruning.scores.magnitude(params)
     split = task.dataset.train
     count = len(split.labels) // SCORING_BATCH
     batch = data.Split(*(jnp.asarray(array[: count * SCORING_BATCH]) for array in split))
@@ -264,7 +265,7 @@ def _sensitivity(
 ) -> PyTree:
     def loss(params: PyTree, batch: data.Split) -> jax.Array:
         out = logits(params, standardise(batch.images))
-        return pruning.uniform_cross_entropy(out) if score == "unsupervised" else _cross_entropy(out, batch.labels)
+        return propagation.uniform_cross_entropy(out) if score == "unsupervised" else _cross_entropy(out, batch.labels)
 
     return pruning.connection_sensitivity(loss, params, batch, num_microbatches=count)
 

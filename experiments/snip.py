@@ -208,7 +208,7 @@ class _Task(NamedTuple):
         dense = jax.tree.map(lambda p: jnp.ones(p.shape, bool), jax.eval_shape(init, jax.random.key(0))[0])
         optimizer = pruning.pruned(
             optax.chain(
-                optax.add_decayed_weights(config.weight_decay, mask=lambda p: pruning.prunable(p, "snip")),
+                optax.add_decayed_weights(config.weight_decay, mask=lambda p: pruning.mark_prunable(p, "snip")),
                 optax.sgd(schedule, config.momentum),
             ),
             dense,  # replaced by each case's masks, so that all cases share one compiled program
@@ -286,7 +286,7 @@ def _run_case(task: _Task, score: str, sparsity: float, size: int, seed: int, ca
     evaluated = [
         {name: record[name] for name in ("step", "loss", "test_error")} for record in history if "test_error" in record
     ]
-    kept = {row.path: row.kept for row in pruning.summarize_sparsity(masks)}
+    kept = {row.path: row.kept for row in pruning.sparsity.summarize_sparsity(masks)}
     return {
         "test_error": evaluated[-1]["test_error"],
         "best_test_error": min(record["test_error"] for record in evaluated),  # what the authors' test.py reports
@@ -297,14 +297,14 @@ def _run_case(task: _Task, score: str, sparsity: float, size: int, seed: int, ca
 
 def _masks(task: _Task, score: str, sparsity: float, size: int, params: PyTree, model_state: PyTree, key: jax.Array):
     """The masks of one case; the batch norm is in evaluation mode while scoring, as in the authors' code."""
-    gated = pruning.prunable(params, task.config.gated)
+    gated = pruning.mark_prunable(params, task.config.gated)
     candidates, others = trees.partition(params, gated)
     if score == "dense":
-        scores, sparsity = pruning.magnitude(candidates), 0.0
+        scores, sparsity = pruning.scores.magnitude(candidates), 0.0
     elif score == "magnitude":
-        scores = pruning.magnitude(candidates)
+        scores = pruning.scores.magnitude(candidates)
     elif score == "random":
-        scores = pruning.random(candidates, key=key)
+        scores = pruning.scores.random(candidates, key=key)
     elif score == "synflow":  # 100 cuts without data, as its authors
         forward = lambda c, x: task.apply(trees.combine(c, others), model_state, x, False)[0]
         example = jnp.zeros((1, *task.dataset.train.images.shape[1:]))
@@ -406,7 +406,7 @@ def _connections(task: _Task, workdir: pathlib.Path) -> None:
     config, split = task.config, task.dataset.train
     sparsities = sorted(s for s in config.sparsity if s)[-3:]
     params, model_state = task.init(jax.random.key(0))
-    gated = pruning.prunable(params, config.gated)
+    gated = pruning.mark_prunable(params, config.gated)
     height, width, channels = split.images.shape[1:]
     shape = (len(sparsities), task.dataset.num_classes)
     figure, axes = plt.subplots(*shape, figsize=(shape[1], shape[0] + 0.3), squeeze=False)

@@ -201,7 +201,7 @@ ENTRIES: list[Entry] = [
         hyperparams={"inner": SGD, "packed": True},
         static_args=("inner", "masks", "packed"),
     ),
-    masked("mask_updates", pruning.mask_updates, as_optimizer=after_sgd, static_args=("masks",)),
+    masked("mask_updates", pruning.masks.mask_updates, as_optimizer=after_sgd, static_args=("masks",)),
     Entry(
         "scale_by_numuon",
         optimizers.scale_by_numuon,

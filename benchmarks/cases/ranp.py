@@ -61,10 +61,10 @@ def _smaller(task: ranp.Task, net: nnx.Module) -> dict[str, nnx.Module]:
         rounded = task._replace(config=dataclasses.replace(task.config, multiple=multiple))
         kept, _, _ = ranp.choose(rounded, "ranp_f", params, rest, jax.random.key(1))
         small = pruning.remove_neurons(net, kept, task.wiring)
-        flops = pruning.network_costs(small, task.example)[-1].flops
+        flops = pruning.wiring.network_costs(small, task.example)[-1].flops
         found[f"{name}, FLOPs/{task.full['flops'] / flops:.2f}"] = small
         if multiple == 1:
-            masks = pruning.neuron_masks(params, kept, task.wiring)
+            masks = pruning.removal.neuron_masks(params, kept, task.wiring)
             masked = nnx.merge(graph, pruning.apply_masks(params, masks), rest, copy=True)
     return found | {"full": net, "masked": masked}
 

@@ -48,7 +48,7 @@ def _case(name: str, network: str, batch: int, flops: float) -> Case:
 
     def attack(scaling: Any) -> Implementation:
         run = lambda params, images, labels, scaling: robustness.pgd(
-            apply, params, images, labels, key, epsilon=EPSILON, step_size=STEP, steps=STEPS, scaling=scaling
+            apply, params, images, labels, key=key, radius=EPSILON, step_size=STEP, num_steps=STEPS, scaling=scaling
         )
         return Implementation(jax.jit(run), (params, images, labels, scaling), canonical=_success_rate)
 

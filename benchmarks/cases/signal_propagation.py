@@ -60,10 +60,9 @@ def make(network: str) -> tuple[Layers, Layers]:
         )
         leaves = [leaf for leaf in jax.tree.leaves(nnx.state(params, nnx.Param)) if leaf.ndim > 1]
         shapes = {f"{layer:03}": leaf.shape for layer, leaf in enumerate(leaves)}
-    weights = pruning.reinitialize(
-        {name: jnp.zeros(shape) for name, shape in shapes.items()}, jax.random.key(0), "orthogonal"
-    )
-    return weights, pruning.prune_masks(pruning.random(weights, key=jax.random.key(1)), 0.9)
+    zeros = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    weights = pruning.reinitialize(zeros, key=jax.random.key(0), kind="orthogonal")
+    return weights, pruning.prune_masks(pruning.scores.random(weights, key=jax.random.key(1)), 0.9)
 
 
 def as_matrix(weight: jax.Array) -> tuple[int, int]:
@@ -71,11 +70,11 @@ def as_matrix(weight: jax.Array) -> tuple[int, int]:
 
 
 def compiled_loop(steps: int) -> Callable[[Layers, Layers], Layers]:
-    return lambda weights, masks: pruning.repair_isometry(weights, masks, steps=steps).params
+    return lambda weights, masks: pruning.repair_isometry(weights, masks, num_steps=steps).params
 
 
 def python_loop(steps: int) -> Callable[[Layers, Layers], Layers]:
-    step = jax.jit(lambda weight, mask: weight - 0.1 * mask * jax.grad(pruning.isometry_loss)(weight))
+    step = jax.jit(lambda weight, mask: weight - 0.1 * mask * jax.grad(pruning.isometry.isometry_loss)(weight))
 
     def repair(weights: Layers, masks: Layers) -> Layers:
         repaired = {}

@@ -31,7 +31,7 @@ def init(
     """Weights by `pruning.reinitialize`, biases zero; `gain` multiplies all weights but the last layer's."""
     sizes = [inputs, *[width] * (depth - 1), outputs]
     shaped = [{"bias": jnp.zeros(k), "kernel": jnp.zeros((n, k))} for n, k in itertools.pairwise(sizes)]
-    first, *hidden, last = pruning.reinitialize(shaped, key, kind)
+    first, *hidden, last = pruning.reinitialize(shaped, key=key, kind=kind)
     return rescale(stack([first, *hidden, last]), gain)
 
 

@@ -4,7 +4,7 @@
 and what `collect_inputs` has gathered over calibration batches.
 """
 
-from jaxlib_methods.low_rank._compress import (
+from jaxlib_methods.low_rank.compression import (
     InputStatistics as InputStatistics,
     collect_inputs as collect_inputs,
     compress_kernels as compress_kernels,
@@ -12,7 +12,7 @@ from jaxlib_methods.low_rank._compress import (
     linear_inputs as linear_inputs,
     sensitivity_search as sensitivity_search,
 )
-from jaxlib_methods.low_rank._decompositions import (
+from jaxlib_methods.low_rank.decompositions import (
     LowRank as LowRank,
     asvd as asvd,
     rank_for_keep as rank_for_keep,
@@ -20,7 +20,7 @@ from jaxlib_methods.low_rank._decompositions import (
     truncated_svd as truncated_svd,
     whitening_factor as whitening_factor,
 )
-from jaxlib_methods.low_rank._metrics import effective_rank as effective_rank, stable_rank as stable_rank
+from jaxlib_methods.low_rank.metrics import effective_rank as effective_rank, stable_rank as stable_rank
 
 __all__ = [
     "InputStatistics",

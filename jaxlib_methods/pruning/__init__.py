@@ -9,126 +9,126 @@ r"""Pruning = a score x a scope x a schedule, giving masks; optax transformation
 Structured pruning (RANP) removes whole neurons and returns a smaller dense network:
 
     wiring = trace_wiring(model, example)                              # which channels stand or fall together
-    scores = balance_layers(neuron_importance(loss_fn, params, batch, wiring))
-    scores = reweight_layers(scores, {layer.name: layer.flops for layer in wiring.layers}, strength=11)
+    scores = neuron_scores.balance_layers(neuron_importance(loss_fn, params, batch, wiring))
+    scores = neuron_scores.reweight_layers(scores, {layer.name: layer.flops for layer in wiring.layers}, strength=11)
     kept = clean_up_neurons(keep_neurons(scores, sparsity=0.78), wiring, scores)
-    smaller = redraw_weights(remove_neurons(model, kept, wiring), key=key)
+    smaller = removal.redraw_weights(remove_neurons(model, kept, wiring), key=key)
 
-A `None` in a tree of scores or masks means that the parameter is never pruned; `prunable` says which are candidates.
+A `None` in a tree of scores or masks means that the parameter is never pruned; `mark_prunable` says what may be.
+
+| method | score | how it cuts |
+| --- | --- | --- |
+| SNIP | `connection_sensitivity` | `prune_masks`, once; `pruned` trains what is left |
+| GraSP | `grasp` | `prune_masks`, once |
+| SynFlow | `synflow` | `iterative_prune`, no data |
+| magnitude, random | `scores.magnitude`, `scores.random` | either |
+| signal propagation | `connection_sensitivity` after `reinitialize` | `prune_masks`, then `repair_isometry` |
+| RANP | `neuron_importance` on the network's `trace_wiring` | `keep_neurons`, `clean_up_neurons`, `remove_neurons` |
+
+`masks` and `sparsity` hold what is done with masks, `signal_propagation` and `isometry` the diagnostics of a pruned
+network, `neuron_scores`, `neurons`, `removal` and `wiring` the steps of RANP.
 """
 
-from jaxlib_methods.pruning._initializers import (
-    orthogonal_convolution as orthogonal_convolution,
-    reinitialize as reinitialize,
-)
-from jaxlib_methods.pruning._isometry import (
-    RepairedIsometry as RepairedIsometry,
-    isometry_loss as isometry_loss,
-    repair_isometry as repair_isometry,
-)
-from jaxlib_methods.pruning._masks import (
-    MaskState as MaskState,
-    PrunedState as PrunedState,
-    Sparsity as Sparsity,
-    apply_masks as apply_masks,
-    format_sparsity as format_sparsity,
-    mask_updates as mask_updates,
-    pack_masks as pack_masks,
-    pruned as pruned,
-    summarize_sparsity as summarize_sparsity,
-    unpack_masks as unpack_masks,
-)
-from jaxlib_methods.pruning._neurons import (
-    balance_layers as balance_layers,
-    clean_up_neurons as clean_up_neurons,
-    empty_layers as empty_layers,
-    keep_neurons as keep_neurons,
-    max_sparsity as max_sparsity,
-    neuron_importance as neuron_importance,
-    resource_weights as resource_weights,
-    reweight_layers as reweight_layers,
-)
-from jaxlib_methods.pruning._removal import (
-    neuron_masks as neuron_masks,
-    redraw_weights as redraw_weights,
-    remove_neurons as remove_neurons,
-)
-from jaxlib_methods.pruning._scores import (
-    connection_sensitivity as connection_sensitivity,
-    gate_gradient as gate_gradient,
-    grasp as grasp,
-    magnitude as magnitude,
-    random as random,
-    synflow as synflow,
+from jaxlib_methods._moved import moved_names
+from jaxlib_methods.pruning import (
+    initializers as initializers,
+    isometry as isometry,
+    masks as masks,
+    neuron_scores as neuron_scores,
+    neurons as neurons,
+    removal as removal,
+    scores as scores,
+    signal_propagation as signal_propagation,
+    sparsity as sparsity,
+    wiring as wiring,
 )
 from jaxlib_methods.pruning._selection import (
     iterative_prune as iterative_prune,
-    prunable as prunable,
+    mark_prunable as mark_prunable,
     prune_masks as prune_masks,
 )
-from jaxlib_methods.pruning._signal_propagation import (
-    LayerSensitivity as LayerSensitivity,
-    Spectrum as Spectrum,
-    jacobian_singular_values as jacobian_singular_values,
-    layer_sensitivity as layer_sensitivity,
-    summarize_spectrum as summarize_spectrum,
-    uniform_cross_entropy as uniform_cross_entropy,
-    weight_singular_values as weight_singular_values,
+from jaxlib_methods.pruning.initializers import (
+    reinitialize as reinitialize,
 )
-from jaxlib_methods.pruning._wiring import (
-    Cost as Cost,
-    Layer as Layer,
-    Wiring as Wiring,
-    network_costs as network_costs,
+from jaxlib_methods.pruning.isometry import (
+    repair_isometry as repair_isometry,
+)
+from jaxlib_methods.pruning.masks import (
+    apply_masks as apply_masks,
+    pruned as pruned,
+)
+from jaxlib_methods.pruning.neuron_scores import (
+    neuron_importance as neuron_importance,
+)
+from jaxlib_methods.pruning.neurons import (
+    clean_up_neurons as clean_up_neurons,
+    keep_neurons as keep_neurons,
+)
+from jaxlib_methods.pruning.removal import (
+    remove_neurons as remove_neurons,
+)
+from jaxlib_methods.pruning.scores import (
+    connection_sensitivity as connection_sensitivity,
+    grasp as grasp,
+    synflow as synflow,
+)
+from jaxlib_methods.pruning.wiring import (
     trace_wiring as trace_wiring,
 )
 
 __all__ = [
-    "Cost",
-    "Layer",
-    "LayerSensitivity",
-    "MaskState",
-    "PrunedState",
-    "RepairedIsometry",
-    "Sparsity",
-    "Spectrum",
-    "Wiring",
     "apply_masks",
-    "balance_layers",
     "clean_up_neurons",
     "connection_sensitivity",
-    "empty_layers",
-    "format_sparsity",
-    "gate_gradient",
     "grasp",
-    "isometry_loss",
     "iterative_prune",
-    "jacobian_singular_values",
     "keep_neurons",
-    "layer_sensitivity",
-    "magnitude",
-    "mask_updates",
-    "max_sparsity",
-    "network_costs",
+    "mark_prunable",
     "neuron_importance",
-    "neuron_masks",
-    "orthogonal_convolution",
-    "pack_masks",
-    "prunable",
     "prune_masks",
     "pruned",
-    "random",
-    "redraw_weights",
     "reinitialize",
     "remove_neurons",
     "repair_isometry",
-    "resource_weights",
-    "reweight_layers",
-    "summarize_sparsity",
-    "summarize_spectrum",
     "synflow",
     "trace_wiring",
-    "uniform_cross_entropy",
-    "unpack_masks",
-    "weight_singular_values",
 ]
+
+__getattr__ = moved_names(
+    __name__,
+    {
+        "Cost": "pruning.wiring.Cost",
+        "Layer": "pruning.wiring.Layer",
+        "LayerSensitivity": "pruning.signal_propagation.LayerSensitivity",
+        "MaskState": "pruning.masks.MaskState",
+        "PrunedState": "pruning.masks.PrunedState",
+        "RepairedIsometry": "pruning.isometry.IsometryResult",
+        "Sparsity": "pruning.sparsity.Sparsity",
+        "Spectrum": "pruning.signal_propagation.Spectrum",
+        "Wiring": "pruning.wiring.Wiring",
+        "balance_layers": "pruning.neuron_scores.balance_layers",
+        "empty_layers": "pruning.neurons.empty_layers",
+        "format_sparsity": "pruning.sparsity.format_sparsity",
+        "gate_gradient": "pruning.scores.gate_gradient",
+        "isometry_loss": "pruning.isometry.isometry_loss",
+        "jacobian_singular_values": "pruning.signal_propagation.jacobian_singular_values",
+        "layer_sensitivity": "pruning.signal_propagation.layer_sensitivity",
+        "magnitude": "pruning.scores.magnitude",
+        "mask_updates": "pruning.masks.mask_updates",
+        "max_sparsity": "pruning.neurons.max_sparsity",
+        "network_costs": "pruning.wiring.network_costs",
+        "neuron_masks": "pruning.removal.neuron_masks",
+        "orthogonal_convolution": "pruning.initializers.orthogonal_convolution",
+        "pack_masks": "pruning.masks.pack_masks",
+        "prunable": "pruning.mark_prunable",
+        "random": "pruning.scores.random",
+        "redraw_weights": "pruning.removal.redraw_weights",
+        "resource_weights": "pruning.neuron_scores.resource_weights",
+        "reweight_layers": "pruning.neuron_scores.reweight_layers",
+        "summarize_sparsity": "pruning.sparsity.summarize_sparsity",
+        "summarize_spectrum": "pruning.signal_propagation.summarize_spectrum",
+        "uniform_cross_entropy": "pruning.signal_propagation.uniform_cross_entropy",
+        "unpack_masks": "pruning.masks.unpack_masks",
+        "weight_singular_values": "pruning.signal_propagation.weight_singular_values",
+    },
+)

@@ -10,14 +10,14 @@ import numpy as np
 
 from jaxlib_methods import trees
 from jaxlib_methods.kernels import threshold
-from jaxlib_methods.pruning._masks import apply_masks
+from jaxlib_methods.pruning.masks import apply_masks
 
 PyTree = Any
 
 _NORMALISATION = re.compile(r"(^|[/_])(bn|batch_?norm|layer_?norm|group_?norm|rms_?norm|norm)[^/]*/", re.IGNORECASE)
 
 
-def prunable(params: PyTree, policy: str = "snip") -> PyTree:
+def mark_prunable(params: PyTree, policy: str = "snip") -> PyTree:
     """Which parameters are candidates: the stated answer to what happens with biases and batch norm.
 
     * "snip" is what the authors' code does: weights and biases have gates, the scale and shift of normalisation
@@ -39,9 +39,9 @@ def prunable(params: PyTree, policy: str = "snip") -> PyTree:
     Example:
       >>> import jax.numpy as jnp
       >>> dense, bn = {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}, {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
-      >>> prunable({"dense1": dense, "bn1": bn})
+      >>> mark_prunable({"dense1": dense, "bn1": bn})
       {'bn1': {'bias': False, 'scale': False}, 'dense1': {'bias': True, 'kernel': True}}
-      >>> prunable({"dense1": dense, "bn1": bn}, policy="weights")
+      >>> mark_prunable({"dense1": dense, "bn1": bn}, policy="weights")
       {'bn1': {'bias': False, 'scale': False}, 'dense1': {'bias': False, 'kernel': True}}
 
     Source: Lee, Ajanthan, Torr (ICLR 2019), arXiv:1810.02340, and the authors' code [lee2019snip].
@@ -90,7 +90,7 @@ def iterative_prune(
     params: PyTree,
     sparsity: float,
     *,
-    steps: int = 100,
+    num_steps: int = 100,
     schedule: str = "exponential",
     scope: str = "global",
 ) -> PyTree:
@@ -102,7 +102,7 @@ def iterative_prune(
       score_fn: `params -> scores`, called with the parameters masked so far; `None` where a parameter is never pruned.
       params: pytree of arrays.
       sparsity: share removed in the end, in [0, 1).
-      steps: number of cuts $T$; static.
+      num_steps: number of cuts $T$; static.
       schedule: "exponential" or "linear".
       scope: as in `prune_masks`.
 
@@ -116,18 +116,18 @@ def iterative_prune(
     Example:
       >>> import jax.numpy as jnp
       >>> params = {"w": jnp.array([1.0, 4.0, 2.0, 3.0])}
-      >>> masks = iterative_prune(lambda p: jax.tree.map(jnp.abs, p), params, sparsity=0.5, steps=3)
+      >>> masks = iterative_prune(lambda p: jax.tree.map(jnp.abs, p), params, sparsity=0.5, num_steps=3)
       >>> masks["w"].tolist()
       [False, True, False, True]
 
     Source: Tanaka, Kunin, Yamins, Ganguli (NeurIPS 2020), arXiv:2006.05467, Algorithm 1 [tanaka2020pruning].
     """
     _check_sparsity(sparsity)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     if schedule not in ("exponential", "linear"):
         raise ValueError(f'schedule must be "exponential" or "linear", got {schedule!r}')
-    progress = np.arange(1, steps + 1) / steps
+    progress = np.arange(1, num_steps + 1) / num_steps
     shares = (1 - sparsity) ** progress if schedule == "exponential" else 1 - sparsity * progress
 
     @jax.jit
@@ -145,12 +145,12 @@ def iterative_prune(
             return threshold.keep_largest(scores, jax.tree.map(lambda kept: kept[t], counts)), first_bad
 
         everything = jax.tree.map(lambda s: jnp.ones(s.shape, bool), shapes)
-        return jax.lax.fori_loop(0, steps, cut, (everything, jnp.int32(steps)))
+        return jax.lax.fori_loop(0, num_steps, cut, (everything, jnp.int32(num_steps)))
 
     masks, first_bad = run(params)
-    if not isinstance(first_bad, jax.core.Tracer) and first_bad < steps:
+    if not isinstance(first_bad, jax.core.Tracer) and first_bad < num_steps:
         raise ValueError(
-            f"score_fn returned a score that is not finite before cut {int(first_bad) + 1} of {steps}; "
+            f"score_fn returned a score that is not finite before cut {int(first_bad) + 1} of {num_steps}; "
             "look at the scale of the parameters, or score in float64"
         )
     return masks

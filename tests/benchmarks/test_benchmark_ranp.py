@@ -31,7 +31,7 @@ def test_networks_and_removal(monkeypatch):
     pruned, rounded, full, masked = nets
     assert (full, masked) == ("full", "masked")
     for name in (pruned, rounded):
-        flops = pruning.network_costs(nets[name], task.example)[-1].flops
+        flops = pruning.wiring.network_costs(nets[name], task.example)[-1].flops
         assert name.endswith(f"FLOPs/{task.full['flops'] / flops:.2f}") and flops < task.full["flops"]
     assert nets[rounded].encoder[1][1].conv.out_features == 8
     shapes = lambda net: jax.tree.map(lambda leaf: leaf.shape, nnx.state(net))

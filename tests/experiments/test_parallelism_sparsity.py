@@ -173,7 +173,7 @@ def test_simple_cnn_keeps_6235_of_its_connections_and_no_bias():
     assert 106 <= silent < 0.1 * 62_346
     for sparsity, kept in ((0.0, 62_346), (0.1, 56_111), (0.9, 6_235)):
         masks = pruning.prune_masks(scores, sparsity)
-        rows = {row.path: row.kept for row in pruning.summarize_sparsity(masks)}
+        rows = {row.path: row.kept for row in pruning.sparsity.summarize_sparsity(masks)}
         assert rows["total"] == kept
         if sparsity:
             assert rows["conv1/bias"] == rows["conv2/bias"] == rows["dense/bias"] == 0

@@ -9,17 +9,9 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings, strategies as st
 
-from jaxlib_methods.pruning import (
-    balance_layers,
-    clean_up_neurons,
-    empty_layers,
-    keep_neurons,
-    max_sparsity,
-    neuron_importance,
-    resource_weights,
-    reweight_layers,
-    trace_wiring,
-)
+from jaxlib_methods.pruning import clean_up_neurons, keep_neurons, neuron_importance, trace_wiring
+from jaxlib_methods.pruning.neuron_scores import balance_layers, resource_weights, reweight_layers
+from jaxlib_methods.pruning.neurons import empty_layers, max_sparsity
 from tests.jaxlib_methods.pruning.ranp_networks import Plain, abstract, filled
 
 positive = st.floats(1e-3, 1e3)

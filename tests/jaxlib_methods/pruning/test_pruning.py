@@ -41,17 +41,17 @@ def test_synflow_conserves_flow_in_every_layer_and_reads_no_data(key):
 
 
 def test_magnitude_and_random_scores(key):
-    np.testing.assert_array_equal(pruning.magnitude(PARAMS)["a"], np.abs(PARAMS["a"]))
-    draws = pruning.random({"a": jnp.zeros(1000), "b": jnp.zeros(1000)}, key=key)
+    np.testing.assert_array_equal(pruning.scores.magnitude(PARAMS)["a"], np.abs(PARAMS["a"]))
+    draws = pruning.scores.random({"a": jnp.zeros(1000), "b": jnp.zeros(1000)}, key=key)
     assert abs(float(draws["a"].mean()) - 0.5) < 0.05 and not jnp.array_equal(draws["a"], draws["b"])
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.75])
 def test_scope_per_layer_keeps_the_same_share_of_every_leaf(sparsity):
-    masks = pruning.prune_masks(pruning.magnitude(PARAMS), sparsity, scope="per_layer")
+    masks = pruning.prune_masks(pruning.scores.magnitude(PARAMS), sparsity, scope="per_layer")
     for name, leaf in PARAMS.items():
         assert int(masks[name].sum()) == round(leaf.size * (1 - sparsity))
-    together = pruning.prune_masks(pruning.magnitude(PARAMS), 0.5)
+    together = pruning.prune_masks(pruning.scores.magnitude(PARAMS), 0.5)
     assert [int(together[name].sum()) for name in PARAMS] == [2, 1]
 
 
@@ -74,7 +74,7 @@ def test_iterative_pruning_equals_a_loop_in_python(schedule, scope, key):
     params = {"a": jax.random.normal(key, (8, 6)), "b": jax.random.normal(jax.random.key(1), (6,)), "bn": None}
     score = lambda p: {"a": jnp.abs(p["a"] * p["b"][None, :]), "b": jnp.abs(p["b"]) * p["a"].sum() ** 2, "bn": None}
     steps, sparsity = 5, 0.7
-    masks = pruning.iterative_prune(score, params, sparsity, steps=steps, schedule=schedule, scope=scope)
+    masks = pruning.iterative_prune(score, params, sparsity, num_steps=steps, schedule=schedule, scope=scope)
     expected = {"a": np.ones((8, 6), bool), "b": np.ones(6, bool)}
     for t in range(1, steps + 1):
         share = (1 - sparsity) ** (t / steps) if schedule == "exponential" else 1 - sparsity * t / steps
@@ -97,10 +97,10 @@ def test_candidates_by_policy_on_a_network_with_batch_norm():
     build = lambda: models.create("alexnet_s", num_classes=10, input_shape=(32, 32, 3), rngs=nnx.Rngs(0))
     params = nnx.state(nnx.eval_shape(build), nnx.Param)
     names = jax.tree.leaves(trees.path_names(params))
-    snip = dict(zip(names, jax.tree.leaves(pruning.prunable(params, "snip")), strict=True))
+    snip = dict(zip(names, jax.tree.leaves(pruning.mark_prunable(params, "snip")), strict=True))
     assert not any(gated for name, gated in snip.items() if "bn" in name)
     assert all(gated for name, gated in snip.items() if "bn" not in name)
-    weights = dict(zip(names, jax.tree.leaves(pruning.prunable(params, "weights")), strict=True))
+    weights = dict(zip(names, jax.tree.leaves(pruning.mark_prunable(params, "weights")), strict=True))
     assert {name.rpartition("/")[2] for name, gated in weights.items() if gated} == {"kernel"}
 
 
@@ -115,9 +115,9 @@ def test_none_is_never_pruned():
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 8)])
 def test_packing_is_exact(shape, key):
     masks = {"w": jax.random.bernoulli(key, 0.5, shape), "frozen": None}
-    packed = pruning.pack_masks(masks)
+    packed = pruning.masks.pack_masks(masks)
     assert packed["w"].dtype == jnp.uint8 and packed["w"].size == -(-max(masks["w"].size, 1) // 8)
-    back = pruning.unpack_masks(packed, masks)
+    back = pruning.masks.unpack_masks(packed, masks)
     assert back["frozen"] is None
     np.testing.assert_array_equal(back["w"], masks["w"])
 
@@ -125,7 +125,7 @@ def test_packing_is_exact(shape, key):
 def test_a_link_for_chains_and_masks_from_a_function():
     nonzero = lambda params: jax.tree.map(lambda p: p != 0, params)
     params = {"w": jnp.array([1.0, 0.0])}
-    optimizer = optax.chain(optax.sgd(1.0, momentum=0.9), pruning.mask_updates(nonzero))
+    optimizer = optax.chain(optax.sgd(1.0, momentum=0.9), pruning.masks.mask_updates(nonzero))
     updates, _ = optimizer.update({"w": jnp.array([1.0, jnp.nan])}, optimizer.init(params), params)
     np.testing.assert_array_equal(updates["w"], [-1, 0])
 
@@ -143,10 +143,10 @@ def test_masks_can_be_replaced_without_recompiling():
 
 
 def test_summary_counts_what_is_kept():
-    rows = pruning.summarize_sparsity(pruning.prune_masks(pruning.magnitude(PARAMS), 0.5))
+    rows = pruning.sparsity.summarize_sparsity(pruning.prune_masks(pruning.scores.magnitude(PARAMS), 0.5))
     assert [(row.path, row.kept, row.total) for row in rows] == [("a", 2, 4), ("b", 1, 2), ("total", 3, 6)]
     assert rows[-1].sparsity == 0.5
-    assert "50.0%" in pruning.format_sparsity(rows)
+    assert "50.0%" in pruning.sparsity.format_sparsity(rows)
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.2, float("nan")])
@@ -154,7 +154,7 @@ def test_sparsity_outside_its_range_is_an_error(sparsity):
     with pytest.raises(ValueError, match=r"sparsity must lie in \[0, 1\)"):
         pruning.prune_masks(PARAMS, sparsity)
     with pytest.raises(ValueError, match=r"sparsity must lie in \[0, 1\)"):
-        pruning.iterative_prune(pruning.magnitude, PARAMS, sparsity)
+        pruning.iterative_prune(pruning.scores.magnitude, PARAMS, sparsity)
 
 
 def test_bad_input_is_named():
@@ -169,9 +169,9 @@ def test_bad_input_is_named():
         pruning.prune_masks({"w": jnp.array([1.0, jnp.nan])}, 0.5)
     overflow = lambda params: jax.tree.map(lambda p: jnp.abs(p) * 1e38 * 1e38, params)
     with pytest.raises(ValueError, match="not finite before cut 1 of 3"):
-        pruning.iterative_prune(overflow, PARAMS, 0.5, steps=3)
+        pruning.iterative_prune(overflow, PARAMS, 0.5, num_steps=3)
     with pytest.raises(ValueError, match="policy must be"):
-        pruning.prunable(PARAMS, "kernels")
+        pruning.mark_prunable(PARAMS, "kernels")
     with pytest.raises(ValueError, match="scope must be"):
         pruning.prune_masks(PARAMS, 0.5, scope="layer")
     with pytest.raises(ValueError, match="at 'a' the parameter has the shape"):

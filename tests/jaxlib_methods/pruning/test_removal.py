@@ -9,17 +9,10 @@ import pytest
 from flax import nnx
 
 from jaxlib_methods import models
-from jaxlib_methods.pruning import (
-    apply_masks,
-    clean_up_neurons,
-    empty_layers,
-    keep_neurons,
-    network_costs,
-    neuron_masks,
-    redraw_weights,
-    remove_neurons,
-    trace_wiring,
-)
+from jaxlib_methods.pruning import apply_masks, clean_up_neurons, keep_neurons, remove_neurons, trace_wiring
+from jaxlib_methods.pruning.neurons import empty_layers
+from jaxlib_methods.pruning.removal import neuron_masks, redraw_weights
+from jaxlib_methods.pruning.wiring import network_costs
 from tests.jaxlib_methods.pruning.ranp_networks import Plain, Zoo, abstract, filled
 
 BUILDS = {

@@ -39,14 +39,14 @@ def test_1_gate_gradient_is_weight_times_gradient(network):
     params, batch = network
     gated = lambda gates: loss_fn(jax.tree.map(jnp.multiply, params, gates), batch)
     expected = jax.grad(gated)(jax.tree.map(jnp.ones_like, params))
-    for ours, explicit in zip(pruning.gate_gradient(loss_fn, params, batch), expected, strict=True):
+    for ours, explicit in zip(pruning.scores.gate_gradient(loss_fn, params, batch), expected, strict=True):
         np.testing.assert_allclose(ours, explicit, rtol=1e-5, atol=1e-7)
 
 
 def test_2_worked_example():
     w, x = jnp.array([1.0, -2.0, 0.5]), jnp.array([[3.0, 1.0, -4.0]])
     square = lambda w, x: jnp.mean((x @ w) ** 2) / 2
-    np.testing.assert_array_equal(pruning.gate_gradient(square, w, x), [-3, 2, 2])
+    np.testing.assert_array_equal(pruning.scores.gate_gradient(square, w, x), [-3, 2, 2])
     scores = pruning.connection_sensitivity(square, w, x)
     np.testing.assert_allclose(scores, np.array([3, 2, 2]) / 7, rtol=1e-6)
     mask = pruning.prune_masks(scores, sparsity=1 / 3)  # a rule ">= the second largest" would keep three
@@ -66,7 +66,7 @@ def test_3_exact_count_for_a_tied_network(model, shape, sparsity, kept):
     shapes = nnx.state(nnx.eval_shape(build), nnx.Param)
     scores = jax.tree.map(lambda s: jnp.round(jnp.linspace(0, 9, s.size)).reshape(s.shape), shapes)
     masks = pruning.prune_masks(scores, sparsity)
-    total = pruning.summarize_sparsity(masks)[-1]
+    total = pruning.sparsity.summarize_sparsity(masks)[-1]
     assert abs(total.kept - kept) <= 1  # 13330.5 rounds by floating-point error
     assert total.kept == round(total.total * (1 - sparsity))
 
@@ -74,7 +74,7 @@ def test_3_exact_count_for_a_tied_network(model, shape, sparsity, kept):
 def test_3_exact_count_of_vgg_d():
     build = lambda: models.create("vgg_d", num_classes=10, input_shape=(32, 32, 3), rngs=nnx.Rngs(0))
     params = nnx.state(nnx.eval_shape(build), nnx.Param)
-    gated = trees.partition(params, pruning.prunable(params, "snip"))[0]
+    gated = trees.partition(params, pruning.mark_prunable(params, "snip"))[0]
     total = sum(leaf.size for leaf in jax.tree.leaves(gated))
     assert total == 15_245_130
     assert round(total * (1 - 0.95)) in (762_256, 762_257)
@@ -105,7 +105,7 @@ def test_5_zero_biases_score_zero_and_are_pruned(key):
 
 def test_6_every_layer_conserves_the_signed_sum(x64, network):
     params, batch = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, network)
-    sums = [float(jnp.sum(g)) for g in pruning.gate_gradient(loss_fn, params, batch)]
+    sums = [float(jnp.sum(g)) for g in pruning.scores.gate_gradient(loss_fn, params, batch)]
     logits = forward(params, batch["x"])
     by_logits = jax.grad(lambda z: optax.softmax_cross_entropy_with_integer_labels(z, batch["y"]).mean())(logits)
     np.testing.assert_allclose(sums, float(jnp.sum(logits * by_logits)), rtol=1e-12)
@@ -143,7 +143,7 @@ def test_8_micro_batches_average_signed_gradients(network):
     for a, b in zip(pruning.prune_masks(whole, 0.7), pruning.prune_masks(parts, 0.7), strict=True):
         np.testing.assert_array_equal(a, b)
     halves = [jax.tree.map(lambda x, i=i: x[8 * i : 8 * i + 8], batch) for i in range(2)]
-    absolute = [jax.tree.map(jnp.abs, pruning.gate_gradient(loss_fn, params, half)) for half in halves]
+    absolute = [jax.tree.map(jnp.abs, pruning.scores.gate_gradient(loss_fn, params, half)) for half in halves]
     wrong = jax.tree.map(lambda a, b: (a + b) / 2, *absolute)
     masks = pruning.prune_masks(wrong, 0.7)
     assert any(bool(jnp.any(a != b)) for a, b in zip(masks, pruning.prune_masks(whole, 0.7), strict=True))
@@ -151,7 +151,7 @@ def test_8_micro_batches_average_signed_gradients(network):
 
 def test_8_micro_batches_hold_one_gradient_at_a_time():
     w, batch = jax.ShapeDtypeStruct((100, 100), jnp.float32), jax.ShapeDtypeStruct((32, 100), jnp.float32)
-    score = lambda w, x: pruning.gate_gradient(lambda w, x: jnp.mean((x @ w) ** 2), w, x, num_microbatches=16)
+    score = lambda w, x: pruning.scores.gate_gradient(lambda w, x: jnp.mean((x @ w) ** 2), w, x, num_microbatches=16)
     memory = jax.jit(score).lower(w, batch).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 100 * 100 * 4  # bytes of four copies of w; sixteen if they were stacked
 

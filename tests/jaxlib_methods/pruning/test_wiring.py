@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxlib_methods import models
-from jaxlib_methods.pruning import network_costs, trace_wiring
+from jaxlib_methods.pruning.wiring import network_costs, trace_wiring
 from tests.jaxlib_methods.pruning.ranp_networks import Around, Plain, Zoo, abstract, mean_pool
 
 MEBIBYTE = 2**20

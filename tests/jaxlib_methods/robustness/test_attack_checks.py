@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from jaxlib_methods import robustness as rb
-from jaxlib_methods.robustness import _scaling
 from tests.jaxlib_methods.robustness import small_network as net
 
 close = np.testing.assert_allclose
 HNS = rb.HessianNormScaling()
-log_hessian_norm, hns_temperature = jax.jit(rb.log_hessian_norm), jax.jit(rb.hessian_norm_temperature)
-njs_temperature = jax.jit(rb.network_jacobian_temperature)
-OPTIONS = {"epsilon": 0.1, "step_size": 0.02, "steps": 10}
+log_hessian_norm, hns_temperature = jax.jit(rb.scaling.log_hessian_norm), jax.jit(rb.scaling.hessian_norm_scale)
+njs_temperature = jax.jit(rb.scaling.network_jacobian_scale)
+OPTIONS = {"radius": 0.1, "step_size": 0.02, "num_steps": 10}
 
 
 def numpy_log_hessian_norm(a, J, beta):
@@ -29,8 +28,8 @@ def numpy_log_hessian_norm(a, J, beta):
 
 @jax.jit
 def look(params, images):
-    logits, J = _scaling.logits_and_jacobian(net.apply, params, images)
-    return logits, _scaling.logit_gram(logits, J)
+    logits, J = rb.jacobians.logits_and_jacobian(net.apply, params, images)
+    return logits, rb.jacobians.logit_gram(logits, J)
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +53,12 @@ def test_1_predictions_do_not_depend_on_the_temperature(attacked):
 
 @pytest.mark.parametrize(("d", "numerator"), [(2, 4.59512), (10, 6.79234), (100, 9.19024)])
 def test_2_the_bound_of_njs_is_tight(d, numerator):
-    close(rb.confidence_temperature(1.0, d), numerator, atol=1e-5)
+    close(rb.scaling.confidence_scale(1.0, d), numerator, atol=1e-5)
     logits = 37 * np.eye(d, dtype=np.float32)[:1]  # all others equal: certain to exactly 1 - rho
     beta = njs_temperature(logits, np.array([0]), 1.0)
     close(net.numpy_softmax(np.float64(beta[0]) * logits[0])[0], 0.99, atol=1e-6)
     spread = np.random.default_rng(0).normal(size=(500, d))
-    below = 0.999 * np.asarray(rb.confidence_temperature(np.ptp(spread, axis=1), d))
+    below = 0.999 * np.asarray(rb.scaling.confidence_scale(np.ptp(spread, axis=1), d))
     assert all(1 - net.numpy_softmax(beta * a).max() > 0.01 for beta, a in zip(below, spread, strict=True))
 
 
@@ -83,7 +82,7 @@ def test_4_njs_scales_the_mean_singular_value_to_one(attacked):
     scale = rb.network_jacobian_scaling(net.linear, W, images).scale
     close(np.linalg.svd(scale * W, compute_uv=False).mean(), 1, rtol=1e-5)
     singular = [np.linalg.svd(net.numpy_logits_and_jacobian(params, x)[1], compute_uv=False) for x in images]
-    close(rb.jacobian_singular_values(net.apply, params, images), singular, rtol=1e-4)
+    close(rb.jacobians.logit_singular_values(net.apply, params, images), singular, rtol=1e-4)
     close(njs.scale, 1 / np.mean(singular), rtol=1e-5)
 
 
@@ -94,11 +93,11 @@ def test_4_the_hessian_formula_is_the_hessian(model, x64):
 
     @jax.jit
     def both(images, beta):
-        logits, J = _scaling.logits_and_jacobian(f, params, images)
+        logits, J = rb.jacobians.logits_and_jacobian(f, params, images)
         rows = J.reshape(len(images), 5, -1)
         loss = lambda x, b: -jax.nn.log_softmax(b * f(params, x[None]))[0, 2]
         hessian = jax.vmap(jax.hessian(loss))(images, beta)
-        return rb.log_hessian_norm(logits, rows @ rows.mT, beta[:, None])[:, 0], hessian
+        return rb.scaling.log_hessian_norm(logits, rows @ rows.mT, beta[:, None])[:, 0], hessian
 
     found, hessian = both(np.random.default_rng(1).random((3, *net.SHAPE)), np.array([0.3, 1.0, 2.0]))
     close(found, np.log(np.linalg.norm(np.asarray(hessian).reshape(3, 16, 16), axis=(1, 2))), rtol=1e-9)
@@ -119,7 +118,7 @@ def test_5_the_small_matrices_give_the_large_ones_norm_far_into_saturation(attac
 
 @pytest.mark.parametrize(("d", "ends"), [(2, (0.040005, 165.786)), (10, (0.10648, 167.983)), (100, (0.70330, 170.381))])
 def test_6_the_ends_of_the_grid(d, ends):
-    close(_scaling.grid_ends(d), ends, rtol=1e-4)
+    close(rb.scaling.grid_ends(d), ends, rtol=1e-4)
 
 
 def test_6_two_labels_have_a_closed_optimum_that_the_grid_misses():
@@ -153,7 +152,7 @@ def test_6_hns_equals_a_loop_with_the_whole_hessian(attacked):
     for i in range(len(images)):
         a, rows = net.numpy_logits_and_jacobian(params, images[i])
         top = np.sort(a)[::-1]
-        grid = np.linspace(*_scaling.grid_ends(5), 100) / (top[0] - top[1])
+        grid = np.linspace(*rb.scaling.grid_ends(5), 100) / (top[0] - top[1])
         best = int(np.argmax([numpy_log_hessian_norm(a, rows, beta) for beta in grid]))
         inner = a.argmax() == labels[i] and 0 < best < 99
         expected.append(grid[best] if inner else 1.0)
@@ -166,19 +165,19 @@ def test_7_a_saturated_network_has_no_gradient_until_it_is_scaled():
     x, label, key = jnp.array([[0.99, 0.01]]), jnp.array([0]), jax.random.key(0)
     loss = lambda x: -jax.nn.log_softmax(net.linear(W, x))[0, 0]
     assert not jax.grad(loss)(x).any()
-    options = {"epsilon": 0.1, "step_size": 0.025, "steps": 8}
-    start = rb.pgd(net.linear, W, x, label, key, **(options | {"steps": 1})).images
-    assert (rb.pgd(net.linear, W, x, label, key, **options).images == start).all()  # it keeps its random start
+    options = {"radius": 0.1, "step_size": 0.025, "num_steps": 8}
+    start = rb.pgd(net.linear, W, x, label, key=key, **(options | {"num_steps": 1})).images
+    assert (rb.pgd(net.linear, W, x, label, key=key, **options).images == start).all()  # it keeps its random start
     for scaling in (rb.network_jacobian_scaling(net.linear, W, x), HNS):
-        moved = rb.pgd(net.linear, W, x, label, key, scaling=scaling, **options).images
+        moved = rb.pgd(net.linear, W, x, label, key=key, scaling=scaling, **options).images
         close(moved, [[0.89, 0.11]], atol=1e-6)
 
 
 def test_9_a_temperature_of_one_is_the_plain_attack_to_the_bit(attacked):
     params, images, labels, _ = attacked
-    plain = rb.pgd(net.apply, params, images, labels, jax.random.key(3), **OPTIONS)
+    plain = rb.pgd(net.apply, params, images, labels, key=jax.random.key(3), **OPTIONS)
     for one in (1.0, jnp.ones(len(images))):
-        scaled = rb.pgd(net.apply, params, images, labels, jax.random.key(3), scaling=one, **OPTIONS)
+        scaled = rb.pgd(net.apply, params, images, labels, key=jax.random.key(3), scaling=one, **OPTIONS)
         assert (scaled.images == plain.images).all()
 
 
@@ -190,7 +189,7 @@ def test_10_njs_does_not_see_the_scale_of_the_last_layer(attacked):
         scaled = params | {"second": params["second"] * factor}
         njs = rb.network_jacobian_scaling(net.apply, scaled, images)
         found[factor] = [
-            rb.pgd(net.apply, scaled, images, labels, key, scaling=scaling, **OPTIONS) for scaling in (None, njs)
+            rb.pgd(net.apply, scaled, images, labels, key=key, scaling=scaling, **OPTIONS) for scaling in (None, njs)
         ]
     close(found[50][1].images, found[1][1].images, atol=1e-6)
     assert (found[50][1].success == found[1][1].success).all()

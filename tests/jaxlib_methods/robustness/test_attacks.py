@@ -14,7 +14,7 @@ from tests.jaxlib_methods.robustness import small_network as net
 
 close = np.testing.assert_allclose
 KEY = jax.random.key(5)
-OPTIONS = {"epsilon": 0.1, "step_size": 0.04, "steps": 5}
+OPTIONS = {"radius": 0.1, "step_size": 0.04, "num_steps": 5}
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,8 @@ def test_8_attacks_stay_in_the_ball_and_the_box(params, norm, scaling):
     images, labels = net.batch()
     images = images.at[:8].set(jnp.round(images[:8]))  # at the walls of the box
     epsilon = 0.3 if norm == "linf" else 0.9
-    options = OPTIONS | {"epsilon": epsilon, "step_size": epsilon / 2}
-    x = rb.pgd(net.apply, params, images, labels, KEY, norm=norm, scaling=scaling, **options).images
+    options = OPTIONS | {"radius": epsilon, "step_size": epsilon / 2}
+    x = rb.pgd(net.apply, params, images, labels, key=KEY, norm=norm, scaling=scaling, **options).images
     delta = np.asarray(x, np.float64) - np.asarray(images)
     size = np.abs(delta).max() if norm == "linf" else np.sqrt(np.square(delta).sum((1, 2, 3))).max()
     assert 0.5 * epsilon < size <= np.float32(epsilon)
@@ -81,11 +81,11 @@ def test_8_attacks_stay_in_the_ball_and_the_box(params, norm, scaling):
 def test_radius_step_and_box_may_differ_by_channel_and_not_exist(params):
     images, labels = net.batch()
     radius = jnp.linspace(0, 0.3, 4).reshape(4, 1)  # by column
-    options = {"steps": 5, "bounds": (jnp.zeros((4, 4, 1)), 1.0), "epsilon": radius, "step_size": 0.1 + radius}
-    x = rb.pgd(net.apply, params, images, labels, KEY, **options).images
+    options = {"num_steps": 5, "bounds": (jnp.zeros((4, 4, 1)), 1.0), "radius": radius, "step_size": 0.1 + radius}
+    x = rb.pgd(net.apply, params, images, labels, key=KEY, **options).images
     moved = np.abs(np.asarray(x, np.float64) - np.asarray(images)).max((0, 1))
     assert (moved <= np.asarray(radius)).all() and moved[-1] > 0.29 and moved[0] == 0
-    free = rb.pgd(net.apply, params, images, labels, KEY, **(options | {"bounds": None})).images
+    free = rb.pgd(net.apply, params, images, labels, key=KEY, **(options | {"bounds": None})).images
     assert free.min() < 0 and free.max() > 1
 
 
@@ -120,8 +120,8 @@ def test_pgd_equals_a_loop_over_images(params, norm, scaled):
     images, labels = net.batch()
     epsilon, eta = (0.1, 0.04) if norm == "linf" else (0.6, 0.25)
     scaling = rb.NetworkJacobianScaling(jnp.float32(0.7)) if scaled else None
-    options = {"epsilon": epsilon, "step_size": eta, "steps": 5, "norm": norm, "random_start": False}
-    found = rb.pgd(net.apply, params, images, labels, KEY, scaling=scaling, **options)
+    options = {"radius": epsilon, "step_size": eta, "num_steps": 5, "norm": norm, "random_start": False}
+    found = rb.pgd(net.apply, params, images, labels, key=KEY, scaling=scaling, **options)
     beta_of = numpy_njs if scaled else lambda a, label: 1.0
     for i in range(len(images)):
         expected = numpy_pgd(params, images[i], int(labels[i]), epsilon, eta, 5, norm, beta_of)
@@ -133,9 +133,9 @@ def test_pgd_equals_a_loop_over_images(params, norm, scaled):
 
 def test_fgsm_is_one_step_of_the_size_of_the_ball(params):
     images, labels = net.batch()
-    one = rb.pgd(net.apply, params, images, labels, KEY, epsilon=0.1, step_size=0.1, steps=1)
-    assert (rb.fgsm(net.apply, params, images, labels, KEY, epsilon=0.1).images == one.images).all()
-    assert (rb.fgsm(net.apply, params, images, labels, KEY, epsilon=0.0).images == images).all()
+    one = rb.pgd(net.apply, params, images, labels, key=KEY, radius=0.1, step_size=0.1, num_steps=1)
+    assert (rb.fgsm(net.apply, params, images, labels, key=KEY, radius=0.1).images == one.images).all()
+    assert (rb.fgsm(net.apply, params, images, labels, key=KEY, radius=0.0).images == images).all()
 
 
 @pytest.mark.parametrize("name", ["plain", "njs", "hns"])
@@ -148,7 +148,7 @@ def test_success_grows_with_epsilon(params, name):
     }[name]
     radii = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
     attack = lambda e: rb.pgd(
-        net.apply, params, images, labels, KEY, epsilon=e, step_size=e / 4 + 1e-6, steps=5, scaling=scaling
+        net.apply, params, images, labels, key=KEY, radius=e, step_size=e / 4 + 1e-6, num_steps=5, scaling=scaling
     )
     rates = [float(attack(e).success.mean()) for e in radii]
     assert rates == sorted(rates) and rates[0] == 0 and rates[-1] > 0.9
@@ -156,9 +156,9 @@ def test_success_grows_with_epsilon(params, name):
 
 def test_restarts_keep_the_first_success(params):
     images, labels = net.batch(count=64)
-    options = {"epsilon": 0.05, "step_size": 0.02, "steps": 2}
-    many = rb.pgd(net.apply, params, images, labels, KEY, restarts=6, **options)
-    runs = [rb.pgd(net.apply, params, images, labels, key, **options) for key in jax.random.split(KEY, 6)]
+    options = {"radius": 0.05, "step_size": 0.02, "num_steps": 2}
+    many = rb.pgd(net.apply, params, images, labels, key=KEY, num_restarts=6, **options)
+    runs = [rb.pgd(net.apply, params, images, labels, key=key, **options) for key in jax.random.split(KEY, 6)]
     success = np.stack([run.success for run in runs])
     assert (many.success == success.any(0)).all() and success.any(0).sum() > success[0].sum() > 0
     chosen = np.where(success.any(0), success.argmax(0), 5)
@@ -170,9 +170,9 @@ def test_a_sharded_batch_is_attacked_where_it_lies(params):
     mesh = jax.make_mesh((8,), ("data",))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     options = OPTIONS | {"scaling": rb.HessianNormScaling()}  # it has all parts: Jacobians, gradients, projections
-    alone = rb.pgd(net.apply, params, images, labels, KEY, **options)
+    alone = rb.pgd(net.apply, params, images, labels, key=KEY, **options)
     everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    spread = rb.pgd(net.apply, everywhere, *jax.device_put((images, labels), rows), KEY, **options)
+    spread = rb.pgd(net.apply, everywhere, *jax.device_put((images, labels), rows), key=KEY, **options)
     assert spread.images.sharding.is_equivalent_to(rows, 4)
     close(spread.images, alone.images, atol=1e-6)
     assert (spread.success == alone.success).all()
@@ -186,12 +186,12 @@ def test_an_attack_is_compiled_once_and_works_inside_jit(params):
         traces.append(None)
         return net.apply(params, x)
 
-    attack = lambda e: rb.pgd(apply, params, images, labels, KEY, epsilon=e, step_size=0.05, steps=3)
+    attack = lambda e: rb.pgd(apply, params, images, labels, key=KEY, radius=e, step_size=0.05, num_steps=3)
     first = attack(0.1)
     count = len(traces)
     attack(0.2)
     assert len(traces) <= count + 1  # the shape of the logits is looked at
-    inside = jax.jit(lambda p, x, k, e: rb.pgd(net.apply, p, x, k, KEY, epsilon=e, step_size=0.05, steps=3))
+    inside = jax.jit(lambda p, x, k, e: rb.pgd(net.apply, p, x, k, key=KEY, radius=e, step_size=0.05, num_steps=3))
     assert (inside(params, images, labels, 0.1).images == first.images).all()
 
 
@@ -211,13 +211,13 @@ def test_masking_is_diagnosed_image_by_image(params):
     for i in (0, 3):
         expected = np.linalg.svd(net.numpy_logits_and_jacobian(hidden, images[i])[1], compute_uv=False)
         close(found.singular_values[i], expected, rtol=1e-4)
-    cured = rb.gradient_masking(net.apply, hidden, images, labels, temperature=1e-4)
+    cured = rb.gradient_masking(net.apply, hidden, images, labels, logit_scale=1e-4)
     assert cured.vanished == 0 and cured.gradient_norm.min() > 1e-3
     for i in (1, 5):
         a, J = net.numpy_logits_and_jacobian(hidden, images[i])
         g = 1e-4 * J.T @ (net.numpy_softmax(1e-4 * a) - np.eye(5)[labels[i]])
         close(cured.gradient_norm[i], np.linalg.norm(g), rtol=1e-4)
-    assert rb.gradient_masking(net.apply, hidden, images, labels, temperature=1e-4, threshold=1e9).vanished == 1
+    assert rb.gradient_masking(net.apply, hidden, images, labels, logit_scale=1e-4, threshold=1e9).vanished == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -226,23 +226,23 @@ def test_masking_is_diagnosed_image_by_image(params):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"epsilon": -0.1}, ValueError, "epsilon must be at least 0, got -0.1"),
-        ({"epsilon": float("nan")}, ValueError, "epsilon must be"),
-        ({"epsilon": jnp.ones((3, 1))}, ValueError, r"epsilon must broadcast to the images \(32, 4, 4, 1\)"),
-        ({"epsilon": jnp.ones(1), "norm": "l2"}, ValueError, "epsilon of an L2 norm must be a number"),
+        ({"radius": -0.1}, ValueError, "radius must be at least 0, got -0.1"),
+        ({"radius": float("nan")}, ValueError, "radius must be"),
+        ({"radius": jnp.ones((3, 1))}, ValueError, r"radius must broadcast to the images \(32, 4, 4, 1\)"),
+        ({"radius": jnp.ones(1), "norm": "l2"}, ValueError, "radius of an L2 norm must be a number"),
         ({"step_size": 0.0}, ValueError, "step_size must be above 0, got 0.0"),
-        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
-        ({"restarts": 0}, ValueError, "restarts must be at least 1, got 0"),
+        ({"num_steps": 0}, ValueError, "num_steps must be at least 1, got 0"),
+        ({"num_restarts": 0}, ValueError, "num_restarts must be at least 1, got 0"),
         ({"norm": "l1"}, ValueError, r"norm must be one of \('linf', 'l2', 'l2_per_channel'\), got 'l1'"),
         ({"bounds": (0.2, 1.0)}, ValueError, "images must lie in the box"),
         ({"scaling": -1.0}, ValueError, "scaling must be positive and finite"),
-        ({"scaling": rb.NetworkJacobianScaling(1.0, 0.9)}, ValueError, r"rho must lie in \(0, 0.8\), got 0.9"),
+        ({"scaling": rb.NetworkJacobianScaling(1.0, 0.9)}, ValueError, r"min_error must lie in \(0, 0.8\), got 0.9"),
     ],
 )
 def test_bad_options_are_named(params, changes, error, message):
     images, labels = net.batch()
     with pytest.raises(error, match=message):
-        rb.pgd(net.apply, params, images, labels, KEY, **(OPTIONS | changes))
+        rb.pgd(net.apply, params, images, labels, key=KEY, **(OPTIONS | changes))
 
 
 def test_bad_arrays_and_networks_are_named(params):
@@ -256,7 +256,7 @@ def test_bad_arrays_and_networks_are_named(params):
         attack(net.apply, params, images, labels + 1)
     with pytest.raises(ValueError, match=r"images must be \[batch, ...\] and labels \[batch\]"):
         attack(net.apply, params, images, labels[:3])
-    with pytest.raises(ValueError, match="apply must return logits"):
+    with pytest.raises(ValueError, match="apply_fn must return logits"):
         attack(lambda params, x: net.apply(params, x)[0], params, images, labels)
     with pytest.raises(ValueError, match="at least two logits, got 1"):
         attack(lambda params, x: net.apply(params, x)[:, :1], params, images, labels)
@@ -269,7 +269,7 @@ def test_bad_arrays_and_networks_are_named(params):
         rb.network_jacobian_scaling(net.apply, jax.tree.map(jnp.zeros_like, params), images)
     with pytest.raises(ValueError, match="needs images, got none"):
         rb.network_jacobian_scaling(net.apply, params, images[:0])
-    with pytest.raises(ValueError, match=r"rho must lie in \(0, 0.5\)"):
-        rb.confidence_temperature(1.0, 2, rho=0.6)
-    with pytest.raises(ValueError, match="points must be at least 3"):
-        rb.HessianNormScaling(points=2)
+    with pytest.raises(ValueError, match=r"min_error must lie in \(0, 0.5\)"):
+        rb.scaling.confidence_scale(1.0, 2, min_error=0.6)
+    with pytest.raises(ValueError, match="num_points must be at least 3"):
+        rb.HessianNormScaling(num_points=2)

@@ -12,19 +12,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.pruning._masks import apply_masks
+from jaxlib_methods.pruning.masks import apply_masks
+
+__all__ = [
+    "IsometryResult",
+    "isometry_loss",
+    "repair_isometry",
+]
 
 PyTree = Any
 
 
-class RepairedIsometry(NamedTuple):
+class IsometryResult(NamedTuple):
     """What `repair_isometry` returns.
 
     Source: Lee, Ajanthan, Gould, Torr (ICLR 2020), arXiv:1906.06307 [lee2020signal].
     """
 
     params: PyTree  # like the parameters given; pruned entries are exactly 0
-    losses: jax.Array  # float [steps + 1]: F before each step and after the last
+    losses: jax.Array  # float [num_steps + 1]: F before each step and after the last
 
 
 def isometry_loss(params: PyTree, masks: PyTree | None = None) -> jax.Array:
@@ -59,10 +65,10 @@ def repair_isometry(
     params: PyTree,
     masks: PyTree,
     *,
-    steps: int = 10_000,
+    num_steps: int = 10_000,
     learning_rate: float | int | Callable[[jax.Array], jax.Array] = 0.1,
     objective: str = "frobenius",
-) -> RepairedIsometry:
+) -> IsometryResult:
     r"""Moves the surviving weights towards isometry, by gradient descent on `isometry_loss`, without data.
 
     Layers do not share variables, so all descend at once: those of equal shape are stacked and the whole descent is
@@ -75,12 +81,12 @@ def repair_isometry(
     Args:
       params: pytree of floating-point arrays; those with at least two axes are repaired, in float32 at least.
       masks: as for `apply_masks`.
-      steps: static.
+      num_steps: static.
       learning_rate: a number, or a schedule of the step.
       objective: "frobenius" (the paper's, not squared) or "squared".
 
     Returns:
-      `RepairedIsometry`: the parameters, pruned entries 0, and F by step, in the paper's form for either objective.
+      `IsometryResult`: the parameters, pruned entries 0, and F by step, in the paper's form for either objective.
 
     Raises:
       ValueError: for an unknown objective, a negative number of steps, or masks that do not fit.
@@ -89,7 +95,7 @@ def repair_isometry(
       >>> import jax, jax.numpy as jnp
       >>> W = jax.random.normal(jax.random.key(0), (20, 5)) / 4
       >>> masks = jax.random.bernoulli(jax.random.key(1), 0.5, W.shape)
-      >>> _, losses = repair_isometry(W, masks, steps=200, objective="squared")
+      >>> _, losses = repair_isometry(W, masks, num_steps=200, objective="squared")
       >>> bool(losses[-1] < 1e-3 * losses[0])
       True
 
@@ -98,8 +104,8 @@ def repair_isometry(
     """
     if objective not in ("frobenius", "squared"):
         raise ValueError(f'objective must be "frobenius" or "squared", got {objective!r}')
-    if steps < 0:
-        raise ValueError(f"steps must not be negative, got {steps}")
+    if num_steps < 0:
+        raise ValueError(f"num_steps must not be negative, got {num_steps}")
     masked = apply_masks(params, masks)
     everything = partial(jax.tree.map, lambda leaf: jnp.ones(leaf.shape, bool))
     keep = jax.tree.map(
@@ -118,23 +124,23 @@ def repair_isometry(
         [stack(members, keep) for members in buckets.values()],
         0.0 if schedule else learning_rate,
         schedule=schedule,
-        steps=steps,
+        num_steps=num_steps,
         squared=objective == "squared",
     )
     for members, matrices in zip(buckets.values(), repaired, strict=True):
         for i, matrix in zip(members, matrices, strict=True):
             leaves[i] = matrix.reshape(leaves[i].shape).astype(leaves[i].dtype)
-    return RepairedIsometry(jax.tree.unflatten(structure, leaves), losses)
+    return IsometryResult(jax.tree.unflatten(structure, leaves), losses)
 
 
-@partial(jax.jit, static_argnames=("schedule", "steps", "squared"))
+@partial(jax.jit, static_argnames=("schedule", "num_steps", "squared"))
 def _descend(
     stacks: list[jax.Array],
     masks: list[jax.Array],
     learning_rate: jax.typing.ArrayLike,
     *,
     schedule: Callable[[jax.Array], jax.Array] | None,
-    steps: int,
+    num_steps: int,
     squared: bool,
 ) -> tuple[list[jax.Array], jax.Array]:
     """Descends from matrices [layers, n, k], one array for each shape."""
@@ -150,7 +156,7 @@ def _descend(
             norms.append(norm)
         return moved, total(norms)
 
-    stacks, losses = jax.lax.scan(step, stacks, jnp.arange(steps, dtype=jnp.int32))
+    stacks, losses = jax.lax.scan(step, stacks, jnp.arange(num_steps, dtype=jnp.int32))
     last = total([jax.vmap(_residual)(C)[1] for C in stacks])
     return stacks, jnp.append(losses, last)
 

@@ -9,8 +9,14 @@ import numpy as np
 from flax import nnx
 
 from jaxlib_methods import trees
-from jaxlib_methods.pruning._neurons import empty_layers
-from jaxlib_methods.pruning._wiring import Layer, Wiring
+from jaxlib_methods.pruning.neurons import empty_layers
+from jaxlib_methods.pruning.wiring import Layer, Wiring
+
+__all__ = [
+    "neuron_masks",
+    "redraw_weights",
+    "remove_neurons",
+]
 
 PyTree = Any
 

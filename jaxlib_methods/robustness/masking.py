@@ -1,7 +1,7 @@
 """Does a network resist an attack, or does it hide its gradients? What the input gradient is made of, image by image.
 
 The gradient beta J^T (p - y) is zero in float32 when p - y is (logits too far apart) or when J is; a sign method then
-has no direction. The first is what a temperature cures.
+has no direction. The first is what a factor on the logits cures.
 """
 
 import functools
@@ -10,11 +10,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.robustness import _feasible, _scaling
-from jaxlib_methods.robustness._scaling import Apply, PyTree
+from jaxlib_methods.robustness import _feasible
+from jaxlib_methods.robustness.jacobians import ApplyFn, PyTree, cross_entropy, logits_and_jacobian, values_at
+
+__all__ = [
+    "GradientMaskingResult",
+    "gradient_masking",
+]
 
 
-class GradientMasking(NamedTuple):
+class GradientMaskingResult(NamedTuple):
     """Where the input gradients of a batch are lost."""
 
     vanished: jax.Array  # float32 []: share of images whose gradient has no entry above the threshold
@@ -26,27 +31,27 @@ class GradientMasking(NamedTuple):
 
 
 def gradient_masking(
-    apply: Apply,
+    apply_fn: ApplyFn,
     params: PyTree,
     images: jax.Array,
     labels: jax.Array,
     *,
-    temperature: jax.typing.ArrayLike = 1.0,
+    logit_scale: jax.typing.ArrayLike = 1.0,
     threshold: jax.typing.ArrayLike = 0.0,
-) -> GradientMasking:
+) -> GradientMaskingResult:
     r"""Diagnoses vanished input gradients: $\beta J^\top (p - y)$, its two factors, and the logits they come from.
 
     Args:
-      apply: `(params, images) -> logits [batch, d]`, in which images do not influence one another. Compiled once for
+      apply_fn: `(params, images) -> logits [batch, d]`, in which images do not influence one another. Compiled once for
         every such object.
       params: its first argument.
       images: [batch, ...].
       labels: the true classes, integers [batch].
-      temperature: beta of the loss, a number or [batch]; the logits' statistics are without it.
+      logit_scale: beta, the factor on the logits in the loss, a number or [batch]; their statistics are without it.
       threshold: largest absolute entry up to which a gradient counts as vanished; 0 means exactly zero.
 
     Returns:
-      A `GradientMasking`.
+      A `GradientMaskingResult`.
 
     Raises:
       ValueError: logits that are not finite (looked at outside jit).
@@ -60,28 +65,33 @@ def gradient_masking(
 
     Source: Gupta, Ajanthan (AAAI 2022), arXiv:2003.13511 [gupta2022improved].
     """
-    temperature = jnp.broadcast_to(jnp.asarray(temperature, images.dtype), labels.shape)
-    found, finite = _look(apply, params, images, labels, temperature, jnp.asarray(threshold, images.dtype))
+    logit_scale = jnp.broadcast_to(jnp.asarray(logit_scale, images.dtype), labels.shape)
+    found, finite = _look(apply_fn, params, images, labels, logit_scale, jnp.asarray(threshold, images.dtype))
     if not isinstance(finite, jax.core.Tracer) and not bool(finite):
         raise ValueError("the network's logits are NaN or infinite; look at params and at the images")
     return found
 
 
-@functools.partial(jax.jit, static_argnames="apply")
+@functools.partial(jax.jit, static_argnames="apply_fn")
 def _look(
-    apply: Apply, params: PyTree, images: jax.Array, labels: jax.Array, temperature: jax.Array, threshold: jax.Array
-) -> tuple[GradientMasking, jax.Array]:
-    logits, jacobian = _scaling.logits_and_jacobian(apply, params, images)
+    apply_fn: ApplyFn,
+    params: PyTree,
+    images: jax.Array,
+    labels: jax.Array,
+    logit_scale: jax.Array,
+    threshold: jax.Array,
+) -> tuple[GradientMaskingResult, jax.Array]:
+    logits, jacobian = logits_and_jacobian(apply_fn, params, images)
     rows = jacobian.reshape(*jacobian.shape[:2], -1)
 
     def loss(x: jax.Array) -> jax.Array:
-        scaled = temperature[:, None].astype(logits.dtype) * apply(params, x)
-        return jnp.sum(_scaling.cross_entropy(scaled, labels))
+        scaled = logit_scale[:, None].astype(logits.dtype) * apply_fn(params, x)
+        return jnp.sum(cross_entropy(scaled, labels))
 
     gradient = jax.grad(loss)(images).reshape(len(images), 1, -1)  # as an attack sees it, underflow included
-    log_p = _scaling.of_label(jax.nn.log_softmax(temperature[:, None] * logits), labels)
+    log_p = values_at(jax.nn.log_softmax(logit_scale[:, None] * logits), labels)
     largest = jax.lax.top_k(logits, 2)[0]
-    found = GradientMasking(
+    found = GradientMaskingResult(
         vanished=jnp.mean(jnp.max(jnp.abs(gradient), axis=(1, 2)) <= threshold, dtype=jnp.float32),
         gradient_norm=_feasible.row_norms(gradient)[:, 0],
         error_signal=jnp.abs(jnp.expm1(log_p)),

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlib_methods import trees
-from jaxlib_methods.low_rank._decompositions import LowRank, asvd, rank_for_keep, svd_llm, truncated_svd
+from jaxlib_methods.low_rank.decompositions import LowRank, asvd, rank_for_keep, svd_llm, truncated_svd
 
 PyTree = Any
 

@@ -11,6 +11,14 @@ from jaxlib_methods import trees
 from jaxlib_methods.pruning._channels import Channels, Product
 from jaxlib_methods.pruning._tracing import follow
 
+__all__ = [
+    "Cost",
+    "Layer",
+    "Wiring",
+    "network_costs",
+    "trace_wiring",
+]
+
 _NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.RMSNorm)
 
 

@@ -13,7 +13,12 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from jaxlib_methods import trees
-from jaxlib_methods.pruning._selection import prunable
+from jaxlib_methods.pruning._selection import mark_prunable
+
+__all__ = [
+    "orthogonal_convolution",
+    "reinitialize",
+]
 
 PyTree = Any
 Initializer = Callable[..., jax.Array]
@@ -113,7 +118,7 @@ _BY_LAYER_TYPE = {  # kind -> initializers of (matrices, kernels), each made fro
 }
 
 
-def reinitialize(params: PyTree, key: jax.Array, kind: str = "conv_orthogonal", *, gain: float | int = 1.0) -> PyTree:
+def reinitialize(params: PyTree, *, key: jax.Array, kind: str = "conv_orthogonal", gain: float | int = 1.0) -> PyTree:
     r"""Draws the weights of a network anew by layer type: matrices are dense layers, higher ranks are convolutions.
 
     * "conv_orthogonal": orthogonal matrices, `orthogonal_convolution` kernels: every layer an isometry.
@@ -122,10 +127,10 @@ def reinitialize(params: PyTree, key: jax.Array, kind: str = "conv_orthogonal", 
     * "lecun_normal", "glorot_normal", "he_normal": normals, not truncated, of variance 1/fan-in,
       2/(fan-in + fan-out), 2/fan-in: the paper's VS-L, VS-G and VS-H.
 
-    Biases become zero; the scale and shift of normalisation layers (see `prunable`) stay as they are.
+    Biases become zero; the scale and shift of normalisation layers (see `mark_prunable`) stay as they are.
 
     Args:
-      params: pytree of arrays; paths name layers as in `prunable`.
+      params: pytree of arrays; paths name layers as in `mark_prunable`.
       key: typed key.
       kind: one of the above. The paper's "LDI" is orthogonal.
       gain: factor $\sigma_w$ on all weights; the authors take 1 for every activation.
@@ -138,7 +143,7 @@ def reinitialize(params: PyTree, key: jax.Array, kind: str = "conv_orthogonal", 
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> params = reinitialize({"kernel": jnp.zeros((5, 3)), "bias": jnp.ones(3)}, jax.random.key(0))
+      >>> params = reinitialize({"kernel": jnp.zeros((5, 3)), "bias": jnp.ones(3)}, key=jax.random.key(0))
       >>> bool(jnp.allclose(params["kernel"].T @ params["kernel"], jnp.eye(3), atol=1e-5)), params["bias"].tolist()
       (True, [0.0, 0.0, 0.0])
 
@@ -148,7 +153,7 @@ def reinitialize(params: PyTree, key: jax.Array, kind: str = "conv_orthogonal", 
         raise ValueError(f"kind must be one of {', '.join(_BY_LAYER_TYPE)}, got {kind!r}")
     matrix, kernel = (make(gain) for make in _BY_LAYER_TYPE[kind])
     leaves, structure = jax.tree.flatten(params)
-    names, gated = jax.tree.leaves(trees.path_names(params)), jax.tree.leaves(prunable(params, "snip"))
+    names, gated = jax.tree.leaves(trees.path_names(params)), jax.tree.leaves(mark_prunable(params, "snip"))
     drawn = []
     for name, leaf, is_gated, k in zip(names, leaves, gated, jax.random.split(key, max(len(leaves), 1)), strict=False):
         if leaf.ndim < 2:

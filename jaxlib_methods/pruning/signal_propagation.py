@@ -13,8 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlib_methods import trees
-from jaxlib_methods.pruning._isometry import _as_matrix
-from jaxlib_methods.pruning._masks import apply_masks
+from jaxlib_methods.pruning.isometry import _as_matrix
+from jaxlib_methods.pruning.masks import apply_masks
+
+__all__ = [
+    "LayerSensitivity",
+    "Spectrum",
+    "jacobian_singular_values",
+    "layer_sensitivity",
+    "summarize_spectrum",
+    "uniform_cross_entropy",
+    "weight_singular_values",
+]
 
 PyTree = Any
 
@@ -81,13 +91,14 @@ def weight_singular_values(params: PyTree, masks: PyTree | None = None) -> PyTre
 
 
 def jacobian_singular_values(
-    forward_fn: Callable[[jax.Array], jax.Array], inputs: jax.Array, *, batch_size: int = 32
+    apply_fn: Callable[..., jax.Array], params: PyTree, inputs: jax.Array, *, batch_size: int = 32
 ) -> jax.Array:
     r"""Singular values of $J(x) = \partial f/\partial x$ at every input, by reverse mode and a direct SVD.
 
     Args:
-      forward_fn: one example -> outputs [K], such as logits before the softmax.
-      inputs: examples of shape (B, ...).
+      apply_fn: `(params, inputs) -> outputs [B, K]`, such as logits before the softmax.
+      params: its first argument.
+      inputs: examples [B, ...].
       batch_size: examples at a time; a Jacobian takes K times the size d of an example.
 
     Returns:
@@ -96,14 +107,14 @@ def jacobian_singular_values(
     Example:
       >>> import jax.numpy as jnp
       >>> W = jnp.array([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
-      >>> jacobian_singular_values(lambda x: x @ W, jnp.ones((2, 3))).tolist()
+      >>> jacobian_singular_values(lambda W, x: x @ W, W, jnp.ones((2, 3))).tolist()
       [[4.0, 3.0], [4.0, 3.0]]
 
     Source: Lee, Ajanthan, Gould, Torr (ICLR 2020), arXiv:1906.06307 [lee2020signal].
     """
 
     def values(x: jax.Array) -> jax.Array:
-        J = jax.jacrev(forward_fn)(x)
+        J = jax.jacrev(lambda x: apply_fn(params, x[None])[0])(x)
         return jnp.linalg.svd(J.reshape(J.shape[0], -1), compute_uv=False)
 
     return jax.lax.map(values, inputs, batch_size=min(batch_size, len(inputs)))

@@ -10,6 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+__all__ = [
+    "connection_sensitivity",
+    "gate_gradient",
+    "grasp",
+    "magnitude",
+    "random",
+    "synflow",
+]
+
 PyTree = Any
 
 
@@ -85,7 +94,7 @@ def connection_sensitivity(
 
     Args:
       loss_fn: `(params, batch) -> loss []`, the mean over the batch.
-      params: pytree of floating-point arrays; `None` leaves are no candidates, see `prunable`.
+      params: pytree of floating-point arrays; `None` leaves are no candidates, see `mark_prunable`.
       batch: pytree of arrays with a common first axis; 100 examples suffice.
       num_microbatches: parts in which the batch is scored, see `gate_gradient`.
       axis_name: mesh axes over which the batch is spread, see `gate_gradient`.
@@ -188,7 +197,7 @@ def grasp(loss_fn: Callable[..., jax.Array], params: PyTree, batch: PyTree) -> P
     return scores
 
 
-def synflow(forward_fn: Callable[..., jax.Array], params: PyTree, example: PyTree) -> PyTree:
+def synflow(apply_fn: Callable[..., jax.Array], params: PyTree, example: PyTree) -> PyTree:
     r"""SynFlow's score, a weight's share in the flow through the absolute network: $|w_j|\,\partial R/\partial |w_j|$.
 
     $R = \mathbb{1}^\top f(|w|, \mathbb{1})$ with the network $f$ of absolute weights and an input of ones; no data is
@@ -196,7 +205,7 @@ def synflow(forward_fn: Callable[..., jax.Array], params: PyTree, example: PyTre
     $R$ is a product over layers; where it overflows in float32 (deep and wide networks), score in float64.
 
     Args:
-      forward_fn: `(params, input) -> output`, with batch norm in evaluation mode.
+      apply_fn: `(params, inputs) -> outputs`, with batch norm in evaluation mode.
       params: pytree of floating-point arrays; `None` leaves are no candidates.
       example: pytree of arrays with the shapes of one input batch, e.g. (1, H, W, C); values are not read.
 
@@ -215,7 +224,7 @@ def synflow(forward_fn: Callable[..., jax.Array], params: PyTree, example: PyTre
     """
     ones = jax.tree.map(jnp.ones_like, example)
     absolute = jax.tree.map(jnp.abs, params)
-    flow, grads = jax.value_and_grad(lambda p: jnp.sum(forward_fn(p, ones)))(absolute)
+    flow, grads = jax.value_and_grad(lambda p: jnp.sum(apply_fn(p, ones)))(absolute)
     _check_finite("the synaptic flow", flow)
     return jax.tree.map(jnp.multiply, absolute, grads)
 
