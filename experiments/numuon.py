@@ -176,7 +176,7 @@ class _Study(NamedTuple):
             ],
         }
 
-    def statistics(self, params: PyTree) -> dict[str, low_rank.InputStatistics]:
+    def statistics(self, params: PyTree) -> dict[str, low_rank.compression.InputStatistics]:
         """What the linear layers are given on the calibration windows, the same ones for every model."""
         size = min(self.config.batch_size, self.config.calibration_windows)
         windows = self.task.calibration(self.config.calibration_windows)[:, :-1]

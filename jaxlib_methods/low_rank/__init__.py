@@ -1,40 +1,48 @@
 """Low-rank compression of trained networks, and metrics of how low the rank of their weights is.
 
-`truncated_svd`, `asvd` and `svd_llm` work on one kernel; `compress_kernels` on a tree of parameters, with path rules
-and what `collect_inputs` has gathered over calibration batches.
+    statistics = collect_inputs(lambda tokens: linear_inputs(model, tokens), batches)      # calibration
+    params = compress_kernels(params, "attention|mlp", removal=0.2, method="svd_llm", statistics=statistics)
+
+| method | what it keeps | one kernel | a tree of parameters |
+| --- | --- | --- | --- |
+| truncated SVD | the kernel | `truncated_svd` | `compress_kernels(method="svd")` |
+| ASVD | inputs of large size more closely | `asvd` | `compress_kernels(method="asvd")`, `sensitivity_search` |
+| SVD-LLM | the outputs on the calibration data | `svd_llm` | `compress_kernels(method="svd_llm")` |
+
+`factorize_kernels` gives the factors, which are what is smaller; `stable_rank` and `effective_rank` measure.
 """
 
+from jaxlib_methods._moved import moved_names
+from jaxlib_methods.low_rank import compression as compression, decompositions as decompositions, metrics as metrics
 from jaxlib_methods.low_rank.compression import (
-    InputStatistics as InputStatistics,
     collect_inputs as collect_inputs,
     compress_kernels as compress_kernels,
     factorize_kernels as factorize_kernels,
     linear_inputs as linear_inputs,
     sensitivity_search as sensitivity_search,
 )
-from jaxlib_methods.low_rank.decompositions import (
-    LowRank as LowRank,
-    asvd as asvd,
-    rank_for_keep as rank_for_keep,
-    svd_llm as svd_llm,
-    truncated_svd as truncated_svd,
-    whitening_factor as whitening_factor,
-)
+from jaxlib_methods.low_rank.decompositions import asvd as asvd, svd_llm as svd_llm, truncated_svd as truncated_svd
 from jaxlib_methods.low_rank.metrics import effective_rank as effective_rank, stable_rank as stable_rank
 
 __all__ = [
-    "InputStatistics",
-    "LowRank",
     "asvd",
     "collect_inputs",
     "compress_kernels",
     "effective_rank",
     "factorize_kernels",
     "linear_inputs",
-    "rank_for_keep",
     "sensitivity_search",
     "stable_rank",
     "svd_llm",
     "truncated_svd",
-    "whitening_factor",
 ]
+
+__getattr__ = moved_names(
+    __name__,
+    {
+        "InputStatistics": "low_rank.compression.InputStatistics",
+        "LowRank": "low_rank.decompositions.LowRank",
+        "rank_for_keep": "low_rank.decompositions.rank_for_keep",
+        "whitening_factor": "low_rank.decompositions.whitening_factor",
+    },
+)

@@ -19,11 +19,18 @@ import numpy as np
 from flax import nnx
 
 from jaxlib_methods import trees
+from jaxlib_methods._core import checks
 from jaxlib_methods.low_rank.decompositions import LowRank, asvd, rank_for_keep, svd_llm, truncated_svd
+from jaxlib_methods.typing import LowRankMethod, PyTree
 
-PyTree = Any
-
-METHODS = ("svd", "asvd", "svd_llm")
+__all__ = [
+    "InputStatistics",
+    "collect_inputs",
+    "compress_kernels",
+    "factorize_kernels",
+    "linear_inputs",
+    "sensitivity_search",
+]
 
 
 class InputStatistics(NamedTuple):
@@ -82,7 +89,7 @@ def linear_inputs(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, jax
 
 
 def collect_inputs(
-    inputs: Callable[[Any], Mapping[str, jax.Array]], batches: Iterable[Any]
+    inputs_fn: Callable[[Any], Mapping[str, jax.Array]], batches: Iterable[Any]
 ) -> dict[str, InputStatistics]:
     """Sums the Gram matrices of every layer's inputs over calibration batches.
 
@@ -91,9 +98,10 @@ def collect_inputs(
     the activations of one batch, and fan_in^2 for each layer.
 
     Args:
-      inputs: batch -> {path of the kernel: inputs (..., fan_in)}, such as `lambda tokens: linear_inputs(model, tokens)`
-        or a function of your own for another framework's model. It is jitted, and compiled once if the same function
-        is given again: let the parameters be a part of the batch then.
+      inputs_fn: batch -> {path of the kernel: inputs (..., fan_in)}, such as
+        `lambda tokens: linear_inputs(model, tokens)` or a function of your own for another framework's
+        model. It is jitted, and compiled once if the same function is given again: let the parameters be a part of the
+        batch then.
       batches: calibration batches of one shape (others are compiled again).
 
     Returns:
@@ -113,7 +121,7 @@ def collect_inputs(
 
     total: dict[str, InputStatistics] = {}
     for batch in batches:
-        for path, (gram, sum_abs, tokens) in _products(inputs, batch).items():
+        for path, (gram, sum_abs, tokens) in _products(inputs_fn, batch).items():
             now = InputStatistics(np.asarray(gram, np.float64), np.asarray(sum_abs, np.float64), int(tokens))
             total[path] = InputStatistics(*map(operator.add, total[path], now)) if path in total else now
     if not total:
@@ -122,10 +130,10 @@ def collect_inputs(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _products(inputs: Callable[[Any], Mapping[str, jax.Array]], batch: Any) -> dict[str, tuple[jax.Array, ...]]:
+def _products(inputs_fn: Callable[[Any], Mapping[str, jax.Array]], batch: Any) -> dict[str, tuple[jax.Array, ...]]:
     """X^T X, sum |X_j| and the number of tokens of every layer."""
     found = {}
-    for path, x in inputs(batch).items():
+    for path, x in inputs_fn(batch).items():
         X = x.reshape(-1, x.shape[-1]).astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
         gram = jnp.matmul(X.T, X, precision=jax.lax.Precision.HIGHEST)
         found[path] = gram, jnp.sum(jnp.abs(X), axis=0), jnp.int32(X.shape[0])
@@ -136,9 +144,9 @@ def factorize_kernels(
     params: PyTree,
     *patterns: str,
     removal: float | Mapping[str, float],
-    method: str = "svd_llm",
+    method: LowRankMethod = "svd_llm",
     statistics: Mapping[str, InputStatistics] | None = None,
-    alpha: float = 0.5,
+    exponent: float = 0.5,
 ) -> dict[str, LowRank]:
     """Low-rank factors of the kernels whose paths match, in place of which the network would store them.
 
@@ -150,7 +158,7 @@ def factorize_kernels(
         path, as `sensitivity_search` finds it. A kernel with 0 stays as it is and is left out of the result.
       method: "svd", "asvd" or "svd_llm".
       statistics: of `collect_inputs`, by path; the plain SVD needs none.
-      alpha: exponent of ASVD.
+      exponent: of ASVD's scaling.
 
     Returns:
       The factors by path, of rank floor(m n (1 - removal) / (m + n)).
@@ -172,7 +180,7 @@ def factorize_kernels(
     kernels = _kernels(params, patterns, method, statistics)
     shares = {path: _share(path, removal) for path in kernels}
     return {
-        path: _factorize(path, W, shares[path], method, statistics, alpha)
+        path: _factorize(path, W, shares[path], method, statistics, exponent)
         for path, W in kernels.items()
         if shares[path]
     }
@@ -180,8 +188,7 @@ def factorize_kernels(
 
 def _kernels(params: PyTree, patterns: tuple[str, ...], method: str, statistics: Any) -> dict[str, jax.Array]:
     """The kernels to compress by path, after checking that all that the method needs is there."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    checks.one_of(LowRankMethod, method=method)
     names, leaves = jax.tree.leaves(trees.path_names(params)), jax.tree.leaves(params)
     chosen = jax.tree.leaves(trees.mask_tree(params, *patterns))
     kernels = {n: leaf for n, leaf, mine in zip(names, leaves, chosen, strict=True) if mine and leaf.ndim == 2}
@@ -204,12 +211,12 @@ def _share(path: str, removal: float | Mapping[str, float]) -> float:
     return share
 
 
-def _factorize(path: str, W: jax.Array, share: float, method: str, statistics: Any, alpha: float) -> LowRank:
+def _factorize(path: str, W: jax.Array, share: float, method: str, statistics: Any, exponent: float) -> LowRank:
     rank = rank_for_keep(*W.shape, 1 - share)
     if method == "svd":
         return truncated_svd(W, rank)
     if method == "asvd":
-        return asvd(W, statistics[path].mean_abs, rank, alpha=alpha)
+        return asvd(W, statistics[path].mean_abs, rank, exponent=exponent)
     return svd_llm(W, statistics[path].gram, rank)
 
 
@@ -217,9 +224,9 @@ def compress_kernels(
     params: PyTree,
     *patterns: str,
     removal: float | Mapping[str, float],
-    method: str = "svd_llm",
+    method: LowRankMethod = "svd_llm",
     statistics: Mapping[str, InputStatistics] | None = None,
-    alpha: float = 0.5,
+    exponent: float = 0.5,
 ) -> PyTree:
     """The parameters with each matching kernel W replaced by its low-rank product A B, for evaluation.
 
@@ -229,7 +236,7 @@ def compress_kernels(
       removal: share of each kernel's parameters to remove.
       method: "svd", "asvd" or "svd_llm".
       statistics: of `collect_inputs`.
-      alpha: exponent of ASVD.
+      exponent: of ASVD's scaling.
 
     Returns:
       A tree like `params`, of the same shapes and types: it shows what compression does to the outputs, and saves
@@ -248,20 +255,22 @@ def compress_kernels(
     Source: Wang, Zheng, Wan, Zhang (ICLR 2025), arXiv:2403.07378 [wang2025svdllm]; Yuan et al. (2023), arXiv:2312.05821
     [yuan2023asvd].
     """
-    factors = factorize_kernels(params, *patterns, removal=removal, method=method, statistics=statistics, alpha=alpha)
+    factors = factorize_kernels(
+        params, *patterns, removal=removal, method=method, statistics=statistics, exponent=exponent
+    )
     replaced = lambda path, leaf: factors[path].kernel if path in factors else leaf
     return jax.tree.map(replaced, trees.path_names(params), params)
 
 
 def sensitivity_search(
-    loss: Callable[[PyTree], float | jax.Array],
+    calibration_loss: Callable[[PyTree], float | jax.Array],
     params: PyTree,
     *patterns: str,
     removal: float,
     shares: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-    method: str = "asvd",
+    method: LowRankMethod = "asvd",
     statistics: Mapping[str, InputStatistics] | None = None,
-    alpha: float = 0.5,
+    exponent: float = 0.5,
 ) -> dict[str, float]:
     """ASVD's search for a rank of each layer's own: all layers may raise the loss, alone, up to the same value.
 
@@ -270,14 +279,14 @@ def sensitivity_search(
     below it.
 
     Args:
-      loss: of the parameters, on calibration data.
+      calibration_loss: of the parameters, on calibration data.
       params: as in `factorize_kernels`, as all that follows but for `shares`.
       *patterns: regular expressions on the paths of the kernels.
       removal: share of all these kernels' parameters together to remove.
       shares: increasing shares to try for each kernel, in (0, 1).
       method: "svd", "asvd" or "svd_llm".
       statistics: of `collect_inputs`.
-      alpha: exponent of ASVD.
+      exponent: of ASVD's scaling.
 
     Returns:
       The share to remove by path, 0 for a kernel to leave alone: give it to `compress_kernels` as `removal`.
@@ -303,9 +312,9 @@ def sensitivity_search(
     for path, W in kernels.items():
         reached[path] = []
         for share in shares:
-            smaller = _factorize(path, W, share, method, statistics, alpha).kernel
+            smaller = _factorize(path, W, share, method, statistics, exponent).kernel
             alone = jax.tree.map(lambda name, leaf: smaller if name == path else leaf, names, params)
-            reached[path].append(float(loss(alone)))
+            reached[path].append(float(calibration_loss(alone)))
 
     def taken(threshold: float) -> dict[str, float]:
         return {

@@ -17,6 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+__all__ = [
+    "LowRank",
+    "asvd",
+    "rank_for_keep",
+    "svd_llm",
+    "truncated_svd",
+    "whitening_factor",
+]
+
 _SHIFT = 1e-6  # what an indefinite Gram matrix is lifted above zero by, relative to its mean eigenvalue
 
 
@@ -81,14 +90,14 @@ def truncated_svd(W: jax.typing.ArrayLike, rank: int) -> LowRank:
     return _factors(W64, rank, lambda U: U, W)
 
 
-def asvd(W: jax.typing.ArrayLike, mean_abs: jax.typing.ArrayLike, rank: int, *, alpha: float = 0.5) -> LowRank:
+def asvd(W: jax.typing.ArrayLike, mean_abs: jax.typing.ArrayLike, rank: int, *, exponent: float = 0.5) -> LowRank:
     """Activation-aware SVD: input channels with large activations are fitted better.
 
     Args:
       W: kernel [fan_in, fan_out].
       mean_abs: [fan_in], mean |X_j| over the calibration tokens.
       rank: k.
-      alpha: exponent; 0 is the plain SVD. Channels without activation count as the smallest one that has some.
+      exponent: alpha; 0 is the plain SVD. Channels without activation count as the smallest one that has some.
 
     Returns:
       A and B, the scaling folded into A.
@@ -109,7 +118,7 @@ def asvd(W: jax.typing.ArrayLike, mean_abs: jax.typing.ArrayLike, rank: int, *, 
         raise ValueError(f"mean_abs must be {W64.shape[0]} means of absolute values, got shape {means.shape}")
     if not means.any():
         means = np.ones_like(means)
-    s = np.where(means > 0, means, means[means > 0].min())[:, None] ** alpha
+    s = np.where(means > 0, means, means[means > 0].min())[:, None] ** exponent
     return _factors(s * W64, rank, lambda U: U / s, W)
 
 

@@ -3,6 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+__all__ = [
+    "effective_rank",
+    "stable_rank",
+]
+
 
 def _singular_values(W: jax.Array) -> jax.Array:
     if W.ndim < 2 or not jnp.issubdtype(W.dtype, jnp.floating):

@@ -2,22 +2,21 @@ r"""From scores to masks: which parameters are candidates, how many are kept, in
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlib_methods import trees
+from jaxlib_methods._core import checks
 from jaxlib_methods.kernels import threshold
 from jaxlib_methods.pruning.masks import apply_masks
-
-PyTree = Any
+from jaxlib_methods.typing import PruningPolicy, PruningSchedule, PruningScope, PyTree
 
 _NORMALISATION = re.compile(r"(^|[/_])(bn|batch_?norm|layer_?norm|group_?norm|rms_?norm|norm)[^/]*/", re.IGNORECASE)
 
 
-def mark_prunable(params: PyTree, policy: str = "snip") -> PyTree:
+def mark_prunable(params: PyTree, policy: PruningPolicy = "snip") -> PyTree:
     """Which parameters are candidates: the stated answer to what happens with biases and batch norm.
 
     * "snip" is what the authors' code does: weights and biases have gates, the scale and shift of normalisation
@@ -46,17 +45,18 @@ def mark_prunable(params: PyTree, policy: str = "snip") -> PyTree:
 
     Source: Lee, Ajanthan, Torr (ICLR 2019), arXiv:1810.02340, and the authors' code [lee2019snip].
     """
+    checks.one_of(PruningPolicy, policy=policy)
     if policy == "weights":
         return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
-    if policy != "snip":
-        raise ValueError(f'policy must be "snip" or "weights", got {policy!r}')
     names = trees.path_names(params)
     scaled = {name.rpartition("/")[0] for name in jax.tree.leaves(names) if name.rpartition("/")[2] == "scale"}
     gated = lambda name: name.rpartition("/")[0] not in scaled and not _NORMALISATION.search(name)
     return jax.tree.map(gated, names)
 
 
-def prune_masks(scores: PyTree, sparsity: float, *, scope: str = "global", specs: PyTree | None = None) -> PyTree:
+def prune_masks(
+    scores: PyTree, sparsity: float, *, scope: PruningScope = "global", specs: PyTree | None = None
+) -> PyTree:
     r"""Keeps exactly $\kappa = \mathrm{round}(m\,(1 - s))$ of $m$ scores, the largest; ties go to the lower flat index.
 
     Args:
@@ -81,6 +81,7 @@ def prune_masks(scores: PyTree, sparsity: float, *, scope: str = "global", specs
     Source: Lee, Ajanthan, Torr (ICLR 2019), arXiv:1810.02340, Algorithm 1 [lee2019snip].
     """
     _check_sparsity(sparsity)
+    checks.one_of(PruningScope, scope=scope)
     sizes = threshold.num_scores(scores, specs=specs)
     return threshold.keep_largest(scores, _kept(sizes, 1 - sparsity, scope), specs=specs)
 
@@ -91,8 +92,8 @@ def iterative_prune(
     sparsity: float,
     *,
     num_steps: int = 100,
-    schedule: str = "exponential",
-    scope: str = "global",
+    schedule: PruningSchedule = "exponential",
+    scope: PruningScope = "global",
 ) -> PyTree:
     r"""Scores and cuts in turn, in one compiled loop; what is cut once stays cut.
 
@@ -123,10 +124,9 @@ def iterative_prune(
     Source: Tanaka, Kunin, Yamins, Ganguli (NeurIPS 2020), arXiv:2006.05467, Algorithm 1 [tanaka2020pruning].
     """
     _check_sparsity(sparsity)
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    if schedule not in ("exponential", "linear"):
-        raise ValueError(f'schedule must be "exponential" or "linear", got {schedule!r}')
+    checks.at_least(1, num_steps=num_steps)
+    checks.one_of(PruningSchedule, schedule=schedule)
+    checks.one_of(PruningScope, scope=scope)
     progress = np.arange(1, num_steps + 1) / num_steps
     shares = (1 - sparsity) ** progress if schedule == "exponential" else 1 - sparsity * progress
 
@@ -156,15 +156,12 @@ def iterative_prune(
     return masks
 
 
-def _kept(sizes: PyTree, share: float, scope: str) -> PyTree:
+def _kept(sizes: PyTree, share: float, scope: PruningScope) -> PyTree:
     """How many to keep: one integer, or a tree of one for each leaf."""
     if scope == "global":
         return round(sum(jax.tree.leaves(sizes)) * float(share))
-    if scope == "per_layer":
-        return jax.tree.map(lambda size: round(size * float(share)), sizes)
-    raise ValueError(f'scope must be "global" or "per_layer", got {scope!r}')
+    return jax.tree.map(lambda size: round(size * float(share)), sizes)
 
 
 def _check_sparsity(sparsity: float) -> None:
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must lie in [0, 1), got {sparsity}; 0.98 removes 98 of 100 connections")
+    checks.within("[0, 1)", sparsity=sparsity, remedy="0.98 removes 98 of 100 connections")

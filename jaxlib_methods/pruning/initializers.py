@@ -13,14 +13,15 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from jaxlib_methods import trees
+from jaxlib_methods._core import checks
 from jaxlib_methods.pruning._selection import mark_prunable
+from jaxlib_methods.typing import InitializerKind, PyTree
 
 __all__ = [
     "orthogonal_convolution",
     "reinitialize",
 ]
 
-PyTree = Any
 Initializer = Callable[..., jax.Array]
 
 
@@ -118,7 +119,9 @@ _BY_LAYER_TYPE = {  # kind -> initializers of (matrices, kernels), each made fro
 }
 
 
-def reinitialize(params: PyTree, *, key: jax.Array, kind: str = "conv_orthogonal", gain: float | int = 1.0) -> PyTree:
+def reinitialize(
+    params: PyTree, *, key: jax.Array, kind: InitializerKind = "conv_orthogonal", gain: float | int = 1.0
+) -> PyTree:
     r"""Draws the weights of a network anew by layer type: matrices are dense layers, higher ranks are convolutions.
 
     * "conv_orthogonal": orthogonal matrices, `orthogonal_convolution` kernels: every layer an isometry.
@@ -149,8 +152,7 @@ def reinitialize(params: PyTree, *, key: jax.Array, kind: str = "conv_orthogonal
 
     Source: Lee, Ajanthan, Gould, Torr (ICLR 2020), arXiv:1906.06307 [lee2020signal].
     """
-    if kind not in _BY_LAYER_TYPE:
-        raise ValueError(f"kind must be one of {', '.join(_BY_LAYER_TYPE)}, got {kind!r}")
+    checks.one_of(InitializerKind, kind=kind)
     matrix, kernel = (make(gain) for make in _BY_LAYER_TYPE[kind])
     leaves, structure = jax.tree.flatten(params)
     names, gated = jax.tree.leaves(trees.path_names(params)), jax.tree.leaves(mark_prunable(params, "snip"))

@@ -7,20 +7,20 @@ $M_l$.
 import collections
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods._core import checks
 from jaxlib_methods.pruning.masks import apply_masks
+from jaxlib_methods.typing import IsometryObjective, PyTree
 
 __all__ = [
     "IsometryResult",
     "isometry_loss",
     "repair_isometry",
 ]
-
-PyTree = Any
 
 
 class IsometryResult(NamedTuple):
@@ -67,7 +67,7 @@ def repair_isometry(
     *,
     num_steps: int = 10_000,
     learning_rate: float | int | Callable[[jax.Array], jax.Array] = 0.1,
-    objective: str = "frobenius",
+    objective: IsometryObjective = "frobenius",
 ) -> IsometryResult:
     r"""Moves the surviving weights towards isometry, by gradient descent on `isometry_loss`, without data.
 
@@ -102,10 +102,8 @@ def repair_isometry(
     Source: Lee, Ajanthan, Gould, Torr (ICLR 2020), arXiv:1906.06307; the squared objective is this
     library's [lee2020signal].
     """
-    if objective not in ("frobenius", "squared"):
-        raise ValueError(f'objective must be "frobenius" or "squared", got {objective!r}')
-    if num_steps < 0:
-        raise ValueError(f"num_steps must not be negative, got {num_steps}")
+    checks.one_of(IsometryObjective, objective=objective)
+    checks.not_negative(num_steps=num_steps)
     masked = apply_masks(params, masks)
     everything = partial(jax.tree.map, lambda leaf: jnp.ones(leaf.shape, bool))
     keep = jax.tree.map(

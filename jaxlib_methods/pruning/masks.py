@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxlib_methods.typing import PyTree
+
 __all__ = [
     "MaskState",
     "PrunedState",
@@ -22,8 +24,6 @@ __all__ = [
     "pruned",
     "unpack_masks",
 ]
-
-PyTree = Any
 
 
 class MaskState(NamedTuple):

@@ -9,7 +9,7 @@ numbers in float64.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlib_methods import trees
+from jaxlib_methods._core import checks
 from jaxlib_methods.pruning.scores import gate_gradient
 from jaxlib_methods.pruning.wiring import Wiring
+from jaxlib_methods.typing import AxisName, GateGradients, LossFn, NeuronReduction, PyTree
 
 __all__ = [
     "balance_layers",
@@ -27,20 +29,19 @@ __all__ = [
     "reweight_layers",
 ]
 
-PyTree = Any
 Scores = Mapping[str, Any]  # name of the layer -> [width]
 
 
 def neuron_importance(
-    loss_fn: Callable[..., jax.Array],
+    loss_fn: LossFn,
     params: PyTree,
     batch: PyTree,
     wiring: Wiring,
     *,
-    gradients: str = "mpmg",
-    reduce: str = "sum",
+    gradients: GateGradients = "mpmg",
+    reduction: NeuronReduction = "sum",
     num_samples: int | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName | None = None,
 ) -> dict[str, jax.Array]:
     r"""Importance of every neuron from the gradients of the gates on its weights and bias.
 
@@ -58,7 +59,7 @@ def neuron_importance(
       batch: pytree of arrays with a common first axis.
       wiring: of the network.
       gradients: "mpmg" (size of the gradients of many gates) or "mnmg" (signed).
-      reduce: "sum" (with the bias), "mean" (the bias counts as one more parameter) or "max" (without the bias).
+      reduction: "sum" (with the bias), "mean" (the bias counts as one more parameter) or "max" (without the bias).
       num_samples: equal parts of the batch, one gradient for each; None: one for each example.
       axis_name: inside `jax.shard_map`, the mesh axes over which the batch is spread.
 
@@ -82,10 +83,8 @@ def neuron_importance(
 
     Source: Xu, Ajanthan, Vineet, Hartley (3DV 2020), arXiv:2010.02488 [xu2020ranp].
     """
-    if gradients not in ("mpmg", "mnmg"):
-        raise ValueError(f'gradients must be "mpmg" or "mnmg", got {gradients!r}')
-    if reduce not in ("sum", "mean", "max"):
-        raise ValueError(f'reduce must be "sum", "mean" or "max", got {reduce!r}')
+    checks.one_of(GateGradients, gradients=gradients)
+    checks.one_of(NeuronReduction, reduction=reduction)
     names = jax.tree.leaves(trees.path_names(params))
     missing = {layer.kernel for layer in wiring.layers} - set(names)
     if missing:
@@ -103,11 +102,11 @@ def neuron_importance(
         found = {}
         for layer in wiring.layers:
             gates = [jnp.moveaxis(g[layer.kernel], layer.axis, -1).reshape(-1, layer.width)]
-            gates += [g[layer.bias][None]] if layer.bias in g and reduce != "max" else []
+            gates += [g[layer.bias][None]] if layer.bias in g and reduction != "max" else []
             A = jnp.concatenate(gates)
             A = jnp.abs(A) if gradients == "mpmg" else A
             # A sum over the neuron may come before the mean over samples, a maximum may not.
-            found[layer.name] = {"sum": jnp.sum, "mean": jnp.mean}[reduce](A, axis=0) if reduce != "max" else A
+            found[layer.name] = {"sum": jnp.sum, "mean": jnp.mean}[reduction](A, axis=0) if reduction != "max" else A
         return found
 
     parts = jax.tree.map(lambda x: x.reshape(count, size // count, *x.shape[1:]), batch)
@@ -119,7 +118,7 @@ def neuron_importance(
     total, _ = jax.lax.scan(add, total, parts)
     if axis_name is not None:
         total = jax.lax.pmean(total, axis_name)
-    reduced = {name: jnp.max(A, axis=0) if reduce == "max" else A for name, A in total.items()}
+    reduced = {name: jnp.max(A, axis=0) if reduction == "max" else A for name, A in total.items()}
     return {name: jnp.abs(A) / count for name, A in reduced.items()}
 
 
@@ -200,8 +199,7 @@ def reweight_layers(
 
     Source: Xu, Ajanthan, Vineet, Hartley (3DV 2020), arXiv:2010.02488 [xu2020ranp].
     """
-    if not strength >= 0:
-        raise ValueError(f"strength must be at least 0, got {strength}; 0 leaves the scores as they are")
+    checks.not_negative(strength=strength, remedy="0 leaves the scores as they are")
     if set(scores) != set(resources):
         raise ValueError(f"scores and resources are of different layers: {sorted(set(scores) ^ set(resources))}")
     r = resource_weights(resources)

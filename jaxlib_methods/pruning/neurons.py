@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxlib_methods._core import checks
 from jaxlib_methods.pruning.wiring import Wiring
+from jaxlib_methods.typing import ChannelTies, PruningScope
 
 __all__ = [
     "clean_up_neurons",
@@ -19,11 +21,10 @@ __all__ = [
     "max_sparsity",
 ]
 
-PyTree = Any
 Scores = Mapping[str, Any]  # name of the layer -> [width]
 
 
-def keep_neurons(scores: Scores, sparsity: float | int, *, scope: str = "global") -> dict[str, np.ndarray]:
+def keep_neurons(scores: Scores, sparsity: float | int, *, scope: PruningScope = "global") -> dict[str, np.ndarray]:
     r"""Keeps the neurons whose score reaches the $n$-th largest, $n = \lfloor N (1 - \kappa) \rfloor$ of $N$.
 
     Ties keep more than $n$. The last layer takes part as well; that it is kept whole is the clean-up's work.
@@ -46,10 +47,8 @@ def keep_neurons(scores: Scores, sparsity: float | int, *, scope: str = "global"
 
     Source: Xu, Ajanthan, Vineet, Hartley (3DV 2020), arXiv:2010.02488 [xu2020ranp].
     """
-    if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}; 0.78 removes 78 of 100 neurons")
-    if scope not in ("global", "per_layer"):
-        raise ValueError(f'scope must be "global" or "per_layer", got {scope!r}')
+    checks.within("[0, 1]", sparsity=sparsity, remedy="0.78 removes 78 of 100 neurons")
+    checks.one_of(PruningScope, scope=scope)
     wide = {name: np.asarray(s, np.float64) for name, s in scores.items()}
     for name, s in wide.items():
         if not np.isfinite(s).all():
@@ -86,8 +85,7 @@ def max_sparsity(feasible: Callable[[float], bool], *, tolerance: float = 1e-4) 
 
     Source: Xu, Ajanthan, Vineet, Hartley (3DV 2020), arXiv:2010.02488 [xu2020ranp].
     """
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}")
+    checks.positive(tolerance=tolerance)
     if not feasible(0.0):
         raise ValueError("sparsity 0 is not feasible: a layer is empty before anything is removed")
     low, high = 0.0, 1.0
@@ -98,7 +96,7 @@ def max_sparsity(feasible: Callable[[float], bool], *, tolerance: float = 1e-4) 
 
 
 def clean_up_neurons(
-    kept: Mapping[str, np.ndarray], wiring: Wiring, scores: Scores, *, ties: str = "max", multiple: int = 1
+    kept: Mapping[str, np.ndarray], wiring: Wiring, scores: Scores, *, ties: ChannelTies = "max", multiple: int = 1
 ) -> dict[str, np.ndarray]:
     r"""Makes masks of neurons consistent with the wiring of the network; a second call changes nothing.
 
@@ -134,10 +132,8 @@ def clean_up_neurons(
 
     Source: Xu, Ajanthan, Vineet, Hartley (3DV 2020), arXiv:2010.02488 [xu2020ranp], and the authors' code.
     """
-    if ties not in ("max", "min", "union"):
-        raise ValueError(f'ties must be "max", "min" or "union", got {ties!r}')
-    if multiple < 1:
-        raise ValueError(f"multiple must be at least 1, got {multiple}")
+    checks.one_of(ChannelTies, ties=ties)
+    checks.at_least(1, multiple=multiple)
     for what, given in (("kept", kept), ("scores", scores)):
         widths = {name: len(values) for name, values in given.items()}
         expected = {layer.name: layer.width for layer in wiring.layers}

@@ -11,14 +11,13 @@ from flax import nnx
 from jaxlib_methods import trees
 from jaxlib_methods.pruning.neurons import empty_layers
 from jaxlib_methods.pruning.wiring import Layer, Wiring
+from jaxlib_methods.typing import PyTree
 
 __all__ = [
     "neuron_masks",
     "redraw_weights",
     "remove_neurons",
 ]
-
-PyTree = Any
 
 
 def neuron_masks(params: PyTree, kept: Mapping[str, np.ndarray], wiring: Wiring) -> PyTree:

@@ -4,11 +4,10 @@ Symbols as in the papers: parameters $w$, gates $c$, loss $L(c \odot w; D_b)$ on
 parameters, $\partial L/\partial c_j$ at $c = 1$ is $w_j\,\partial L/\partial w_j$, so no gate variable is needed.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+
+from jaxlib_methods.typing import ApplyFn, AxisName, LossFn, PyTree
 
 __all__ = [
     "connection_sensitivity",
@@ -19,16 +18,14 @@ __all__ = [
     "synflow",
 ]
 
-PyTree = Any
-
 
 def gate_gradient(
-    loss_fn: Callable[..., jax.Array],
+    loss_fn: LossFn,
     params: PyTree,
     batch: PyTree,
     *,
     num_microbatches: int = 1,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName | None = None,
 ) -> PyTree:
     r"""The signed derivative by the gates, $g_j = w_j\,\partial L/\partial w_j$.
 
@@ -77,12 +74,12 @@ def gate_gradient(
 
 
 def connection_sensitivity(
-    loss_fn: Callable[..., jax.Array],
+    loss_fn: LossFn,
     params: PyTree,
     batch: PyTree,
     *,
     num_microbatches: int = 1,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName | None = None,
 ) -> PyTree:
     r"""SNIP's score, the normalised size of the gate gradient: $s_j = |g_j| / \sum_i |g_i|$.
 
@@ -163,7 +160,7 @@ def random(params: PyTree, *, key: jax.Array) -> PyTree:
     return jax.tree.unflatten(treedef, scores)
 
 
-def grasp(loss_fn: Callable[..., jax.Array], params: PyTree, batch: PyTree) -> PyTree:
+def grasp(loss_fn: LossFn, params: PyTree, batch: PyTree) -> PyTree:
     r"""GraSP's score, how much the gradient flow needs a weight: $w_j\,(H g)_j$ with $g = \nabla L$.
 
     To first order, removing $w_j$ changes $\|g\|^2$ by $-2 w_j (H g)_j$. The paper removes the largest
@@ -197,7 +194,7 @@ def grasp(loss_fn: Callable[..., jax.Array], params: PyTree, batch: PyTree) -> P
     return scores
 
 
-def synflow(apply_fn: Callable[..., jax.Array], params: PyTree, example: PyTree) -> PyTree:
+def synflow(apply_fn: ApplyFn, params: PyTree, example: PyTree) -> PyTree:
     r"""SynFlow's score, a weight's share in the flow through the absolute network: $|w_j|\,\partial R/\partial |w_j|$.
 
     $R = \mathbb{1}^\top f(|w|, \mathbb{1})$ with the network $f$ of absolute weights and an input of ones; no data is

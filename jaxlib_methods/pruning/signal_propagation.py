@@ -5,8 +5,7 @@ dynamical isometry); then no layer dominates the gate gradients. `gate_gradient`
 training set in parts (`num_microbatches`), as the paper's scores need.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import numpy as np
 from jaxlib_methods import trees
 from jaxlib_methods.pruning.isometry import _as_matrix
 from jaxlib_methods.pruning.masks import apply_masks
+from jaxlib_methods.typing import ApplyFn, PyTree
 
 __all__ = [
     "LayerSensitivity",
@@ -25,8 +25,6 @@ __all__ = [
     "uniform_cross_entropy",
     "weight_singular_values",
 ]
-
-PyTree = Any
 
 
 class Spectrum(NamedTuple):
@@ -91,7 +89,7 @@ def weight_singular_values(params: PyTree, masks: PyTree | None = None) -> PyTre
 
 
 def jacobian_singular_values(
-    apply_fn: Callable[..., jax.Array], params: PyTree, inputs: jax.Array, *, batch_size: int = 32
+    apply_fn: ApplyFn, params: PyTree, inputs: jax.Array, *, batch_size: int = 32
 ) -> jax.Array:
     r"""Singular values of $J(x) = \partial f/\partial x$ at every input, by reverse mode and a direct SVD.
 

@@ -1,20 +1,19 @@
 """How much of a network is left: counts by leaf, of masks or of parameters."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxlib_methods import trees
+from jaxlib_methods.typing import PyTree
 
 __all__ = [
     "Sparsity",
     "format_sparsity",
     "summarize_sparsity",
 ]
-
-PyTree = Any
 
 
 class Sparsity(NamedTuple):

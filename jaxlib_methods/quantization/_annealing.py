@@ -17,8 +17,8 @@ from jaxlib_methods import trees
 from jaxlib_methods.quantization import _projections
 from jaxlib_methods.quantization._lattice import Lattice, map_leaves
 from jaxlib_methods.quantization._projections import Labels, lift
+from jaxlib_methods.typing import PyTree
 
-PyTree = Any
 LeafRule = Callable[[Labels, jax.Array, jax.Array, jax.Array], jax.Array]  # labels, params, update, beta -> update
 
 

@@ -22,8 +22,7 @@ import numpy as np
 from jaxlib_methods import trees
 from jaxlib_methods.quantization import _projections
 from jaxlib_methods.quantization._projections import LIFTED, Labels, as_labels, collapse, look_up, nearest_index
-
-PyTree = Any
+from jaxlib_methods.typing import PyTree
 
 BINARY = (-1.0, 1.0)
 TERNARY = (-1.0, 0.0, 1.0)

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from jaxlib_methods.kernels import packed_matmul as kernel
 from jaxlib_methods.quantization._lattice import Lattice, assert_quantized, label_sets
-
-PyTree = Any
+from jaxlib_methods.typing import PyTree
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("words",), meta_fields=("labels", "shape", "dtype"))

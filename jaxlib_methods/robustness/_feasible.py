@@ -12,8 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-NORMS = ("linf", "l2", "l2_per_channel")
-
 
 class FeasibleSet(NamedTuple):
     """The ball and the box of every image; `lower` and `upper` hold both for "linf", and the box alone otherwise."""

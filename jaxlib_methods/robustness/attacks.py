@@ -9,14 +9,15 @@ every image, at x_1) in the ++ ones; it is constant under differentiation. All s
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlib_methods._core import checks
 from jaxlib_methods.robustness import _feasible
-from jaxlib_methods.robustness.jacobians import ApplyFn, cross_entropy, logit_gram, logits_and_jacobian
+from jaxlib_methods.robustness.jacobians import cross_entropy, logit_gram, logits_and_jacobian
 from jaxlib_methods.robustness.scaling import (
     HessianNormScaling,
     NetworkJacobianScaling,
@@ -25,6 +26,7 @@ from jaxlib_methods.robustness.scaling import (
     hessian_norm_scale,
     network_jacobian_scale,
 )
+from jaxlib_methods.typing import ApplyFn, AttackNorm, PyTree
 
 __all__ = [
     "AttackResult",
@@ -32,7 +34,6 @@ __all__ = [
     "pgd",
 ]
 
-PyTree = Any
 Scaling = jax.typing.ArrayLike | NetworkJacobianScaling | HessianNormScaling | None
 Bounds = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] | None
 
@@ -105,7 +106,7 @@ def pgd(
     radius: jax.typing.ArrayLike,
     step_size: jax.typing.ArrayLike,
     num_steps: int,
-    norm: str = "linf",
+    norm: AttackNorm = "linf",
     bounds: Bounds = (0.0, 1.0),
     scaling: Scaling = None,
     random_start: bool = True,
@@ -158,18 +159,15 @@ def pgd(
       >>> pgd(apply_fn, W, x, k, key=jax.random.key(0), **options).images.tolist()  # softmax is 1: no gradient
       [[0.875, 0.0]]
       >>> njs = network_jacobian_scaling(apply_fn, W, x)
-      >>> result = pgd(apply_fn, W, x, k, jax.random.key(0), scaling=njs, **options)
+      >>> result = pgd(apply_fn, W, x, k, key=jax.random.key(0), scaling=njs, **options)
       >>> result.images.tolist(), result.success.tolist()
       ([[0.375, 0.5]], [True])
 
     Source: Madry, Makelov, Schmidt, Tsipras, Vladu (ICLR 2018), arXiv:1706.06083; PGD++ of Gupta, Ajanthan (AAAI 2022),
     arXiv:2003.13511, Algorithm 1 [madry2018towards; gupta2022improved].
     """
-    if norm not in _feasible.NORMS:
-        raise ValueError(f"norm must be one of {_feasible.NORMS}, got {norm!r}")
-    for name, count in (("num_steps", num_steps), ("num_restarts", num_restarts)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    checks.one_of(AttackNorm, norm=norm)
+    checks.at_least(1, num_steps=num_steps, num_restarts=num_restarts)
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     _check_arrays(images, labels)
     low, high = (-np.inf, np.inf) if bounds is None else bounds

@@ -1,20 +1,17 @@
 """The Jacobian of a network's logits with respect to its images, and what is read from it."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxlib_methods.typing import ApplyFn, PyTree
 
 __all__ = [
     "logit_gram",
     "logit_jacobian",
     "logit_singular_values",
 ]
-
-PyTree = Any
-ApplyFn = Callable[[PyTree, jax.Array], jax.Array]
 
 
 def logit_jacobian(apply_fn: ApplyFn, params: PyTree, images: jax.Array) -> jax.Array:

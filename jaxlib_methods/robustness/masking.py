@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.robustness import _feasible
-from jaxlib_methods.robustness.jacobians import ApplyFn, PyTree, cross_entropy, logits_and_jacobian, values_at
+from jaxlib_methods.robustness.jacobians import cross_entropy, logits_and_jacobian, values_at
+from jaxlib_methods.typing import ApplyFn, PyTree
 
 __all__ = [
     "GradientMaskingResult",

@@ -25,7 +25,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.robustness.jacobians import ApplyFn, PyTree, logit_singular_values, values_at
+from jaxlib_methods._core import checks
+from jaxlib_methods.robustness.jacobians import logit_singular_values, values_at
+from jaxlib_methods.typing import ApplyFn, PyTree
 
 __all__ = [
     "HessianNormScaling",
@@ -204,8 +206,7 @@ def grid_ends(
     num_classes: int, num_points: int = 100, margin: float = 1e-2, min_error: float = 1e-72
 ) -> tuple[float, float]:
     """b_1 and b_2 of the grid of HNS, times the gap."""
-    if num_points < 3:
-        raise ValueError(f"num_points must be at least 3, got {num_points}: the ends of the grid are never chosen")
+    checks.at_least(3, num_points=num_points, remedy="the ends of the grid are never chosen")
     if not 0 < margin < 1 - 1 / num_classes:
         raise ValueError(f"margin must lie in (0, {1 - 1 / num_classes:.4g}), got {margin}")
     if not 0 < min_error < 0.5:

@@ -1,13 +1,23 @@
 r"""The local Lipschitz constant of the gradient along one step of training, from gradients over a whole data set."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-PyTree = Any
-GAMMAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the points of a step at which the paper takes the gradient
+from jaxlib_methods.typing import LossFn, PyTree
+
+STEP_FRACTIONS = (
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+)  # where the paper takes the gradient
 
 
 def local_lipschitz(
@@ -15,7 +25,7 @@ def local_lipschitz(
     params: PyTree,
     next_params: PyTree,
     *,
-    gammas: Sequence[float] = GAMMAS,
+    fractions: Sequence[float] = STEP_FRACTIONS,
 ) -> jax.Array:
     r"""How fast the gradient changes on the way from one iterate to the next.
 
@@ -27,13 +37,13 @@ def local_lipschitz(
       gradient_fn: `params -> gradient`, of the whole training set, e.g. `mean_gradient` with its data bound.
       params: $w$, before a step of the optimizer.
       next_params: $w'$, after it.
-      gammas: points in (0, 1].
+      fractions: points in (0, 1].
 
     Returns:
       L, a scalar; 0 where the step is 0.
 
     Raises:
-      ValueError: without gammas, or with one outside (0, 1].
+      ValueError: without fractions, or with one outside (0, 1].
 
     Example:
       >>> import jax.numpy as jnp
@@ -44,8 +54,8 @@ def local_lipschitz(
     Source: Lee, Ajanthan, Torr, Jaggi (ICLR 2021), arXiv:2003.11316, after Santurkar et al. (2018)
     [lee2021understanding, santurkar2018how].
     """
-    if not gammas or not all(0 < gamma <= 1 for gamma in gammas):
-        raise ValueError(f"gammas must lie in (0, 1], got {tuple(gammas)}")
+    if not fractions or not all(0 < gamma <= 1 for gamma in fractions):
+        raise ValueError(f"fractions must lie in (0, 1], got {tuple(fractions)}")
     norm = lambda tree: jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
     d = jax.tree.map(jnp.subtract, next_params, params)
     length = norm(d)
@@ -58,12 +68,10 @@ def local_lipschitz(
             change = norm(jax.tree.map(jnp.subtract, there, g))
             return jnp.where(step > 0, change / jnp.where(step > 0, step, 1), 0)
 
-        return jnp.max(jax.lax.map(ratio, jnp.asarray(gammas)))
+        return jnp.max(jax.lax.map(ratio, jnp.asarray(fractions)))
 
 
-def mean_gradient(
-    loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, data: PyTree, *, chunk_size: int = 1000
-) -> PyTree:
+def mean_gradient(loss_fn: LossFn, params: PyTree, data: PyTree, *, chunk_size: int = 1000) -> PyTree:
     """The gradient of the mean loss over a whole data set, a chunk at a time, each weighted by its examples.
 
     Args:

@@ -82,10 +82,10 @@ def fit_steps_to_result(
 def sgd_steps_to_result(
     batch_size: float | int | np.ndarray,
     *,
-    delta: float | int,
+    loss_gap: float | int,
     smoothness: float | int,
     variance: float | int,
-    mu: float | int,
+    alignment: float | int,
     eps: float | int,
     learning_rate: float | int,
 ) -> np.ndarray:
@@ -96,10 +96,10 @@ def sgd_steps_to_result(
 
     Args:
       batch_size: B, a number or an array.
-      delta: $\Delta = f(w_1) - f_\infty$.
+      loss_gap: $\Delta = f(w_1) - f_\infty$.
       smoothness: L, Lipschitz constant of the gradient.
       variance: $\beta$, of the gradient of one example.
-      mu: $\mu$ in $\nabla f^\top \mathbb{E}[g] \ge \mu \|\nabla f\|^2$; 1 for an unbiased gradient.
+      alignment: $\mu$ in $\nabla f^\top \mathbb{E}[g] \ge \mu \|\nabla f\|^2$; 1 for an unbiased gradient.
       eps: $\epsilon$, the target.
       learning_rate: $\eta$.
 
@@ -107,23 +107,23 @@ def sgd_steps_to_result(
       $K^\star$, infinite where the noise alone exceeds the target.
 
     Example:
-      >>> constants = dict(delta=1, smoothness=2, variance=0.5, mu=1, eps=0.1, learning_rate=0.05)
+      >>> constants = dict(loss_gap=1, smoothness=2, variance=0.5, alignment=1, eps=0.1, learning_rate=0.05)
       >>> sgd_steps_to_result(np.array([4, 64, 1024]), **constants).round(3).tolist()
       [457.143, 403.15, 400.195]
 
     Source: Lee, Ajanthan, Torr, Jaggi (ICLR 2021), arXiv:2003.11316, from Bottou, Curtis, Nocedal (2018), Theorem 4.8
     [lee2021understanding, bottou2018optimization].
     """
-    noise = learning_rate * smoothness * variance / (mu * np.asarray(batch_size, np.float64))
-    return np.where(noise < eps, 2 * delta / (mu * learning_rate * np.maximum(eps - noise, 1e-300)), np.inf)
+    noise = learning_rate * smoothness * variance / (alignment * np.asarray(batch_size, np.float64))
+    return np.where(noise < eps, 2 * loss_gap / (alignment * learning_rate * np.maximum(eps - noise, 1e-300)), np.inf)
 
 
 def sgd_batch_size_law(
     *,
-    delta: float | int,
+    loss_gap: float | int,
     smoothness: float | int,
     variance: float | int,
-    mu: float | int,
+    alignment: float | int,
     eps: float | int,
     learning_rate: float | int,
 ) -> BatchSizeLaw:
@@ -133,10 +133,10 @@ def sgd_batch_size_law(
     $c_1$ and, as it asks for a smaller $\eta$, also $c_2$; the shape in B is the same.
 
     Args:
-      delta: as in `sgd_steps_to_result`, like all others.
+      loss_gap: as in `sgd_steps_to_result`, like all others.
       smoothness: L.
       variance: $\beta$.
-      mu: $\mu$.
+      alignment: $\mu$.
       eps: $\epsilon$.
       learning_rate: $\eta$.
 
@@ -144,12 +144,13 @@ def sgd_batch_size_law(
       `BatchSizeLaw`.
 
     Example:
-      >>> law = sgd_batch_size_law(delta=1, smoothness=2, variance=0.5, mu=1, eps=0.1, learning_rate=0.05)
+      >>> law = sgd_batch_size_law(loss_gap=1, smoothness=2, variance=0.5, alignment=1, eps=0.1, learning_rate=0.05)
       >>> law.steps(np.array([4, 64, 1024])).round(3).tolist()
       [450.0, 403.125, 400.195]
 
     Source: Lee, Ajanthan, Torr, Jaggi (ICLR 2021), arXiv:2003.11316 [lee2021understanding].
     """
     return BatchSizeLaw(
-        c1=2 * delta * smoothness * variance / (mu**2 * eps**2), c2=2 * delta / (learning_rate * mu * eps)
+        c1=2 * loss_gap * smoothness * variance / (alignment**2 * eps**2),
+        c2=2 * loss_gap / (learning_rate * alignment * eps),
     )

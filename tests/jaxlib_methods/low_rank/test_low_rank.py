@@ -14,13 +14,12 @@ from jaxlib_methods.low_rank import (
     effective_rank,
     factorize_kernels,
     linear_inputs,
-    rank_for_keep,
     sensitivity_search,
     stable_rank,
     svd_llm,
     truncated_svd,
-    whitening_factor,
 )
+from jaxlib_methods.low_rank.decompositions import rank_for_keep, whitening_factor
 
 
 def gaussian(*shape, seed=0):
@@ -66,7 +65,7 @@ def test_white_inputs_and_alpha_zero_give_the_plain_svd(x64):
     W, _ = layer()
     plain = truncated_svd(W, 4)
     np.testing.assert_allclose(svd_llm(W, 7.0 * np.eye(14), 4).kernel, plain.kernel, atol=1e-10)
-    np.testing.assert_allclose(asvd(W, np.arange(14.0), 4, alpha=0.0).kernel, plain.kernel, atol=1e-10)
+    np.testing.assert_allclose(asvd(W, np.arange(14.0), 4, exponent=0.0).kernel, plain.kernel, atol=1e-10)
     np.testing.assert_allclose(plain.kernel, np.asarray(plain.A) @ np.asarray(plain.B), atol=1e-12)
     discarded = np.linalg.svd(W, compute_uv=False)[4:]
     np.testing.assert_allclose(np.linalg.norm(W - plain.kernel) ** 2, np.sum(discarded**2), rtol=1e-10)

@@ -85,7 +85,7 @@ class TestResources:
     def test_bad_arguments(self):
         with pytest.raises(ValueError, match="resources must be non-negative"):
             resource_weights({"a": -1.0})
-        with pytest.raises(ValueError, match="strength must be at least 0"):
+        with pytest.raises(ValueError, match="strength must not be negative"):
             reweight_layers({"a": [1.0]}, {"a": 1.0}, -1.0)
         with pytest.raises(ValueError, match=r"different layers: \['b'\]"):
             reweight_layers({"a": [1.0]}, {"a": 1.0, "b": 1.0}, 1.0)
@@ -107,7 +107,7 @@ class TestSelection:
     def test_bad_arguments(self):
         with pytest.raises(ValueError, match=r"sparsity must lie in \[0, 1\], got 1.5"):
             keep_neurons({"a": [1.0]}, 1.5)
-        with pytest.raises(ValueError, match='scope must be "global"'):
+        with pytest.raises(ValueError, match="scope must be one of 'global'"):
             keep_neurons({"a": [1.0]}, 0.5, scope="layer")
         with pytest.raises(ValueError, match="layer 'a' has scores that are not finite"):
             keep_neurons({"a": [np.nan]}, 0.5)
@@ -157,7 +157,7 @@ def gates():
 
         @jax.jit
         def all_of_them(params, batch):
-            return [neuron_importance(loss_fn, params, batch, wiring, gradients=g, reduce=r) for g, r in options]
+            return [neuron_importance(loss_fn, params, batch, wiring, gradients=g, reduction=r) for g, r in options]
 
         found = dict(zip(options, jax.device_get(all_of_them(params, batch)), strict=True))
         one = jax.jit(lambda params, sample: jax.tree.map(jnp.multiply, params, jax.grad(loss_fn)(params, sample)))
@@ -230,8 +230,8 @@ class TestImportance:
     def test_bad_arguments(self):
         loss_fn, params, batch, wiring = problem()
         for options, message in [
-            ({"gradients": "snip"}, 'gradients must be "mpmg"'),
-            ({"reduce": "min"}, 'reduce must be "sum"'),
+            ({"gradients": "snip"}, "gradients must be one of 'mpmg'"),
+            ({"reduction": "min"}, "reduction must be one of 'sum'"),
             ({"num_samples": 3}, "num_samples must divide the batch, got 3"),
         ]:
             with pytest.raises(ValueError, match=message):

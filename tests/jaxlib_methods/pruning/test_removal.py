@@ -162,7 +162,7 @@ class TestCleanUp:
     def test_bad_arguments(self):
         kept, wiring = self.wanted()
         scores = random_scores(wiring)
-        with pytest.raises(ValueError, match='ties must be "max"'):
+        with pytest.raises(ValueError, match="ties must be one of 'max'"):
             clean_up_neurons(kept, wiring, scores, ties="mean")
         with pytest.raises(ValueError, match="multiple must be at least 1"):
             clean_up_neurons(kept, wiring, scores, multiple=0)

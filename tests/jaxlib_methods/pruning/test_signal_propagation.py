@@ -102,7 +102,7 @@ class TestInitializers:
         np.testing.assert_allclose(jnp.sum(drawn["conv"]["kernel"] ** 2), 8, rtol=1e-5)  # gain^2 x inputs
         with pytest.raises(ValueError, match=r"conv_orthogonal cannot draw 'conv/kernel'.*\(3, 3, 4, 2\).*orthogonal"):
             pruning.reinitialize({"conv": {"kernel": jnp.zeros((3, 3, 4, 2))}}, key=key)
-        with pytest.raises(ValueError, match=r"kind must be one of orthogonal, .*, got 'he'"):
+        with pytest.raises(ValueError, match=r"kind must be one of 'orthogonal', .*, got 'he'"):
             pruning.reinitialize(params, key=key, kind="he")
 
 
@@ -189,7 +189,7 @@ class TestIsometry:
 
     def test_bad_arguments_are_named(self):
         W, mask = jnp.eye(2), jnp.ones((2, 2), bool)
-        with pytest.raises(ValueError, match='objective must be "frobenius" or "squared", got \'l1\''):
+        with pytest.raises(ValueError, match="objective must be one of 'frobenius', 'squared', got 'l1'"):
             pruning.repair_isometry(W, mask, objective="l1")
         with pytest.raises(ValueError, match="steps must not be negative, got -1"):
             pruning.repair_isometry(W, mask, num_steps=-1)

@@ -7,7 +7,7 @@ import pytest
 
 from jaxlib_methods import training_dynamics as td
 
-THEORY = {"delta": 1, "smoothness": 2, "variance": 0.5, "mu": 1, "eps": 0.1, "learning_rate": 0.05}
+THEORY = {"loss_gap": 1, "smoothness": 2, "variance": 0.5, "alignment": 1, "eps": 0.1, "learning_rate": 0.05}
 
 
 class TestLaw:
@@ -67,8 +67,8 @@ class TestLipschitz:
         A, Aj, w, d = quadratic
         gradient = lambda w: Aj @ w
         expected = np.linalg.norm(A @ d) / np.linalg.norm(d)
-        for gamma in td.GAMMAS:
-            np.testing.assert_allclose(td.local_lipschitz(gradient, w, w + d, gammas=(gamma,)), expected, rtol=1e-9)
+        for gamma in td.STEP_FRACTIONS:
+            np.testing.assert_allclose(td.local_lipschitz(gradient, w, w + d, fractions=(gamma,)), expected, rtol=1e-9)
         values, vectors = np.linalg.eigh(A)
         np.testing.assert_allclose(td.local_lipschitz(gradient, w, w + d), expected, rtol=1e-9)
         assert expected < values[-1]
@@ -84,7 +84,7 @@ class TestLipschitz:
         after = jax.tree.map(lambda p, g: p - 0.3 * g, params, gradient)
         flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
         d, ratios = flat(after) - flat(params), []
-        for gamma in td.GAMMAS:
+        for gamma in td.STEP_FRACTIONS:
             between = jax.tree.map(lambda p, q: p + gamma * (q - p), params, after)
             change = flat(jax.grad(loss)(between, (x, y))) - flat(gradient)
             ratios.append(np.linalg.norm(change) / np.linalg.norm(gamma * d))
@@ -96,7 +96,7 @@ class TestLipschitz:
         assert all((before[name] == params[name]).all() for name in params)
 
     def test_bad_arguments_are_named(self):
-        with pytest.raises(ValueError, match=r"gammas must lie in \(0, 1\], got \(0.0,\)"):
-            td.local_lipschitz(lambda w: w, jnp.ones(2), jnp.ones(2), gammas=(0.0,))
+        with pytest.raises(ValueError, match=r"fractions must lie in \(0, 1\], got \(0.0,\)"):
+            td.local_lipschitz(lambda w: w, jnp.ones(2), jnp.ones(2), fractions=(0.0,))
         with pytest.raises(ValueError, match="chunk_size be at least 1, got 2 and 0"):
             td.mean_gradient(lambda w, x: w, jnp.ones(()), jnp.ones(2), chunk_size=0)
