@@ -42,7 +42,7 @@ def test_a_page_has_a_claim_a_verdict_and_at_most_eighty_lines(name):
     page = (RESULTS / f"{name}.md").read_text()
     assert page.startswith(f"# {name}: ") and pages.said(page, "Claim") and "\n## What differs from the paper" in page
     assert re.match(rf"\*({'|'.join(pages.VERDICTS)})\*: .+\.$", pages.said(page, "Verdict"))
-    assert len(page.splitlines()) <= 80
+    assert len(page.splitlines()) <= 80 and "](figures/" in page
     for link in re.findall(r"\]\(([^)]+)\)", page):
         assert (RESULTS / link).exists(), link
 
