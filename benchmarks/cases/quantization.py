@@ -24,7 +24,7 @@ from flax import nnx
 
 from benchmarks.timing import Case, Implementation, Options, Record, Skip, measure
 from jaxlib_methods import models, quantization
-from jaxlib_methods.kernels import packed_matmul as kernel
+from jaxlib_methods.kernels import ArgSpec, packed_matmul as kernel
 from jaxlib_methods.kernels.packed_matmul import pallas_gpu, pallas_tpu
 
 HEADLINES = (
@@ -56,8 +56,9 @@ def run(options: Options) -> Iterator[Record]:
         if options.selects(name) and not (options.quick and network == "resnet18"):
             yield from measure(_step_case(name, network, batch, shape), options)
     for spec in kernel.ARG_SPECS:
+        depth, n = spec.args["x"].shape[1], spec.args["words"].shape[1]
         name = f"matmul {spec.name}"
-        if options.selects(name) and not (options.quick and spec.depth * spec.n > 2 * 10**7):
+        if options.selects(name) and not (options.quick and depth * n > 2 * 10**7):
             yield from measure(_matmul_case(name, spec), options)
 
 
@@ -102,13 +103,14 @@ def _step_case(name: str, network: str, batch: int, shape: tuple[int, ...]) -> C
     return Case("quantization", name, implementations, seconds=10.0, min_rounds=5)
 
 
-def _matmul_case(name: str, spec: kernel.ArgSpec) -> Case:
-    labels = quantization.symmetric_labels(spec.num_labels)
+def _matmul_case(name: str, spec: ArgSpec) -> Case:
+    labels, (m, depth), n = spec.args["labels"], spec.args["x"].shape, spec.args["words"].shape[1]
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, spec.num_labels, (spec.depth, spec.n), dtype=np.uint8)
-    x = jnp.asarray(rng.integers(-8, 9, (spec.m, spec.depth)), jnp.float32)  # exact in any order of addition
-    bits = kernel.bits_for(spec.num_labels)
+    codes = rng.integers(0, len(labels), (depth, n), dtype=np.uint8)
+    x = jnp.asarray(rng.integers(-8, 9, (m, depth)), jnp.float32)  # exact in any order of addition
+    bits = kernel.bits_for(len(labels))
     words = kernel.pack_codes(jnp.asarray(codes), bits)
+    cost = kernel.cost_estimate(m, depth, n, bits)
     int8 = jnp.asarray(np.asarray(labels, np.int8)[codes])
     dense = int8.astype(jnp.float32)
     packed = lambda implementation: functools.partial(
@@ -119,7 +121,7 @@ def _matmul_case(name: str, spec: kernel.ArgSpec) -> Case:
         if jax.default_backend() != platform:
             return Skip(f"it runs on a {platform.upper()}, this is a {jax.default_backend().upper()}")
         kernel_module = {"gpu": pallas_gpu, "tpu": pallas_tpu}[platform]
-        if reason := kernel_module.can_use((spec.m, spec.depth, spec.n), x.dtype, spec.num_labels):
+        if reason := kernel_module.can_use((m, depth, n), x.dtype, len(labels)):
             return Skip(reason)
         return Implementation(jax.jit(packed(f"pallas_{platform}")), (x, words))
 
@@ -134,8 +136,8 @@ def _matmul_case(name: str, spec: kernel.ArgSpec) -> Case:
             "int8": Implementation(jax.jit(lambda x, w: x @ w.astype(jnp.float32)), (x, int8)),
         },
         reference="float32",
-        flops=2.0 * spec.m * spec.depth * spec.n,
-        bytes=float(kernel.cost_estimate(spec.m, spec.depth, spec.n, bits).bytes_accessed),
+        flops=float(cost.flops),
+        bytes=float(cost.bytes_accessed),
         seconds=5.0,
         min_rounds=5,
     )

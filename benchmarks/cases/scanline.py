@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import Case, Implementation, Options, Record, Skip, measure
-from jaxlib_methods.kernels import scanline
+from jaxlib_methods.kernels import ArgSpec, scanline
 from jaxlib_methods.kernels.scanline import arg_specs, pallas_gpu, pallas_gpu_config as layouts, pallas_tpu
+from jaxlib_methods.kernels.scanline.arg_specs import sweep_shape
 from jaxlib_methods.kernels.scanline.cost import ITERATION_BYTES, backward_cost_estimate
 from jaxlib_methods.kernels.scanline.request import Sweep
 
@@ -29,7 +30,7 @@ def run(options: Options) -> Iterator[Record]:
     """Yields the cases `NAME batch=B pair | backward | iteration`; with --quick only the smallest workload's."""
     platform = jax.devices()[0].platform
     modes = {"pair": _pair, "backward": _backward, "iteration": _iteration}
-    for spec in arg_specs.SPECS[:1] if options.quick else arg_specs.SPECS:
+    for spec in arg_specs.ARG_SPECS[:1] if options.quick else arg_specs.ARG_SPECS:
         for batch in BATCHES if platform in KERNELS else BATCHES[:1]:
             for mode, make in modes.items():
                 name = f"{spec.name} batch={batch} {mode}"
@@ -37,15 +38,15 @@ def run(options: Options) -> Iterator[Record]:
                     yield from measure(make(spec, batch, name, platform), options)
 
 
-def _pair(spec: arg_specs.ArgSpec, batch: int, name: str, platform: str) -> Case:
+def _pair(spec: ArgSpec, batch: int, name: str, platform: str) -> Case:
     """Both directions along the rows: the messages of a direction are the other's opposite."""
-    shape = spec.shape(batch=batch)
+    shape = sweep_shape(spec, batch=batch)
     u, m, q = _costs(shape, 3)
 
     def rows(sweep: Callable[..., Any]) -> Implementation:
         def pair(u: jax.Array, m: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-            m = sweep(u, q, spec.pairwise, rho=RHO, out=m)
-            return m, sweep(u, m, spec.pairwise, rho=RHO, reverse=True, out=q)
+            m = sweep(u, q, spec.args["pairwise"], edge_probability=RHO, out=m)
+            return m, sweep(u, m, spec.args["pairwise"], edge_probability=RHO, reverse=True, out=q)
 
         return Implementation(jax.jit(pair, donate_argnums=(1, 2)), (u, m, q))
 
@@ -53,32 +54,36 @@ def _pair(spec: arg_specs.ArgSpec, batch: int, name: str, platform: str) -> Case
     if isinstance(implementations.get("pallas_gpu"), Implementation):
         for config in _other_layouts(spec, shape[2]):
             implementations[f"pallas_gpu, {config.lanes} lanes"] = rows(_with_layout(config))
-    return Case("scanline", name, implementations, reference="xla", bytes=24 * spec.entries * batch)
+    return Case("scanline", name, implementations, reference="xla", bytes=24 * spec.args["u"].size * batch)
 
 
-def _backward(spec: arg_specs.ArgSpec, batch: int, name: str, platform: str) -> Case:
+def _backward(spec: ArgSpec, batch: int, name: str, platform: str) -> Case:
     """dS of both directions of a pair, from the argmins of the forward pass; no gradient in V is asked for."""
-    shape = spec.shape(batch=batch)
+    shape = sweep_shape(spec, batch=batch)
     u, opposite = _costs(shape, 2)
-    forward = jax.jit(functools.partial(scanline.sweep, rho=RHO, with_indices=True))
-    _, p, q = forward(u, opposite, spec.pairwise)
+    forward = jax.jit(functools.partial(scanline.sweep, edge_probability=RHO, with_indices=True))
+    _, p, q = forward(u, opposite, spec.args["pairwise"])
 
     def rows(backward: Callable[..., Any]) -> Implementation:
         def pair(dm: jax.Array, p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-            route = lambda ds, reverse: backward(dm, ds, p, q, spec.pairwise, rho=RHO, reverse=reverse)[0]
+            route = lambda ds, reverse: backward(
+                dm, ds, p, q, spec.args["pairwise"], edge_probability=RHO, reverse=reverse
+            )[0]
             ds = route(None, False)
             return ds, route(ds, True)
 
         return Implementation(jax.jit(pair), (u, p, q))
 
     implementations = _implementations(shape, spec, platform, scanline.sweep_backward, rows)
-    needed = [backward_cost_estimate(*shape, spec.pairwise, opposite=o).bytes_accessed for o in (False, True)]
+    needed = [
+        backward_cost_estimate(shape, spec.args["pairwise"], with_opposite=o).bytes_accessed for o in (False, True)
+    ]
     return Case("scanline", name, implementations, reference="xla", bytes=sum(needed))
 
 
-def _iteration(spec: arg_specs.ArgSpec, batch: int, name: str, platform: str) -> Case:
+def _iteration(spec: ArgSpec, batch: int, name: str, platform: str) -> Case:
     """Four sweeps, and the unary costs of each pair rebuilt from the other pair's messages by a transpose."""
-    shapes = spec.shape(batch=batch), spec.shape(vertical=True, batch=batch)
+    shapes = sweep_shape(spec, batch=batch), sweep_shape(spec, vertical=True, batch=batch)
     thetas = _costs(shapes[0], 1)[0], _costs(shapes[1], 1)[0]
     messages = tuple(jnp.zeros(shapes[d // 2], jnp.float32) for d in range(4))
 
@@ -94,27 +99,27 @@ def _iteration(spec: arg_specs.ArgSpec, batch: int, name: str, platform: str) ->
             for pair in range(2):
                 u = thetas[pair] + turn(m[2 - 2 * pair] + m[3 - 2 * pair])
                 for d in (2 * pair, 2 * pair + 1):
-                    m[d] = sweep(u, m[d ^ 1], spec.pairwise, rho=RHO, reverse=d % 2 == 1, out=m[d])
+                    m[d] = sweep(u, m[d ^ 1], spec.args["pairwise"], edge_probability=RHO, reverse=d % 2 == 1, out=m[d])
             return tuple(m)
 
         return Implementation(jax.jit(iteration, donate_argnums=0), (messages, thetas))
 
     implementations = _implementations(shapes[0], spec, platform, scanline.sweep, rows)
-    needed = ITERATION_BYTES["pair form"] * spec.entries * batch
+    needed = ITERATION_BYTES["pair form"] * spec.args["u"].size * batch
     return Case("scanline", name, implementations, reference="xla", bytes=needed)
 
 
 def _implementations(
     shape: tuple[int, int, int],
-    spec: arg_specs.ArgSpec,
+    spec: ArgSpec,
     platform: str,
     function: Callable[..., Any],
     rows: Callable[[Callable[..., Any]], Implementation],
 ) -> dict[str, Implementation | Skip]:
     """The kernels, each where it can run, before the program that runs everywhere."""
     reasons = {
-        "pallas_gpu": pallas_gpu.can_use(shape, jnp.float32, spec.pairwise) or pallas_gpu.device_reason(),
-        "pallas_tpu": pallas_tpu.can_use(shape, jnp.float32, spec.pairwise),
+        "pallas_gpu": pallas_gpu.can_use(shape, jnp.float32, spec.args["pairwise"]) or pallas_gpu.device_reason(),
+        "pallas_tpu": pallas_tpu.can_use(shape, jnp.float32, spec.args["pairwise"]),
     }
     found: dict[str, Implementation | Skip] = {}
     for home, name in KERNELS.items():
@@ -136,14 +141,14 @@ def _with_layout(config: layouts.Config) -> Callable[..., Any]:
     return sweep
 
 
-def _other_layouts(spec: arg_specs.ArgSpec, lines: int) -> list[layouts.Config]:
+def _other_layouts(spec: ArgSpec, lines: int) -> list[layouts.Config]:
     """Every number of lanes per line that fits, but the one that the kernel chooses itself."""
-    chosen = layouts.choose(spec.num_labels, spec.pairwise, lines)
+    chosen = layouts.choose(spec.args["u"].shape[1], spec.args["pairwise"], lines)
     fitting = []
     for lanes in layouts.LANES_PER_LINE:
         config = layouts.Config(lanes, layouts.MIN_SLOTS)
-        fits = layouts.smem_bytes(spec.num_labels, config, spec.pairwise) <= layouts.SMEM_BUDGET
-        if fits and spec.num_labels % lanes == 0 and lanes != chosen.lanes:
+        fits = layouts.smem_bytes(spec.args["u"].shape[1], config, spec.args["pairwise"]) <= layouts.SMEM_BUDGET
+        if fits and spec.args["u"].shape[1] % lanes == 0 and lanes != chosen.lanes:
             fitting.append(config)
     return fitting
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import Case, Implementation, Options, Record, Skip, measure, peer
-from jaxlib_methods.kernels.threshold import ARG_SPECS, ArgSpec, keep_largest
+from jaxlib_methods.kernels import ArgSpec
+from jaxlib_methods.kernels.threshold import ARG_SPECS, keep_largest
 
 HEADLINES = (
     (
@@ -36,10 +37,11 @@ Tree = dict[str, jax.Array]
 def run(options: Options) -> Iterator[Record]:
     """Yields one case per workload, and VGG-D's once more with ties; --quick leaves out what is large."""
     for spec in ARG_SPECS:
-        if options.quick and spec.size > 10**7:
+        size, sparsity = _size(spec), _sparsity(spec)
+        if options.quick and size > 10**7:
             continue
         for ties in (False, True) if spec.name == "vgg_d" else (False,):
-            name = f"{spec.name} m={spec.size} sparsity={spec.sparsity}" + (" ties" if ties else "")
+            name = f"{spec.name} m={size} sparsity={sparsity:g}" + (" ties" if ties else "")
             if options.selects(name):
                 yield from measure(_case(spec, name, ties), options)
 
@@ -47,7 +49,7 @@ def run(options: Options) -> Iterator[Record]:
 def _case(spec: ArgSpec, name: str, ties: bool) -> Case:
     scores = _scores(spec, ties)
     host = {key: np.asarray(leaf) for key, leaf in scores.items()}
-    kappa = spec.kappa
+    size, kappa = _size(spec), spec.args["num_keep"]
     bind = lambda function: jax.jit(functools.partial(function, kappa=kappa))
     return Case(
         benchmark="threshold_selection",
@@ -58,29 +60,38 @@ def _case(spec: ArgSpec, name: str, ties: bool) -> Case:
             "jax top_k": Implementation(bind(_by_top_k), (scores,)),
             "numpy partition": Implementation(functools.partial(_by_partition, kappa=kappa), (host,)),
             "jaxpruner": Skip("the same full argsort, and minutes a call")
-            if spec.size > 10**7
+            if size > 10**7
             else peer(
-                "jaxpruner.mask_calculator", lambda module: Implementation(_jaxpruner(module, spec.sparsity), (scores,))
+                "jaxpruner.mask_calculator",
+                lambda module: Implementation(_jaxpruner(module, _sparsity(spec)), (scores,)),
             ),
         },
         reference="jax argsort",
-        bytes=5 * spec.size,
-        min_rounds=3 if spec.size > 10**7 else 7,
+        bytes=5 * size,
+        min_rounds=3 if size > 10**7 else 7,
         warm_up=1,
     )
+
+
+def _size(spec: ArgSpec) -> int:
+    return sum(leaf.size for leaf in spec.args["scores"].values())
+
+
+def _sparsity(spec: ArgSpec) -> float:
+    return round(1 - spec.args["num_keep"] / _size(spec), 4)
 
 
 def _scores(spec: ArgSpec, ties: bool) -> Tree:
     """Products of two normal variables, as |w * dL/dw| looks; biases are 0. With ties, only a hundred values."""
     scores = {}
-    for index, (name, shape) in enumerate(sorted(spec.shapes.items())):
+    for index, (name, like) in enumerate(sorted(spec.args["scores"].items())):
         rng = np.random.default_rng(index)
         if name.endswith("bias"):
-            leaf = np.zeros(shape, np.float32)
+            leaf = np.zeros(like.shape, np.float32)
         elif ties:
-            leaf = rng.integers(0, 100, shape).astype(np.float32)
+            leaf = rng.integers(0, 100, like.shape).astype(np.float32)
         else:
-            leaf = np.abs(rng.standard_normal(shape, np.float32) * rng.standard_normal(shape, np.float32))
+            leaf = np.abs(rng.standard_normal(like.shape, np.float32) * rng.standard_normal(like.shape, np.float32))
         scores[name] = jnp.asarray(leaf)
     return scores
 

@@ -93,9 +93,10 @@ def one_of(options: Any, *, remedy: str = "", **values: Any) -> None:
       ValueError: implementation must be one of 'xla', 'pallas_gpu', 'pallas_tpu', got 'cuda'
     """
     allowed = options_of(options)
+    wanted = ", ".join(repr(option) for option in allowed if option is not None)
     for name, value in values.items():
         if value not in allowed:
-            _raise(name, f"must be one of {', '.join(map(repr, allowed))}", repr(value), remedy)
+            _raise(name, f"must be {'None or ' if None in allowed else ''}one of {wanted}", repr(value), remedy)
 
 
 def options_of(options: Any) -> tuple[Any, ...]:

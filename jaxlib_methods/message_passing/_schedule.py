@@ -154,7 +154,12 @@ def iterate(
             opposite = None if schedule.rho == 1.0 else source[d ^ 1]
             weight = None if p.weights is None else p.weights[d]
             pairwise = transpose(p.pairwise) if d % 2 else p.pairwise
-            options: dict[str, Any] = {"rho": schedule.rho, "reverse": d % 2 == 1, "step": step(d), "images": batch}
+            options: dict[str, Any] = {
+                "edge_probability": schedule.rho,
+                "reverse": d % 2 == 1,
+                "step": step(d),
+                "num_images": batch,
+            }
             if temperature is not None:
                 request = Sweep(u=u, opposite=opposite, pairwise=pairwise, edge_weight=weight, **options)
                 live[d] = _soft_sweep(request, temperature)
@@ -165,7 +170,7 @@ def iterate(
                 u,
                 opposite,
                 pairwise,
-                weight,
+                edge_weight=weight,
                 with_indices=with_indices,
                 implementation=schedule.implementation,
                 **options,
@@ -329,17 +334,28 @@ def _single_sweep_forward(
     schedule: Schedule, d: int, images: int, u: jax.Array, pairwise: Pairwise, weight: jax.Array | None
 ) -> tuple[jax.Array, tuple]:
     v = transpose(pairwise) if d % 2 else pairwise
-    options: dict[str, Any] = {"rho": 1.0, "reverse": d % 2 == 1, "step": step(d), "images": images}
-    m, *indices = sweep(u, None, v, weight, with_indices=True, implementation=schedule.implementation, **options)
+    options = _single_options(schedule, d, images, weight)
+    m, *indices = sweep(u, None, v, with_indices=True, **options)
     return m, (indices, pairwise, weight)
 
 
 def _single_sweep_backward(schedule: Schedule, d: int, images: int, residuals: tuple, dm: jax.Array) -> tuple:
     indices, pairwise, weight = residuals
     v = transpose(pairwise) if d % 2 else pairwise
-    options: dict[str, Any] = {"rho": 1.0, "reverse": d % 2 == 1, "step": step(d), "images": images}
-    ds, dw, dv = sweep_backward(dm, None, *indices, v, weight, implementation=schedule.implementation, **options)
+    options = _single_options(schedule, d, images, weight)
+    ds, dw, dv = sweep_backward(dm, None, *indices, v, **options)
     return ds, transpose(dv) if d % 2 else dv, dw
+
+
+def _single_options(schedule: Schedule, d: int, images: int, weight: jax.Array | None) -> dict[str, Any]:
+    return {
+        "edge_weight": weight,
+        "edge_probability": 1.0,
+        "reverse": d % 2 == 1,
+        "step": step(d),
+        "num_images": images,
+        "implementation": schedule.implementation,
+    }
 
 
 single_sweep.defvjp(_single_sweep_forward, _single_sweep_backward)
@@ -384,11 +400,11 @@ def _iterate_backward(
                 None if schedule.rho == 1.0 else source[d ^ 1],
                 *indices[d],
                 transpose(p.pairwise) if d % 2 else p.pairwise,
-                None if p.weights is None else p.weights[d],
-                rho=schedule.rho,
+                edge_weight=None if p.weights is None else p.weights[d],
+                edge_probability=schedule.rho,
                 reverse=d % 2 == 1,
                 step=step(d),
-                images=batch,
+                num_images=batch,
                 out=None if schedule.synchronous else state.ds[d],
                 implementation=schedule.implementation,
             )

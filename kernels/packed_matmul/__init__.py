@@ -1,8 +1,8 @@
 """Matrix products with weights stored in bits: 1, 2, 4 or 8 a weight, whatever the values of the labels."""
 
 from jaxlib_methods.kernels.packed_matmul.api import packed_matmul as packed_matmul
-from jaxlib_methods.kernels.packed_matmul.arg_specs import ARG_SPECS as ARG_SPECS, ArgSpec as ArgSpec
-from jaxlib_methods.kernels.packed_matmul.cost import Cost as Cost, cost_estimate as cost_estimate
+from jaxlib_methods.kernels.packed_matmul.arg_specs import ARG_SPECS as ARG_SPECS
+from jaxlib_methods.kernels.packed_matmul.cost import cost_estimate as cost_estimate
 from jaxlib_methods.kernels.packed_matmul.layout import (
     bits_for as bits_for,
     decode as decode,
@@ -12,8 +12,6 @@ from jaxlib_methods.kernels.packed_matmul.layout import (
 
 __all__ = [
     "ARG_SPECS",
-    "ArgSpec",
-    "Cost",
     "bits_for",
     "cost_estimate",
     "decode",

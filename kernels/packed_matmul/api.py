@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.kernels.packed_matmul import layout, reference
+from jaxlib_methods.kernels._dispatch import Kernel
+from jaxlib_methods.kernels.packed_matmul import layout
+from jaxlib_methods.typing import Implementation
 
-IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
+KERNEL = Kernel("packed_matmul", ("xla", "pallas_gpu", "pallas_tpu"))
 
 
 def packed_matmul(
@@ -16,7 +18,7 @@ def packed_matmul(
     words: jax.Array,
     labels: Sequence[float | int],
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     r"""Product of activations with packed weights, $y_{\cdot n} = \sum_k x_{\cdot k} q_{c(k, n)}$.
 
@@ -43,26 +45,17 @@ def packed_matmul(
       >>> packed_matmul(jnp.array([1.0, 2.0, 4.0]), words, (-1, 1)).tolist()
       [5.0, -1.0]
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
     labels = tuple(float(label) for label in labels)
     bits = layout.bits_for(len(labels))
     if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x must be floating [..., K], got {x.dtype} {x.shape}")
     layout.check_words(words, bits, x.shape[-1])
-    # A JAX without one of these backends still runs the others.
-    if implementation == "pallas_gpu":
-        from jaxlib_methods.kernels.packed_matmul import pallas_gpu
-
-        return _apply(x, words, labels, bits, pallas_gpu.matmul)
-    if implementation == "pallas_tpu":
-        from jaxlib_methods.kernels.packed_matmul import pallas_tpu
-
-        return _apply(x, words, labels, bits, pallas_tpu.matmul)
-    return _apply(x, words, labels, bits, reference.matmul)
+    return _apply(x, words, labels, bits, implementation)
 
 
-@functools.partial(jax.jit, static_argnames=("labels", "bits", "run"))
-def _apply(x: jax.Array, words: jax.Array, labels: tuple[float, ...], bits: int, run) -> jax.Array:
-    y = run(x.reshape(-1, x.shape[-1]), words, labels, bits)
+@functools.partial(jax.jit, static_argnames=("labels", "bits", "implementation"))
+def _apply(
+    x: jax.Array, words: jax.Array, labels: tuple[float, ...], bits: int, implementation: Implementation | None
+) -> jax.Array:
+    y = KERNEL.run("matmul", implementation, x.reshape(-1, x.shape[-1]), words, labels, bits)
     return y.reshape(*x.shape[:-1], words.shape[1])

@@ -1,39 +1,27 @@
-"""Named workloads of the product: dense layers and convolutions (as matrices) of the networks that are quantized.
+"""Named workloads of the product: dense layers and convolutions (as matrices) of the networks that are quantized."""
 
-Source: layer shapes of LeNet-300-100, VGG-16 and ResNet-18; the projection of a transformer block of width 4096.
-"""
+import jax
+import jax.numpy as jnp
 
-import dataclasses
+from jaxlib_methods.kernels._arg_spec import ArgSpec
+from jaxlib_methods.kernels.packed_matmul.layout import bits_for, rows_for
+
+BINARY, TERNARY = (-1, 1), (-1, 0, 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class ArgSpec:
-    """One product x [m, depth] @ W [depth, n].
-
-    Args:
-      name: unique.
-      m: rows of the activations.
-      depth: contracted size.
-      n: columns.
-      num_labels: of the weights.
-      tags: "ci" for those small enough for tests.
-    """
-
-    name: str
-    m: int
-    depth: int
-    n: int
-    num_labels: int = 2
-    tags: tuple[str, ...] = ()
+def _product(name: str, m: int, depth: int, n: int, labels: tuple[int, ...], source: str, *tags: str) -> ArgSpec:
+    """x [m, depth] @ W [depth, n]."""
+    x = jax.ShapeDtypeStruct((m, depth), jnp.float32)
+    words = jax.ShapeDtypeStruct((rows_for(depth, bits_for(len(labels))), n), jnp.uint32)
+    return ArgSpec(name, {"x": x, "words": words, "labels": labels}, source, tags)
 
 
 ARG_SPECS = (
-    ArgSpec("lenet300 dense1", 100, 784, 300, tags=("ci",)),
-    ArgSpec("lenet300 dense1 ternary", 100, 784, 300, 3, ("ci",)),
-    ArgSpec("resnet18 conv4", 64, 2304, 256, tags=("ci",)),
-    ArgSpec("vgg16 imagenet dense1", 16, 25088, 4096),
-    ArgSpec("transformer 1 token", 1, 4096, 4096),
-    ArgSpec("transformer 1 token ternary", 1, 4096, 4096, 3),
-    ArgSpec("transformer 128 tokens", 128, 4096, 4096),
+    _product("lenet300 dense1", 100, 784, 300, BINARY, "LeNet-300-100", "ci"),
+    _product("lenet300 dense1 ternary", 100, 784, 300, TERNARY, "LeNet-300-100", "ci"),
+    _product("resnet18 conv4", 64, 2304, 256, BINARY, "ResNet-18", "ci"),
+    _product("vgg16 imagenet dense1", 16, 25088, 4096, BINARY, "VGG-16"),
+    _product("transformer 1 token", 1, 4096, 4096, BINARY, "a projection of a block of width 4096"),
+    _product("transformer 1 token ternary", 1, 4096, 4096, TERNARY, "a projection of a block of width 4096"),
+    _product("transformer 128 tokens", 128, 4096, 4096, BINARY, "a projection of a block of width 4096"),
 )
-BY_NAME = {spec.name: spec for spec in ARG_SPECS}

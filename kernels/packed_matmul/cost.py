@@ -1,15 +1,7 @@
 """What a product with packed weights costs in arithmetic and in memory traffic."""
 
-from typing import NamedTuple
-
+from jaxlib_methods.kernels._cost import Cost
 from jaxlib_methods.kernels.packed_matmul.layout import rows_for
-
-
-class Cost(NamedTuple):
-    """Floating-point operations and bytes moved between memory and chip."""
-
-    flops: int
-    bytes_accessed: int
 
 
 def cost_estimate(m: int, depth: int, n: int, bits: int, *, itemsize: int = 4) -> Cost:

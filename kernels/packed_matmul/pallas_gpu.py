@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxlib_methods._compat import MOSAIC_GPU_MISSING, mosaic_gpu_store
+from jaxlib_methods.kernels._dispatch import require
 from jaxlib_methods.kernels._hopper import device_reason
 from jaxlib_methods.kernels.packed_matmul.layout import WORD, decode, rows_for
 
@@ -77,8 +78,7 @@ def choose_block(rows: int, n: int) -> tuple[int, int]:
 def matmul(x: jax.Array, words: jax.Array, labels: tuple[float, ...], bits: int, *, interpret: Any = None) -> jax.Array:
     """See `jaxlib_methods.kernels.packed_matmul.packed_matmul`; `interpret` runs the kernel on the CPU, for tests."""
     (m, depth), n = x.shape, words.shape[1]
-    if reason := can_use((m, depth, n), x.dtype, len(labels)) or device_reason():
-        raise NotImplementedError(reason)
+    require(can_use((m, depth, n), x.dtype, len(labels)) or device_reason())
     planes, rows = WORD // bits, rows_for(depth, bits)
     block_rows, block_columns = choose_block(rows, n)
     missing_rows, missing_columns = -rows % block_rows, -n % block_columns

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxlib_methods.kernels._dispatch import require
 from jaxlib_methods.kernels.packed_matmul.cost import cost_estimate
 from jaxlib_methods.kernels.packed_matmul.layout import WORD, decode, rows_for
 
@@ -51,8 +52,7 @@ def matmul(
 ) -> jax.Array:
     """See `jaxlib_methods.kernels.packed_matmul.packed_matmul`; `interpret` runs the kernel on the CPU, for tests."""
     (m, depth), n = x.shape, words.shape[1]
-    if reason := can_use((m, depth, n), x.dtype, len(labels)):
-        raise NotImplementedError(reason)
+    require(can_use((m, depth, n), x.dtype, len(labels)))
     planes, rows = WORD // bits, rows_for(depth, bits)
     # A block of rows is a tile of lanes of the activations: whole where that is one block, else padded to full tiles.
     block_rows = rows if rows <= 2 * BLOCK_ROWS else BLOCK_ROWS
@@ -61,7 +61,6 @@ def matmul(
     x = jnp.pad(x.transpose(1, 0, 2), ((0, 0), (0, 0), (0, padded - rows)))
     words = jnp.pad(jax.lax.bitcast_convert_type(words, jnp.int32), ((0, padded - rows), (0, 0)))
     block_m, block_n = min(BLOCK_M, m), min(BLOCK_N, n)
-    cost = cost_estimate(m, depth, n, bits, itemsize=x.dtype.itemsize)
     return pl.pallas_call(
         functools.partial(_kernel, labels=labels, bits=bits),
         grid=(pl.cdiv(m, block_m), pl.cdiv(n, block_n), padded // block_rows),
@@ -73,7 +72,7 @@ def matmul(
         out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
         scratch_shapes=[pltpu.VMEM((block_m, block_n), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(flops=cost.flops, bytes_accessed=cost.bytes_accessed, transcendentals=0),
+        cost_estimate=cost_estimate(m, depth, n, bits, itemsize=x.dtype.itemsize).pallas(),
         interpret=interpret,
         name="packed_matmul",
     )(x, words)

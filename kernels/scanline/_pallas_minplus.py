@@ -40,12 +40,6 @@ def structure(pairwise: Pairwise) -> Pairwise:
     return dataclasses.replace(pairwise, weight=None, profile=shape(pairwise.profile), table=shape(pairwise.table))
 
 
-def require(reason: str | None) -> None:
-    """Raises if there is a reason why a kernel cannot be used."""
-    if reason is not None:
-        raise NotImplementedError(reason)
-
-
 def form(pairwise: Pairwise, num_labels: int) -> str:
     """How the kernels compute V's product: "potts", "window", "doubling" or "table"."""
     if pairwise.kind == "potts" or (pairwise.kind == "truncated_linear" and pairwise.truncation == 1):
@@ -200,9 +194,9 @@ def pairwise_gradients(request: Backward, ds: jax.Array) -> tuple[jax.Array | No
     label = jax.lax.broadcasted_iota(jnp.int32, dm.shape, 1)
     p, q = request.p.astype(jnp.int32), request.q.astype(jnp.int32)
     zero = jnp.zeros_like(dm)
-    v = dm + jnp.asarray(request.rho, dm.dtype) * ds
+    v = dm + jnp.asarray(request.edge_probability, dm.dtype) * ds
     if request.opposite is not None:
-        v += jnp.asarray(request.rho - 1.0, dm.dtype) * request.opposite
+        v += jnp.asarray(request.edge_probability - 1.0, dm.dtype) * request.opposite
     v = v - jnp.where(label == q[:, None], v.sum(1, keepdims=True), zero)
     # The first pixel of a line receives nothing; its indices are unspecified.
     first = jnp.arange(positions, dtype=jnp.int32)[:, None, None] == (positions - 1 if request.reverse else 0)

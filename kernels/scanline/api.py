@@ -16,21 +16,20 @@ An implementation is a module with `sweep(request)` and `sweep_backward(request)
 `request.Sweep` or `request.Backward`; it raises `NotImplementedError` with the reason where it does not support it.
 """
 
-import importlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods._core import checks
+from jaxlib_methods.kernels._dispatch import Kernel
 from jaxlib_methods.kernels.scanline.pairwise import Pairwise
 from jaxlib_methods.kernels.scanline.request import Backward, Sweep
+from jaxlib_methods.typing import Implementation
 
-IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
-_MODULE = {"xla": "reference", "pallas_gpu": "pallas_gpu", "pallas_tpu": "pallas_tpu"}
-# What None means, in order of preference, by platform. The plain `jax.numpy` program always works and so stands last.
-# No kernel has been timed on its device yet, so none stands before it: whoever measures one ahead of it
-# (`python -m benchmarks run scanline`) changes this table and nothing else.
-_PREFERENCE = {"gpu": ("xla",), "tpu": ("xla",), "cpu": ("xla",)}
+# No kernel has been timed on its device yet, so None means "xla" everywhere: whoever measures one ahead of it
+# (`python -m benchmarks run scanline`) adds a preference here and changes nothing else.
+KERNEL = Kernel("scanline", ("xla", "pallas_gpu", "pallas_tpu"))
 MAX_LABELS = 65535
 
 
@@ -43,35 +42,35 @@ def sweep(
     u: jax.Array,
     opposite: jax.Array | None,
     pairwise: Pairwise,
-    edge_weight: jax.Array | None = None,
     *,
-    rho: float,
+    edge_weight: jax.Array | None = None,
+    edge_probability: float,
     reverse: bool = False,
     with_indices: bool = False,
     step: tuple[int, int] = (1, 0),
-    images: int = 1,
+    num_images: int = 1,
     out: jax.Array | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
     """Messages of one direction along every line.
 
     Args:
       u: [positions, L, lines] float32 or float64; unary costs plus all messages but this direction's and its
         opposite's.
-      opposite: [positions, L, lines], messages of the opposite direction; None means zeros, which is also exact at rho
-        = 1.
+      opposite: [positions, L, lines], messages of the opposite direction; None means zeros, which is also exact where
+        edge_probability is 1.
       pairwise: V(mu, lam), mu at the sending pixel. For an asymmetric table the caller transposes it for the way back.
       edge_weight: [positions, lines], factor of V on the edge into each position (the receiving pixel); None means 1.
-      rho: edge appearance probability, in (0, 1]; static.
+      edge_probability: rho, the edge's appearance probability, in (0, 1]; static.
       reverse: walk from the last position to the first; static.
       with_indices: also return the argmins; static.
       step: (positions, lines) from the sending to the receiving pixel when walking forward, (1, 0) along the lines; a
         diagonal has a second entry, and with `reverse` both are negated. A pixel whose sender lies outside the image
         gets a zero message. Static.
-      images: number of images side by side in `lines` (image-major), which a diagonal must not connect; static.
+      num_images: number of images side by side in `lines` (image-major), which a diagonal must not connect; static.
       out: an array like `u` that is no longer needed: its storage may take the result, its values are never read.
       implementation: None for the best known one that supports the arguments ("xla" until a kernel has been measured to
-        be faster), or one of `IMPLEMENTATIONS`, which then never falls back.
+        be faster), or a name, which then never falls back.
 
     Returns:
       m [positions, L, lines]; with indices (m, P [positions, L, lines], Q [positions, lines]), uint8 up to 256 labels,
@@ -84,7 +83,7 @@ def sweep(
 
     Example:
       >>> u = jnp.array([[[0.0], [2.0]], [[1.0], [0.0]], [[3.0], [0.0]]])  # a chain of three pixels, two labels
-      >>> sweep(u, None, Pairwise("potts", jnp.float32(1.0), semimetric=True), rho=1.0)[..., 0]
+      >>> sweep(u, None, Pairwise("potts", jnp.float32(1.0), semimetric=True), edge_probability=1.0)[..., 0]
       Array([[0., 0.],
              [0., 1.],
              [0., 0.]], dtype=float32)
@@ -96,15 +95,15 @@ def sweep(
         opposite=opposite,
         pairwise=pairwise,
         edge_weight=edge_weight,
-        rho=rho,
+        edge_probability=edge_probability,
         reverse=reverse,
         with_indices=with_indices,
         step=step,
-        images=images,
+        num_images=num_images,
         out=out,
     )
     _check("u", request, opposite)
-    return _dispatch("sweep", implementation, request)
+    return KERNEL.run("sweep", implementation, request)
 
 
 def sweep_backward(
@@ -113,14 +112,14 @@ def sweep_backward(
     p: jax.Array,
     q: jax.Array,
     pairwise: Pairwise,
-    edge_weight: jax.Array | None = None,
     *,
-    rho: float,
+    edge_weight: jax.Array | None = None,
+    edge_probability: float,
     reverse: bool = False,
     step: tuple[int, int] = (1, 0),
-    images: int = 1,
+    num_images: int = 1,
     out: jax.Array | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array | None, Pairwise]:
     """Routes the gradient of a sweep's messages back along the stored argmins.
 
@@ -139,7 +138,7 @@ def sweep_backward(
       opposite_ds: [positions, L, lines] dS of the sweep that had these messages as its `opposite`; None for none.
       p: [positions, L, lines] indices of the sweep.
       q: [positions, lines] indices of the sweep.
-      pairwise, edge_weight, rho, reverse, step, images: those of the sweep.
+      pairwise, edge_weight, edge_probability (rho), reverse, step, num_images: those of the sweep.
       out: an array like `dm` that is no longer needed: its storage may take dS.
       implementation: as in `sweep`.
 
@@ -156,7 +155,7 @@ def sweep_backward(
       >>> p = jnp.array([[[0], [1]], [[0], [0]], [[0], [1]]], jnp.uint8)
       >>> q = jnp.array([[0], [0], [0]], jnp.uint8)
       >>> potts = Pairwise("potts", jnp.float32(1.0), semimetric=True)
-      >>> ds, _, dpairwise = sweep_backward(dm, None, p, q, potts, rho=1.0)
+      >>> ds, _, dpairwise = sweep_backward(dm, None, p, q, potts, edge_probability=1.0)
       >>> ds[..., 0]
       Array([[ 0.,  0.],
              [-1.,  1.],
@@ -173,10 +172,10 @@ def sweep_backward(
         q=q,
         pairwise=pairwise,
         edge_weight=edge_weight,
-        rho=rho,
+        edge_probability=edge_probability,
         reverse=reverse,
         step=step,
-        images=images,
+        num_images=num_images,
         out=out,
     )
     _check("dm", request, opposite_ds)
@@ -186,13 +185,13 @@ def sweep_backward(
             f"p and q must be {dm.shape} and {(dm.shape[0], dm.shape[2])} of {jnp.dtype(expected)}, "
             f"got {p.shape} of {p.dtype} and {q.shape} of {q.dtype}"
         )
-    return _dispatch("sweep_backward", implementation, request)
+    return KERNEL.run("sweep_backward", implementation, request)
 
 
 def _check(name: str, request: Sweep | Backward, opposite: jax.Array | None) -> None:
     """Static facts only: shapes, dtypes and Python values. `name` is that of the array that the others follow."""
     costs, pairwise, edge_weight = request.costs, request.pairwise, request.edge_weight
-    step, images = request.step, request.images
+    step, num_images = request.step, request.num_images
     if costs.ndim != 3 or costs.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(
             f"{name} must be [positions, L, lines] of float32 or float64, got {costs.shape} of {costs.dtype}"
@@ -218,31 +217,8 @@ def _check(name: str, request: Sweep | Backward, opposite: jax.Array | None) -> 
         raise ValueError(
             f"table must be {(num_labels, num_labels)} for {num_labels} labels, got {pairwise.table.shape}"
         )
-    if not 0.0 < request.rho <= 1.0:
-        raise ValueError(f"rho must lie in (0, 1], got {request.rho}")
-    if step[0] < 1 or images < 1 or lines % images:
+    checks.within("(0, 1]", edge_probability=request.edge_probability)
+    if step[0] < 1 or num_images < 1 or lines % num_images:
         raise ValueError(
-            f"step[0] must be positive and images divide the {lines} lines, got step={step}, images={images}"
+            f"step[0] must be positive and num_images divide the {lines} lines, got {step} and {num_images}"
         )
-
-
-def _dispatch(function: str, implementation: str | None, request: Sweep | Backward) -> Any:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
-    if implementation is not None:
-        return getattr(_load(implementation), function)(request)
-    reasons: list[Exception] = []
-    for name in _PREFERENCE.get(jax.default_backend(), ("xla",)):
-        try:
-            return getattr(_load(name), function)(request)
-        except NotImplementedError as reason:
-            reasons.append(NotImplementedError(f"{name}: {reason}"))
-    raise ExceptionGroup(f"no implementation of {function} supports these arguments", reasons)
-
-
-def _load(name: str) -> Any:
-    """Backends are imported on first use: a JAX without a Pallas backend still runs the others."""
-    try:
-        return importlib.import_module(f"jaxlib_methods.kernels.scanline.{_MODULE[name]}")
-    except ImportError as error:
-        raise NotImplementedError(f"cannot be imported here: {error}") from error

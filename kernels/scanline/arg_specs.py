@@ -7,34 +7,22 @@ how much.
 Source of the instances: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
 """
 
-import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxlib_methods.kernels._arg_spec import ArgSpec
 from jaxlib_methods.kernels.scanline.pairwise import Pairwise
 
+_SOURCE = "Xu, Ajanthan, Hartley (ACCV 2020) [xu2020fast]"
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ArgSpec:
-    """One instance: image size, labels, pairwise cost, and the shapes of its sweeps."""
 
-    name: str
-    height: int
-    width: int
-    num_labels: int
-    pairwise: Pairwise
-    tags: tuple[str, ...] = ()
-
-    def shape(self, *, vertical: bool = False, batch: int = 1) -> tuple[int, int, int]:
-        """(positions, L, lines) of a horizontal (along a row) or vertical sweep over `batch` images."""
-        positions, lines = (self.height, self.width) if vertical else (self.width, self.height)
-        return positions, self.num_labels, lines * batch
-
-    @property
-    def entries(self) -> int:
-        """N = H W L of the traffic models."""
-        return self.height * self.width * self.num_labels
+def sweep_shape(spec: ArgSpec, *, vertical: bool = False, batch: int = 1) -> tuple[int, int, int]:
+    """(positions, L, lines) of a horizontal (along a row) or vertical sweep over `batch` images."""
+    positions, num_labels, lines = spec.args["u"].shape
+    return (lines, num_labels, positions * batch) if vertical else (positions, num_labels, lines * batch)
 
 
 def padding(lines: int, lines_per_block: int) -> tuple[int, float]:
@@ -58,13 +46,18 @@ def _truncated_quadratic(weight: float, distances: int, cap: float) -> Pairwise:
     return Pairwise("toeplitz", np.float32(weight), profile=profile, semimetric=True)
 
 
-SPECS = (
-    ArgSpec("tsukuba", 288, 384, 16, _truncated_linear(20.0, 2), ("stereo", "ci")),
-    ArgSpec("map", 216, 284, 29, _truncated_linear(4.0, 6), ("stereo", "ci")),
-    ArgSpec("venus", 383, 434, 20, _truncated_quadratic(50.0, 7, 49.0), ("stereo", "ci")),
-    ArgSpec("teddy", 375, 450, 60, _truncated_linear(10.0, 1), ("stereo", "ci")),
-    ArgSpec("kitti", 375, 1242, 96, _truncated_linear(10.0, 95), ("stereo",)),
-    ArgSpec("penguin", 179, 122, 256, _truncated_quadratic(25.0, 15, 200.0), ("denoise",)),
-    ArgSpec("house", 256, 256, 256, _truncated_quadratic(5.0, 255, np.inf), ("denoise",)),
+def _instance(name: str, height: int, width: int, num_labels: int, pairwise: Pairwise, *tags: str) -> ArgSpec:
+    """A horizontal sweep over one image."""
+    u = jax.ShapeDtypeStruct((width, num_labels, height), jnp.float32)
+    return ArgSpec(name, {"u": u, "opposite": u, "pairwise": pairwise}, _SOURCE, tags)
+
+
+ARG_SPECS = (
+    _instance("tsukuba", 288, 384, 16, _truncated_linear(20.0, 2), "stereo", "ci"),
+    _instance("map", 216, 284, 29, _truncated_linear(4.0, 6), "stereo", "ci"),
+    _instance("venus", 383, 434, 20, _truncated_quadratic(50.0, 7, 49.0), "stereo", "ci"),
+    _instance("teddy", 375, 450, 60, _truncated_linear(10.0, 1), "stereo", "ci"),
+    _instance("kitti", 375, 1242, 96, _truncated_linear(10.0, 95), "stereo"),
+    _instance("penguin", 179, 122, 256, _truncated_quadratic(25.0, 15, 200.0), "denoise"),
+    _instance("house", 256, 256, 256, _truncated_quadratic(5.0, 255, np.inf), "denoise"),
 )
-BY_NAME = {spec.name: spec for spec in SPECS}

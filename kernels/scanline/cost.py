@@ -1,19 +1,12 @@
 """What a sweep costs in arithmetic and in memory traffic, for rooflines and Pallas cost estimates."""
 
 import math
-from typing import NamedTuple
 
+from jaxlib_methods.kernels._cost import Cost
 from jaxlib_methods.kernels.scanline.pairwise import Pairwise
 
 # Above this many shifts the window loses against the loop over all labels (and unrolls into too large a program).
 MAX_WINDOW = 32
-
-
-class Cost(NamedTuple):
-    """Floating-point operations and bytes moved between memory and chip."""
-
-    flops: int
-    bytes_accessed: int
 
 
 def window_radius(pairwise: Pairwise, num_labels: int) -> int | None:
@@ -41,14 +34,12 @@ def minplus_flops(pairwise: Pairwise, num_labels: int) -> int:
 
 
 def cost_estimate(
-    positions: int,
-    num_labels: int,
-    lines: int,
+    shape: tuple[int, int, int],
     pairwise: Pairwise,
     *,
     with_indices: bool = False,
-    weighted: bool = False,
-    opposite: bool = True,
+    with_weights: bool = False,
+    with_opposite: bool = True,
     itemsize: int = 4,
 ) -> Cost:
     """Cost of one sweep whose label vector stays on chip: u and the opposite message are read, m (P and Q) written.
@@ -56,32 +47,33 @@ def cost_estimate(
     A forward and reverse pair therefore moves 24 bytes per pixel and label in float32.
 
     Args:
-      positions, num_labels, lines: the shape of u.
+      shape: that of u, (positions, L, lines).
       pairwise: decides the min-plus arithmetic; only its structure matters.
       with_indices: whether P and Q are stored.
-      weighted: whether edge weights are read.
-      opposite: whether an opposite message is read.
+      with_weights: whether edge weights are read.
+      with_opposite: whether an opposite message is read.
       itemsize: bytes of a message entry.
 
     Returns:
       A `Cost` for the whole sweep.
 
     Example:
-      >>> cost_estimate(384, 16, 288, Pairwise("potts", 1.0))
+      >>> cost_estimate((384, 16, 288), Pairwise("potts", 1.0))
       Cost(flops=14155776, bytes_accessed=21233664)
     """
+    positions, num_labels, lines = shape
     pixels = positions * lines
     entries = pixels * num_labels
     index_size = 1 if num_labels <= 256 else 2
     # 4 for the carry rho (u + m + q) - q, 1 for subtracting the minimum
     flops = pixels * minplus_flops(pairwise, num_labels) + 5 * entries
-    traffic = (2 + opposite) * itemsize * entries + (itemsize * pixels if weighted else 0)
+    traffic = (2 + with_opposite) * itemsize * entries + (itemsize * pixels if with_weights else 0)
     traffic += index_size * (entries + pixels) if with_indices else 0
     return Cost(flops, traffic)
 
 
 def backward_cost_estimate(
-    positions: int, num_labels: int, lines: int, pairwise: Pairwise, *, opposite: bool = True, itemsize: int = 4
+    shape: tuple[int, int, int], pairwise: Pairwise, *, with_opposite: bool = True, itemsize: int = 4
 ) -> Cost:
     """Cost of the backward of one sweep without dw and dV: dm, opposite_ds, P and Q are read, dS is written.
 
@@ -89,18 +81,19 @@ def backward_cost_estimate(
     of labels.
 
     Args:
-      positions, num_labels, lines: the shape of dm.
+      shape: that of dm, (positions, L, lines).
       pairwise: decides the routing; only its structure matters.
-      opposite: whether opposite_ds is read.
+      with_opposite: whether opposite_ds is read.
       itemsize: bytes of a gradient entry.
 
     Returns:
       A `Cost` for the whole sweep.
 
     Example:
-      >>> backward_cost_estimate(384, 16, 288, Pairwise("potts", 1.0))
+      >>> backward_cost_estimate((384, 16, 288), Pairwise("potts", 1.0))
       Cost(flops=21233664, bytes_accessed=23113728)
     """
+    positions, num_labels, lines = shape
     pixels = positions * lines
     entries = pixels * num_labels
     if pairwise.kind == "potts":
@@ -109,9 +102,9 @@ def backward_cost_estimate(
         radius = pairwise.truncation - 1 if pairwise.kind == "truncated_linear" else window_radius(pairwise, num_labels)
     shifts = num_labels if radius is None else min(num_labels, 2 * radius + 1)
     # v = dm + rho g [+ (rho - 1) opposite_ds] and its sum at Q; per shift a compare and an add; the floor
-    flops = entries * (5 + 2 * opposite + 2 * shifts + (0 if radius is None else 3))
+    flops = entries * (5 + 2 * with_opposite + 2 * shifts + (0 if radius is None else 3))
     index_size = 1 if num_labels <= 256 else 2
-    traffic = (2 + opposite) * itemsize * entries + index_size * (entries + pixels)
+    traffic = (2 + with_opposite) * itemsize * entries + index_size * (entries + pixels)
     return Cost(flops, traffic)
 
 

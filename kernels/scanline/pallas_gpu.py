@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxlib_methods._compat import MOSAIC_GPU_MISSING, mosaic_gpu_store
+from jaxlib_methods.kernels._dispatch import require
 from jaxlib_methods.kernels._hopper import device_reason
 from jaxlib_methods.kernels.scanline import _pallas_minplus as mp
 from jaxlib_methods.kernels.scanline.api import index_dtype
@@ -61,7 +62,7 @@ def sweep(
 ) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
     """See `jaxlib_methods.kernels.scanline.sweep`.
 
-    Lines never meet at step (1, 0), and XLA places the result: `images` and `out` do not matter here.
+    Lines never meet at step (1, 0), and XLA places the result: `num_images` and `out` do not matter here.
 
     Args:
       request: the sweep.
@@ -71,8 +72,8 @@ def sweep(
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
     u, opposite, pairwise, edge_weight = request.u, request.opposite, request.pairwise, request.edge_weight
-    with_indices, rho = request.with_indices, request.rho
-    mp.require(can_use(u.shape, u.dtype, pairwise, step=request.step) or device_reason())
+    with_indices, rho = request.with_indices, request.edge_probability
+    require(can_use(u.shape, u.dtype, pairwise, step=request.step) or device_reason())
     _, num_labels, lines = u.shape
     config = choose(num_labels, pairwise, lines) if config is None else config
     padded = _pad_lines(lines, config)
@@ -147,8 +148,8 @@ def sweep_backward(
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
     dm, opposite_ds, p, q, pairwise = request.dm, request.opposite, request.p, request.q, request.pairwise
-    rho = request.rho
-    mp.require(can_use(dm.shape, dm.dtype, pairwise, step=request.step) or device_reason())
+    rho = request.edge_probability
+    require(can_use(dm.shape, dm.dtype, pairwise, step=request.step) or device_reason())
     _, num_labels, lines = dm.shape
     config = choose(num_labels, pairwise, lines) if config is None else config
     padded = _pad_lines(lines, config)

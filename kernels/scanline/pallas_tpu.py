@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxlib_methods.kernels._dispatch import require
 from jaxlib_methods.kernels.scanline import _pallas_minplus as mp
 from jaxlib_methods.kernels.scanline.api import index_dtype
 from jaxlib_methods.kernels.scanline.cost import backward_cost_estimate, cost_estimate
@@ -83,13 +84,13 @@ def can_use(shape: tuple[int, ...], dtype: Any, pairwise: Pairwise, *, step: tup
 def sweep(request: Sweep, *, interpret: Any = False) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
     """See `jaxlib_methods.kernels.scanline.sweep`. `interpret` runs the kernel body on the CPU, for tests.
 
-    Lines never meet at step (1, 0), and XLA places the result: `images` and `out` do not matter here.
+    Lines never meet at step (1, 0), and XLA places the result: `num_images` and `out` do not matter here.
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
     u, opposite, pairwise, edge_weight = request.u, request.opposite, request.pairwise, request.edge_weight
     with_indices = request.with_indices
-    mp.require(can_use(u.shape, u.dtype, pairwise, step=request.step))
+    require(can_use(u.shape, u.dtype, pairwise, step=request.step))
     positions, num_labels, lines = u.shape
     arrays = 2 + (opposite is not None)
     block = block_positions(u.shape, pairwise, arrays=arrays, indices=with_indices)
@@ -121,14 +122,18 @@ def sweep(request: Sweep, *, interpret: Any = False) -> jax.Array | tuple[jax.Ar
         out_shape += [jax.ShapeDtypeStruct(u.shape, index), jax.ShapeDtypeStruct((positions, 1, lines), index)]
         out_specs += [spec(num_labels), spec(1)]
     cost = cost_estimate(
-        *u.shape, pairwise, with_indices=with_indices, weighted=edge_weight is not None, opposite=opposite is not None
+        u.shape,
+        pairwise,
+        with_indices=with_indices,
+        with_weights=edge_weight is not None,
+        with_opposite=opposite is not None,
     )
     results = pl.pallas_call(
         functools.partial(
             _sweep_kernel,
             pairwise=mp.structure(pairwise),
             positions=positions,
-            rho=request.rho,
+            rho=request.edge_probability,
             reverse=request.reverse,
             has_opposite=opposite is not None,
             weighted=edge_weight is not None,
@@ -140,7 +145,7 @@ def sweep(request: Sweep, *, interpret: Any = False) -> jax.Array | tuple[jax.Ar
         out_shape=out_shape,
         scratch_shapes=[pltpu.VMEM((num_labels, min(LANES, lines)), u.dtype)],
         compiler_params=_compiler_params(),
-        cost_estimate=pl.CostEstimate(flops=cost.flops, bytes_accessed=cost.bytes_accessed, transcendentals=0),
+        cost_estimate=cost.pallas(),
         interpret=interpret,
         name="scanline_sweep",
     )(*operands)
@@ -205,7 +210,7 @@ def sweep_backward(request: Backward, *, interpret: Any = False) -> tuple[jax.Ar
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
     dm, opposite_ds, p, q, pairwise = request.dm, request.opposite, request.p, request.q, request.pairwise
-    mp.require(can_use(dm.shape, dm.dtype, pairwise, step=request.step))
+    require(can_use(dm.shape, dm.dtype, pairwise, step=request.step))
     positions, num_labels, lines = dm.shape
     arrays = 2 + (opposite_ds is not None)
     block = block_positions(dm.shape, pairwise, arrays=arrays, indices=True)
@@ -216,13 +221,13 @@ def sweep_backward(request: Backward, *, interpret: Any = False) -> tuple[jax.Ar
         in_specs.append(spec(num_labels))
     operands += [p, q[:, None]]
     in_specs += [spec(num_labels), spec(1)]
-    cost = backward_cost_estimate(*dm.shape, pairwise, opposite=opposite_ds is not None)
+    cost = backward_cost_estimate(dm.shape, pairwise, with_opposite=opposite_ds is not None)
     ds = pl.pallas_call(
         functools.partial(
             _backward_kernel,
             pairwise=mp.structure(pairwise),
             positions=positions,
-            rho=request.rho,
+            rho=request.edge_probability,
             reverse=request.reverse,
             has_opposite=opposite_ds is not None,
         ),
@@ -232,7 +237,7 @@ def sweep_backward(request: Backward, *, interpret: Any = False) -> tuple[jax.Ar
         out_shape=jax.ShapeDtypeStruct(dm.shape, dm.dtype),
         scratch_shapes=[pltpu.VMEM((num_labels, min(LANES, lines)), dm.dtype)],
         compiler_params=_compiler_params(),
-        cost_estimate=pl.CostEstimate(flops=cost.flops, bytes_accessed=cost.bytes_accessed, transcendentals=0),
+        cost_estimate=cost.pallas(),
         interpret=interpret,
         name="scanline_sweep_backward",
     )(*operands)

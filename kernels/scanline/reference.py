@@ -54,7 +54,7 @@ def walk(
     """
     u, opposite, edge_weight = request.u, request.opposite, request.edge_weight
     positions, num_labels, lines = u.shape
-    rho, reverse, images = jnp.asarray(request.rho, u.dtype), request.reverse, request.images
+    rho, reverse, images = jnp.asarray(request.edge_probability, u.dtype), request.reverse, request.num_images
     rows, shift = request.step
     shift = -shift if reverse else shift
     inside = _inside(lines, shift, images)
@@ -204,7 +204,7 @@ def sweep_backward(request: Backward) -> tuple[jax.Array, jax.Array | None, Pair
     pairwise, edge_weight = request.pairwise, request.edge_weight
     positions, num_labels, lines = dm.shape
     dtype = dm.dtype
-    rho, reverse, images = request.rho, request.reverse, request.images
+    rho, reverse, images = request.edge_probability, request.reverse, request.num_images
     rows, shift = request.step
     shift = -shift if reverse else shift
     inside = _inside(lines, shift, images)

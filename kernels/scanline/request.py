@@ -13,10 +13,10 @@ class _Direction:
 
     pairwise: Pairwise
     edge_weight: jax.Array | None = None
-    rho: float
+    edge_probability: float
     reverse: bool = False
     step: tuple[int, int] = (1, 0)
-    images: int = 1
+    num_images: int = 1
     out: jax.Array | None = None
 
 
@@ -51,4 +51,4 @@ class Backward(_Direction):
     @property
     def opposite(self) -> jax.Array | None:
         """What stands in the place of the forward sweep's opposite messages; at rho = 1 it has no effect."""
-        return None if self.rho == 1.0 else self.opposite_ds
+        return None if self.edge_probability == 1.0 else self.opposite_ds

@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxlib_methods.kernels.threshold import reference
+from jaxlib_methods.kernels._dispatch import Kernel
+from jaxlib_methods.kernels.threshold.reference import Leaves
+from jaxlib_methods.typing import Implementation, PyTree
 
-PyTree = Any
-IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
+# There is no Pallas body: the counting passes are fused reads already.
+KERNEL = Kernel("threshold", ("xla",))
 
 
 def keep_largest(
-    scores: PyTree, kappa: PyTree, *, specs: PyTree | None = None, implementation: str | None = None
+    scores: PyTree, num_keep: PyTree, *, specs: PyTree | None = None, implementation: Implementation | None = None
 ) -> PyTree:
     r"""Masks exactly the $\kappa$ largest entries of a tree of scores; among equal scores the lower flat index wins.
 
@@ -27,17 +29,17 @@ def keep_largest(
     Args:
       scores: pytree of floats (float16, bfloat16, float32, float64; mixed dtypes are compared in their common one).
         Signed scores are ordered as numbers, -0 = +0. `None` leaves stay `None`.
-      kappa: how many to keep. An integer or an integer scalar array: of all leaves together. A tree of those with the
-        structure of `scores`: of each leaf by itself. A traced value is clipped to [0, number of scores].
+      num_keep: how many to keep, $\kappa$. An integer or an integer scalar array: of all leaves together. A tree of
+        those with the structure of `scores`: of each leaf by itself. A traced value is clipped to the possible range.
       specs: inside `jax.shard_map` only: the leaves' `PartitionSpec`s, as in its `in_specs`: one for all leaves, or a
         tree prefix. A leaf counts once, however many devices hold a replica of it.
       implementation: None or "xla". There is no Pallas body: the counting passes are fused reads already.
 
     Returns:
-      A tree like `scores` of boolean arrays with exactly `kappa` True entries.
+      A tree like `scores` of boolean arrays with exactly `num_keep` True entries.
 
     Raises:
-      ValueError: scores that are not floats, `kappa` outside [0, number of scores] or of another structure, and NaN
+      ValueError: scores that are not floats, `num_keep` outside [0, number of scores] or of another structure, and NaN
         scores. NaNs are only seen outside a trace; inside one they order beyond the infinities by their sign, and the
         count stays exact.
       NotImplementedError: for an implementation that does not exist.
@@ -49,7 +51,6 @@ def keep_largest(
       >>> keep_largest([jnp.array([3.0, 1.0]), jnp.array([1.0, 2.0])], [1, 1])
       [Array([ True, False], dtype=bool), Array([False,  True], dtype=bool)]
     """
-    _check_implementation(implementation)
     leaves, treedef = jax.tree.flatten(scores)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     for (path, _), leaf in zip(jax.tree.leaves_with_path(scores), leaves, strict=True):
@@ -60,25 +61,25 @@ def keep_largest(
             )
     shapes = tuple(leaf.shape for leaf in leaves)
     axes = _axes(scores, shapes, specs)
-    whole = jax.tree.structure(kappa) == jax.tree.structure(0)
+    whole = jax.tree.structure(num_keep) == jax.tree.structure(0)
     groups = (0,) * len(leaves) if whole else tuple(range(len(leaves)))
-    layout = reference.Leaves(groups, 1 if whole else len(leaves), axes, shapes)
+    layout = Leaves(groups, 1 if whole else len(leaves), axes, shapes)
     sizes = layout.sizes()
     dtype = _count_dtype(sum(sizes))
     if whole:
-        kappas = [_count("kappa", kappa, sum(sizes), dtype)]
+        counts = [_count("num_keep", num_keep, sum(sizes), dtype)]
     else:
-        if jax.tree.structure(kappa) != treedef:
+        if jax.tree.structure(num_keep) != treedef:
             raise ValueError(
-                f"kappa must be one integer or a tree like scores, {treedef}, got {jax.tree.structure(kappa)}"
+                f"num_keep must be one integer or a tree like scores, {treedef}, got {jax.tree.structure(num_keep)}"
             )
-        kappas = [
-            _count(f"kappa{jax.tree_util.keystr(path)}", value, size, dtype)
-            for (path, value), size in zip(jax.tree.leaves_with_path(kappa), sizes, strict=True)
+        counts = [
+            _count(f"num_keep{jax.tree_util.keystr(path)}", value, size, dtype)
+            for (path, value), size in zip(jax.tree.leaves_with_path(num_keep), sizes, strict=True)
         ]
     if not leaves:
         return scores
-    masks, has_nan = _keep_largest(tuple(leaves), jnp.stack(kappas), layout)
+    masks, has_nan = _keep_largest(tuple(leaves), jnp.stack(counts), layout, implementation)
     if not isinstance(has_nan, jax.core.Tracer) and bool(has_nan):
         bad = [
             f"scores{jax.tree_util.keystr(path)}"
@@ -111,16 +112,16 @@ def num_scores(scores: PyTree, *, specs: PyTree | None = None) -> PyTree:
     """
     leaves, treedef = jax.tree.flatten(scores)
     shapes = tuple(jnp.shape(leaf) for leaf in leaves)
-    layout = reference.Leaves((0,) * len(leaves), 1, _axes(scores, shapes, specs), shapes)
+    layout = Leaves((0,) * len(leaves), 1, _axes(scores, shapes, specs), shapes)
     return treedef.unflatten(layout.sizes())
 
 
-@functools.partial(jax.jit, static_argnames="layout")
+@functools.partial(jax.jit, static_argnames=("layout", "implementation"))
 def _keep_largest(
-    leaves: tuple[jax.Array, ...], kappas: jax.Array, layout: reference.Leaves
+    leaves: tuple[jax.Array, ...], counts: jax.Array, layout: Leaves, implementation: Implementation | None
 ) -> tuple[list[jax.Array], jax.Array]:
     dtype = _common_dtype({leaf.dtype for leaf in leaves})
-    return reference.keep_largest([leaf.astype(dtype) for leaf in leaves], kappas, layout)
+    return KERNEL.run("keep_largest", implementation, [leaf.astype(dtype) for leaf in leaves], counts, layout)
 
 
 def _common_dtype(dtypes: set[Any]) -> Any:
@@ -170,12 +171,3 @@ def _axes(
             raise ValueError(f"specs holds {spec} for an array of shape {shape}: more entries than dimensions")
         axes.append(tuple(entries) + ((),) * (len(shape) - len(entries)))
     return tuple(axes)
-
-
-def _check_implementation(implementation: str | None) -> None:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
-    if implementation not in (None, "xla"):
-        raise NotImplementedError(
-            f"{implementation}: threshold selection has no Pallas kernel; use implementation=None or 'xla'"
-        )

@@ -4,58 +4,42 @@ Source: layer shapes derived in the specs of the methods from the authors' code;
 classes).
 """
 
-import dataclasses
 import itertools
 import math
 
+import jax
+import jax.numpy as jnp
 
-@dataclasses.dataclass(frozen=True)
-class ArgSpec:
-    """One workload: the leaves' shapes and the share of entries to prune.
+from jaxlib_methods.kernels._arg_spec import ArgSpec
 
-    Args:
-      name: unique.
-      project: where the shapes come from.
-      shapes: by parameter, in the order of the leaves.
-      sparsity: share of the entries that is pruned.
-      tags: "ci" for those small enough for tests.
-    """
-
-    name: str
-    project: str
-    shapes: dict[str, tuple[int, ...]]
-    sparsity: float
-    tags: tuple[str, ...] = ()
-
-    @property
-    def size(self) -> int:
-        """Number of scores."""
-        return sum(map(math.prod, self.shapes.values()))
-
-    @property
-    def kappa(self) -> int:
-        """Number of scores that are kept."""
-        return round(self.size * (1 - self.sparsity))
+Shapes = dict[str, tuple[int, ...]]
 
 
-def _dense(*widths: int) -> dict[str, tuple[int, ...]]:
-    shapes = {}
+def _prune(name: str, source: str, shapes: Shapes, sparsity: float, *tags: str) -> ArgSpec:
+    """Keeps the share 1 - sparsity of all entries."""
+    scores = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    size = sum(map(math.prod, shapes.values()))
+    return ArgSpec(name, {"scores": scores, "num_keep": round(size * (1 - sparsity))}, source, tags)
+
+
+def _dense(*widths: int) -> Shapes:
+    shapes: Shapes = {}
     for i, (n_in, n_out) in enumerate(itertools.pairwise(widths), start=1):
         shapes[f"fc{i}/kernel"] = (n_in, n_out)
         shapes[f"fc{i}/bias"] = (n_out,)
     return shapes
 
 
-def _convolutions(channels: tuple[int, ...], size: int) -> dict[str, tuple[int, ...]]:
-    shapes = {}
+def _convolutions(channels: tuple[int, ...], size: int) -> Shapes:
+    shapes: Shapes = {}
     for i, (n_in, n_out) in enumerate(itertools.pairwise(channels), start=1):
         shapes[f"conv{i}/kernel"] = (size, size, n_in, n_out)
         shapes[f"conv{i}/bias"] = (n_out,)
     return shapes
 
 
-def _resnet50() -> dict[str, tuple[int, ...]]:
-    shapes = {"stem/kernel": (7, 7, 3, 64)}
+def _resnet50() -> Shapes:
+    shapes: Shapes = {"stem/kernel": (7, 7, 3, 64)}
     n_in = 64
     for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), start=1):
         for block in range(1, blocks + 1):
@@ -72,15 +56,15 @@ def _resnet50() -> dict[str, tuple[int, ...]]:
 _VGG = (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 
 ARG_SPECS = (
-    ArgSpec("lenet_300_100", "namhoonlee/snip-public", _dense(784, 300, 100, 10), 0.95, ("ci",)),
-    ArgSpec(
+    _prune("lenet_300_100", "namhoonlee/snip-public", _dense(784, 300, 100, 10), 0.95, "ci"),
+    _prune(
         "lenet5_caffe",
         "namhoonlee/snip-public",
         _convolutions((1, 20, 50), 5) | _dense(800, 500, 10),
         0.99,
-        ("ci",),
+        "ci",
     ),
-    ArgSpec("vgg_d", "namhoonlee/snip-public", _convolutions(_VGG, 3) | _dense(512, 512, 512, 10), 0.95),
-    ArgSpec("resnet50", "He et al. (CVPR 2016)", _resnet50(), 0.9),
-    ArgSpec("one_array_1e8", "the scale that the selection is designed for", {"w": (10**8,)}, 0.95),
+    _prune("vgg_d", "namhoonlee/snip-public", _convolutions(_VGG, 3) | _dense(512, 512, 512, 10), 0.95),
+    _prune("resnet50", "He et al. (CVPR 2016)", _resnet50(), 0.9),
+    _prune("one_array_1e8", "the scale that the selection is designed for", {"w": (10**8,)}, 0.95),
 )

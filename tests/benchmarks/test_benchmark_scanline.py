@@ -8,16 +8,17 @@ from benchmarks import timing
 from benchmarks._machinery import ceilings
 from benchmarks.cases import scanline
 from benchmarks.timing import Options
+from jaxlib_methods.kernels import ArgSpec
 from jaxlib_methods.kernels.scanline import Pairwise, arg_specs
 
-TINY = arg_specs.ArgSpec(
-    "tiny", 6, 9, 8, Pairwise("truncated_linear", np.float32(2), truncation=2, semimetric=True), ()
-)
+COSTS = jax.ShapeDtypeStruct((9, 8, 6), np.float32)
+PAIRWISE = Pairwise("truncated_linear", np.float32(2), truncation=2, semimetric=True)
+TINY = ArgSpec("tiny", {"u": COSTS, "opposite": COSTS, "pairwise": PAIRWISE}, "this test")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(arg_specs, "SPECS", (TINY,))
+    monkeypatch.setattr(arg_specs, "ARG_SPECS", (TINY,))
     monkeypatch.setattr(ceilings, "SECONDS", 0.0)
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**16})
 

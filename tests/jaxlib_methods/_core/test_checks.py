@@ -23,7 +23,7 @@ OPTIONS = Literal["a", "b"]
         (lambda x: checks.within("[0, 1)", x=x), 0, 1.0, r"x must lie in \[0, 1\), got 1.0"),
         (lambda x: checks.one_of(OPTIONS, x=x), "a", "c", "x must be one of 'a', 'b', got 'c'"),
         (lambda x: checks.one_of((1, 2), x=x), 2, 3, "x must be one of 1, 2, got 3"),
-        (lambda x: checks.one_of(OPTIONS | None, x=x), None, "c", "x must be one of 'a', 'b', None, got 'c'"),
+        (lambda x: checks.one_of(OPTIONS | None, x=x), None, "c", "x must be None or one of 'a', 'b', got 'c'"),
         (
             lambda x: checks.same_shape(y=np.ones(2), x=x),
             np.ones(2),

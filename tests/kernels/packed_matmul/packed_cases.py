@@ -19,6 +19,4 @@ def problem(m, depth, n, d, dtype=jnp.float32):
 
 
 def shapes_of(spec, dtype):
-    bits = pm.bits_for(spec.num_labels)
-    words = jax.eval_shape(lambda c: pm.pack_codes(c, bits), jax.ShapeDtypeStruct((spec.depth, spec.n), jnp.int32))
-    return jax.ShapeDtypeStruct((spec.m, spec.depth), dtype), words
+    return jax.ShapeDtypeStruct(spec.args["x"].shape, dtype), spec.args["words"]

@@ -71,7 +71,7 @@ def test_the_interpreted_tpu_kernel_over_several_ragged_blocks(monkeypatch):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("spec", pm.ARG_SPECS, ids=lambda spec: spec.name)
 def test_named_workloads_lower_for_a_tpu(spec, dtype):
-    run = functools.partial(pm.packed_matmul, labels=LABELS[spec.num_labels], implementation="pallas_tpu")
+    run = functools.partial(pm.packed_matmul, labels=spec.args["labels"], implementation="pallas_tpu")
     exported = jax.export.export(jax.jit(run), platforms=["tpu"])(*shapes_of(spec, dtype))
     assert "packed_matmul" in exported.mlir_module() and "tpu_custom_call" in exported.mlir_module()
 

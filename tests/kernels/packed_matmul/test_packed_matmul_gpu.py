@@ -16,7 +16,7 @@ from tests.kernels.mosaic_gpu import export_for_h200, interpreted, needs_mosaic
 from tests.kernels.packed_matmul.packed_cases import LABELS, problem, shapes_of
 
 pallas_gpu = pytest.importorskip("jaxlib_methods.kernels.packed_matmul.pallas_gpu")
-FEW_ROWS = [spec for spec in pm.ARG_SPECS if spec.m <= 8]
+FEW_ROWS = [spec for spec in pm.ARG_SPECS if spec.args["x"].shape[0] <= 8]
 
 
 @needs_mosaic
@@ -37,8 +37,8 @@ def test_the_interpreted_kernel_is_the_dense_product(shape, d, dtype):
 @pytest.mark.parametrize(("m", "dtype"), [(1, jnp.float32), (8, jnp.bfloat16)])
 def test_named_workloads_lower_for_an_h200(spec, m, dtype):
     x, words = shapes_of(spec, dtype)
-    run = functools.partial(pm.packed_matmul, labels=LABELS[spec.num_labels], implementation="pallas_gpu")
-    text = export_for_h200(run, jax.ShapeDtypeStruct((m, spec.depth), x.dtype), words)
+    run = functools.partial(pm.packed_matmul, labels=spec.args["labels"], implementation="pallas_gpu")
+    text = export_for_h200(run, jax.ShapeDtypeStruct((m, x.shape[1]), x.dtype), words)
     assert "custom_call @mosaic_gpu_v2" in text and "packed_matmul" in text
 
 
@@ -46,8 +46,8 @@ def test_named_workloads_lower_for_an_h200(spec, m, dtype):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here")
 @pytest.mark.parametrize("spec", FEW_ROWS, ids=lambda spec: spec.name)
 def test_on_the_device(spec):
-    x, words, expected = problem(spec.m, spec.depth, spec.n, spec.num_labels)
-    found = pm.packed_matmul(x, words, LABELS[spec.num_labels], implementation="pallas_gpu")
+    x, words, expected = problem(*spec.args["x"].shape, spec.args["words"].shape[1], len(spec.args["labels"]))
+    found = pm.packed_matmul(x, words, spec.args["labels"], implementation="pallas_gpu")
     np.testing.assert_array_equal(found, expected.astype(np.float32))
 
 

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlib_methods.kernels.scanline import Pairwise, reference
+from jaxlib_methods.kernels.scanline import ARG_SPECS, Pairwise, reference
 from jaxlib_methods.kernels.scanline.request import Backward, Sweep
 
 POSITIONS, NUM_LABELS, LINES = 5, 12, 136
 RHO = 0.5  # exact in binary, so integer costs stay exact
+BY_NAME = {spec.name: spec for spec in ARG_SPECS}
 
 
 def _case(kind, weight, **options):
@@ -67,7 +68,7 @@ def problem(name, *, reverse, opposite, weighted, num_labels=NUM_LABELS, lines=L
         PAIRWISE[name],
         integers(2, 0, 3, POSITIONS, lines) if weighted else None,
     )
-    options = {"rho": RHO, "reverse": reverse}
+    options = {"edge_probability": RHO, "reverse": reverse}
     return arguments, options, forward(reference, options)(*arguments)
 
 

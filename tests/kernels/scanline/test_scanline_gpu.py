@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from jaxlib_methods.kernels import scanline
-from jaxlib_methods.kernels.scanline import Pairwise, arg_specs
+from jaxlib_methods.kernels.scanline import ARG_SPECS, Pairwise
+from jaxlib_methods.kernels.scanline.arg_specs import sweep_shape
 from tests.kernels.mosaic_gpu import export_for_h200, interpreted, needs_mosaic
 from tests.kernels.scanline.scanline_cases import (
+    BY_NAME,
     PAIRWISE,
     assert_same_backward,
     assert_same_sweep,
@@ -114,40 +116,45 @@ def test_no_copy_overtakes_a_read_whatever_the_length_of_the_ring(slots):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("spec", arg_specs.SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
 def test_sweeps_of_named_workloads_lower_for_an_h200(spec):
-    positions, _, lines = shape = spec.shape(batch=2)
+    positions, _, lines = shape = sweep_shape(spec, batch=2)
     costs = jax.ShapeDtypeStruct(shape, jnp.float32)
     weights = jax.ShapeDtypeStruct((positions, lines), jnp.float32)
-    sweep = functools.partial(scanline.sweep, rho=0.5, with_indices=True, implementation="pallas_gpu")
-    text = export_for_h200(sweep, costs, costs, spec.pairwise, weights)
+    options = {"edge_probability": 0.5, "with_indices": True, "implementation": "pallas_gpu"}
+    sweep = lambda u, opposite, pairwise, w: scanline.sweep(u, opposite, pairwise, edge_weight=w, **options)
+    text = export_for_h200(sweep, costs, costs, spec.args["pairwise"], weights)
     assert "custom_call @mosaic_gpu_v2" in text
 
 
 @needs_mosaic
-@pytest.mark.parametrize("spec", arg_specs.SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
 def test_backwards_of_named_workloads_lower_for_an_h200(spec):
-    positions, _, lines = shape = spec.shape(vertical=True)
+    positions, _, lines = shape = sweep_shape(spec, vertical=True)
     costs, p = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.uint8)
     q = jax.ShapeDtypeStruct((positions, lines), jnp.uint8)
-    sweep_back = functools.partial(scanline.sweep_backward, rho=0.5, reverse=True, implementation="pallas_gpu")
-    text = export_for_h200(sweep_back, costs, costs, p, q, spec.pairwise)
+    sweep_back = functools.partial(
+        scanline.sweep_backward, edge_probability=0.5, reverse=True, implementation="pallas_gpu"
+    )
+    text = export_for_h200(sweep_back, costs, costs, p, q, spec.args["pairwise"])
     assert "custom_call @mosaic_gpu_v2" in text
 
 
 @needs_mosaic
 def test_the_budget_is_the_compilers():
     # One slot more than `choose` grants is refused by the compiler too, or leaves less than its reserve.
-    spec = arg_specs.BY_NAME["house"]
+    spec = BY_NAME["house"]
     costs = jax.ShapeDtypeStruct((9, 256, 256), jnp.float32)
     config = layouts.Config(4, 3)
-    assert layouts.smem_bytes(256, config, spec.pairwise) > layouts.SMEM_BUDGET
+    assert layouts.smem_bytes(256, config, spec.args["pairwise"]) > layouts.SMEM_BUDGET
     with pytest.raises(ValueError, match="shared memory"):
-        export_for_h200(forward(pallas_gpu, {"rho": 0.5}, config=config), costs, costs, spec.pairwise)
+        export_for_h200(
+            forward(pallas_gpu, {"edge_probability": 0.5}, config=config), costs, costs, spec.args["pairwise"]
+        )
 
 
 def test_lanes_grow_with_the_labels_and_the_ring_fits_the_shared_memory():
-    chosen = {spec.name: layouts.choose(spec.num_labels, spec.pairwise) for spec in arg_specs.SPECS}
+    chosen = {spec.name: layouts.choose(spec.args["u"].shape[1], spec.args["pairwise"]) for spec in ARG_SPECS}
     assert {name: config.lanes for name, config in chosen.items()} == {
         "tsukuba": 1,
         "map": 1,
@@ -157,20 +164,20 @@ def test_lanes_grow_with_the_labels_and_the_ring_fits_the_shared_memory():
         "penguin": 8,
         "house": 8,
     }
-    for spec in arg_specs.SPECS:
+    for spec in ARG_SPECS:
         config = chosen[spec.name]
-        assert spec.num_labels // config.lanes <= layouts.LABELS_PER_LANE
+        assert spec.args["u"].shape[1] // config.lanes <= layouts.LABELS_PER_LANE
         assert layouts.MIN_SLOTS <= config.slots <= layouts.MAX_SLOTS
         for way_back in (False, True):
-            assert layouts.smem_bytes(spec.num_labels, config, spec.pairwise, backward=way_back) <= (
+            assert layouts.smem_bytes(spec.args["u"].shape[1], config, spec.args["pairwise"], backward=way_back) <= (
                 layouts.SMEM_BUDGET
             )
 
 
 @pytest.mark.parametrize(("lines", "lanes"), [(384, 1), (320, 2), (288, 4), (304, 8), (300, 1), (8 * 288, 1)])
 def test_blocks_that_divide_the_lines_come_first(lines, lanes):
-    tsukuba = arg_specs.BY_NAME["tsukuba"]
-    assert layouts.choose(tsukuba.num_labels, tsukuba.pairwise, lines).lanes == lanes
+    tsukuba = BY_NAME["tsukuba"]
+    assert layouts.choose(tsukuba.args["u"].shape[1], tsukuba.args["pairwise"], lines).lanes == lanes
 
 
 def test_shared_memory_by_hand():
@@ -205,7 +212,7 @@ def test_only_hopper_is_accepted(capability, fits, monkeypatch):
     assert (pallas_gpu.device_reason() is None) == fits
     if not fits:
         u = jax.ShapeDtypeStruct((3, 4, 128), jnp.float32)
-        sweep = functools.partial(scanline.sweep, rho=1.0, implementation="pallas_gpu")
+        sweep = functools.partial(scanline.sweep, edge_probability=1.0, implementation="pallas_gpu")
         with pytest.raises(NotImplementedError, match=f"got some GPU with {capability}"):
             jax.eval_shape(sweep, u, None, PAIRWISE["potts"])
 
@@ -215,15 +222,17 @@ def test_an_old_jax_is_told_so(monkeypatch):
     assert "need JAX 0.11" in pallas_gpu.can_use((3, 2, 4), jnp.float32, PAIRWISE["potts"])
     u = jnp.zeros((3, 2, 4), jnp.float32)
     with pytest.raises(NotImplementedError, match=r"need JAX 0\.11 or newer"):
-        scanline.sweep(u, None, PAIRWISE["potts"], rho=1.0, implementation="pallas_gpu")
+        scanline.sweep(u, None, PAIRWISE["potts"], edge_probability=1.0, implementation="pallas_gpu")
     index = jnp.zeros(u.shape, jnp.uint8)
     with pytest.raises(NotImplementedError, match=r"need JAX 0\.11 or newer"):
-        scanline.sweep_backward(u, None, index, index[:, 0], PAIRWISE["potts"], rho=1.0, implementation="pallas_gpu")
+        scanline.sweep_backward(
+            u, None, index, index[:, 0], PAIRWISE["potts"], edge_probability=1.0, implementation="pallas_gpu"
+        )
 
 
 @needs_mosaic
 def test_kernels_carry_their_names():
     u = jax.ShapeDtypeStruct((4, 8, 128), jnp.float32)
     pairwise = Pairwise("potts", np.float32(1), semimetric=True)
-    text = str(jax.make_jaxpr(forward(pallas_gpu, {"rho": 1.0}))(u, None, pairwise))
+    text = str(jax.make_jaxpr(forward(pallas_gpu, {"edge_probability": 1.0}))(u, None, pairwise))
     assert "scanline_sweep" in text

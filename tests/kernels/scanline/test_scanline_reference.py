@@ -9,7 +9,7 @@ from jaxlib_methods.kernels import scanline
 from jaxlib_methods.kernels.scanline import Pairwise
 
 POSITIONS, LINES = 5, 6
-STATIC = ("rho", "reverse", "with_indices", "step", "images")
+STATIC = ("edge_probability", "reverse", "with_indices", "step", "num_images")
 sweep = jax.jit(scanline.sweep, static_argnames=STATIC)
 
 
@@ -70,7 +70,7 @@ def random_costs(key, num_labels, high=12):
 def test_fast_paths_equal_brute_force_bit_for_bit_on_integer_costs(key, name, reverse, rho):
     pairwise = potentials(7)[name]
     u, opposite, weight = random_costs(key, 7)
-    m, p, q = sweep(u, opposite, pairwise, weight, rho=rho, reverse=reverse, with_indices=True)
+    m, p, q = sweep(u, opposite, pairwise, edge_weight=weight, edge_probability=rho, reverse=reverse, with_indices=True)
     table = np.asarray(scanline.dense(pairwise, 7))
     expected, p_expected, q_expected, reached = brute_force(
         np.asarray(u), np.asarray(opposite), table, np.asarray(weight), rho, reverse
@@ -80,7 +80,9 @@ def test_fast_paths_equal_brute_force_bit_for_bit_on_integer_costs(key, name, re
     np.testing.assert_array_equal(np.asarray(p)[where], p_expected[where])
     np.testing.assert_array_equal(np.asarray(q)[reached], q_expected[reached])
     assert p.dtype == q.dtype == jnp.uint8
-    np.testing.assert_array_equal(sweep(u, opposite, pairwise, weight, rho=rho, reverse=reverse), expected)
+    np.testing.assert_array_equal(
+        sweep(u, opposite, pairwise, edge_weight=weight, edge_probability=rho, reverse=reverse), expected
+    )
 
 
 @pytest.mark.parametrize("step", [(1, 1), (1, -2), (2, 1), (2, -1)])
@@ -88,8 +90,8 @@ def test_fast_paths_equal_brute_force_bit_for_bit_on_integer_costs(key, name, re
 def test_diagonals_equal_brute_force_and_do_not_connect_images(key, step, reverse):
     pairwise = potentials(7)["linear2"]
     u, opposite, weight = random_costs(key, 7)
-    options = {"rho": 0.5, "reverse": reverse, "step": step, "images": 2}
-    m, p, _ = sweep(u, opposite, pairwise, weight, with_indices=True, **options)
+    options = {"edge_probability": 0.5, "reverse": reverse, "step": step, "num_images": 2}
+    m, p, _ = sweep(u, opposite, pairwise, edge_weight=weight, with_indices=True, **options)
     table = np.asarray(scanline.dense(pairwise, 7))
     expected, p_expected, _, reached = brute_force(
         np.asarray(u), np.asarray(opposite), table, np.asarray(weight), 0.5, reverse, step, images=2

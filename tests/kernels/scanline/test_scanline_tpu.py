@@ -3,15 +3,14 @@
 Nothing here ran on a TPU: the interpreter checks numbers, `jax.export` checks that the program lowers to Mosaic.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxlib_methods.kernels import scanline
-from jaxlib_methods.kernels.scanline import Pairwise, arg_specs, pallas_tpu
+from jaxlib_methods.kernels.scanline import ARG_SPECS, Pairwise, pallas_tpu
 from jaxlib_methods.kernels.scanline.api import index_dtype
+from jaxlib_methods.kernels.scanline.arg_specs import sweep_shape
 from tests.kernels.scanline.scanline_cases import (
     PAIRWISE,
     assert_same_backward,
@@ -95,19 +94,24 @@ def export_for_tpu(function, *arguments):
     return jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments).mlir_module()
 
 
-@pytest.mark.parametrize("spec", arg_specs.SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
 @pytest.mark.parametrize("vertical", [False, True])
 def test_named_workloads_lower_for_a_tpu(spec, vertical, monkeypatch):
     monkeypatch.undo()  # the block sizes that a user gets
-    shape = spec.shape(vertical=vertical)
+    shape = sweep_shape(spec, vertical=vertical)
     floats, weights = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((shape[0], shape[2]), jnp.float32)
-    index = index_dtype(spec.num_labels)
+    index = index_dtype(spec.args["u"].shape[1])
     p, q = jax.ShapeDtypeStruct(shape, index), jax.ShapeDtypeStruct((shape[0], shape[2]), index)
-    sweep = functools.partial(scanline.sweep, rho=0.5, reverse=vertical, with_indices=True, implementation="pallas_tpu")
-    text = export_for_tpu(sweep, floats, floats, spec.pairwise, weights if vertical else None)
+    options = {"edge_probability": 0.5, "reverse": vertical, "implementation": "pallas_tpu"}
+    sweep = lambda u, opposite, pairwise, w: scanline.sweep(
+        u, opposite, pairwise, edge_weight=w, with_indices=True, **options
+    )
+    text = export_for_tpu(sweep, floats, floats, spec.args["pairwise"], weights if vertical else None)
     assert "scanline_sweep" in text and "tpu_custom_call" in text
-    sweep_back = functools.partial(scanline.sweep_backward, rho=0.5, reverse=vertical, implementation="pallas_tpu")
-    text = export_for_tpu(sweep_back, floats, floats, p, q, spec.pairwise, weights if vertical else None)
+    sweep_back = lambda dm, opposite, p, q, pairwise, w: scanline.sweep_backward(
+        dm, opposite, p, q, pairwise, edge_weight=w, **options
+    )
+    text = export_for_tpu(sweep_back, floats, floats, p, q, spec.args["pairwise"], weights if vertical else None)
     assert "scanline_sweep_backward" in text and "tpu_custom_call" in text
 
 
@@ -118,7 +122,7 @@ def test_every_kind_lowers_for_label_counts_off_the_tile(name, num_labels):
     if name == "table":
         pairwise = Pairwise("table", jnp.float32(1), table=jnp.zeros((num_labels, num_labels), jnp.float32))
     u = jax.ShapeDtypeStruct((9, num_labels, 200), jnp.float32)
-    assert "tpu_custom_call" in export_for_tpu(forward(pallas_tpu, {"rho": 1.0}), u, None, pairwise)
+    assert "tpu_custom_call" in export_for_tpu(forward(pallas_tpu, {"edge_probability": 1.0}), u, None, pairwise)
 
 
 def test_can_use_names_what_is_in_the_way():
@@ -130,18 +134,23 @@ def test_can_use_names_what_is_in_the_way():
     assert "bytes of VMEM" in pallas_tpu.can_use((8, 4096, 128), jnp.float32, potts)
     with pytest.raises(NotImplementedError, match="step"):
         scanline.sweep(
-            jnp.zeros((3, 2, 4), jnp.float32), None, potts, rho=1.0, step=(1, 1), implementation="pallas_tpu"
+            jnp.zeros((3, 2, 4), jnp.float32),
+            None,
+            potts,
+            edge_probability=1.0,
+            step=(1, 1),
+            implementation="pallas_tpu",
         )
 
 
 def test_blocks_fit_the_vmem_budget_and_small_ones_need_not_be_cut(monkeypatch):
     monkeypatch.undo()
-    for spec in arg_specs.SPECS:
-        block = pallas_tpu.block_positions(spec.shape(), spec.pairwise, arrays=3, indices=True)
+    for spec in ARG_SPECS:
+        block = pallas_tpu.block_positions(sweep_shape(spec), spec.args["pairwise"], arrays=3, indices=True)
         assert 1 <= block <= pallas_tpu.MAX_POSITIONS
-        needed = pallas_tpu.vmem_bytes(spec.num_labels, block, spec.pairwise, arrays=3, indices=True)
+        needed = pallas_tpu.vmem_bytes(spec.args["u"].shape[1], block, spec.args["pairwise"], arrays=3, indices=True)
         assert needed <= pallas_tpu.VMEM_BUDGET
-        twice = pallas_tpu.vmem_bytes(spec.num_labels, 2 * block, spec.pairwise, arrays=3, indices=True)
+        twice = pallas_tpu.vmem_bytes(spec.args["u"].shape[1], 2 * block, spec.args["pairwise"], arrays=3, indices=True)
         assert block == pallas_tpu.MAX_POSITIONS or twice > pallas_tpu.VMEM_BUDGET
     assert pallas_tpu.block_positions((3, 16, 128), PAIRWISE["potts"], arrays=3, indices=True) == 4
 

@@ -193,17 +193,17 @@ def test_no_array_of_the_scores_size_is_written_but_the_masks():
 @pytest.mark.parametrize("spec", [spec for spec in ARG_SPECS if "ci" in spec.tags], ids=lambda spec: spec.name)
 def test_real_workloads(spec):
     rng = np.random.default_rng(0)
-    scores = {name: np.abs(rng.standard_normal(shape, np.float32)) for name, shape in spec.shapes.items()}
+    scores = {name: np.abs(rng.standard_normal(leaf.shape, np.float32)) for name, leaf in spec.args["scores"].items()}
     for name in scores:
         if name.endswith("bias"):
             scores[name][...] = 0
-    masks = keep_largest(scores, spec.kappa)
+    masks = keep_largest(scores, spec.args["num_keep"])
     names = sorted(scores)
-    assert_same([masks[name] for name in names], oracle([scores[name] for name in names], spec.kappa))
+    assert_same([masks[name] for name in names], oracle([scores[name] for name in names], spec.args["num_keep"]))
 
 
 def test_workloads_have_the_published_sizes():
-    sizes = {spec.name: spec.size for spec in ARG_SPECS}
+    sizes = {spec.name: sum(leaf.size for leaf in spec.args["scores"].values()) for spec in ARG_SPECS}
     assert (sizes["lenet_300_100"], sizes["lenet5_caffe"], sizes["vgg_d"]) == (266_610, 431_080, 15_245_130)
     assert sizes["resnet50"] == 25_557_032 - 53_120  # torchvision's count without the scale and shift of batch norm
 
@@ -231,11 +231,11 @@ def test_nan_is_an_error_that_names_the_leaf(nan):
     ("arguments", "message"),
     [
         (({"a": jnp.arange(3)}, 1), r"scores\['a'\] must be float16.*got int32"),
-        ((jnp.ones(3), 4), r"kappa must lie in \[0, 3\], the number of scores, got 4"),
-        ((jnp.ones(3), -1), r"kappa must lie in \[0, 3\]"),
-        ((jnp.ones(3), 1.5), "kappa must be an integer, got 1.5"),
-        (([jnp.ones(3)], [1, 2]), "kappa must be one integer or a tree like scores"),
-        (([jnp.ones(3)], [4]), r"kappa\[0\] must lie in \[0, 3\]"),
+        ((jnp.ones(3), 4), r"num_keep must lie in \[0, 3\], the number of scores, got 4"),
+        ((jnp.ones(3), -1), r"num_keep must lie in \[0, 3\]"),
+        ((jnp.ones(3), 1.5), "num_keep must be an integer, got 1.5"),
+        (([jnp.ones(3)], [1, 2]), "num_keep must be one integer or a tree like scores"),
+        (([jnp.ones(3)], [4]), r"num_keep\[0\] must lie in \[0, 3\]"),
     ],
 )
 def test_bad_arguments(arguments, message):
