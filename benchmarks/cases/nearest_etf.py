@@ -33,6 +33,7 @@ from flax import nnx
 from benchmarks.timing import Case, Implementation, Options, Record, Skip, measure, peer
 from jaxlib_methods import models
 from jaxlib_methods.classifiers import NearestETFHead, nearest_etf
+from peers.nearest_etf import trust_region
 
 HEADLINES = (
     ("solver K=10 d=512", "ours", ("trust region", "svd autodiff"), 100),
@@ -107,7 +108,7 @@ def _exact(Y: np.ndarray, prox: np.ndarray, G: np.ndarray) -> Callable[[], Any]:
 
 def _pymanopt(Y: np.ndarray, prox: np.ndarray, G: np.ndarray, *, backward: bool) -> Implementation | Skip:
     enabled = jax.config.jax_enable_x64
-    make = lambda pymanopt: Implementation(_trust_region(pymanopt, Y, prox, G, backward=backward))
+    make = lambda _: Implementation(trust_region(Y, prox, G, delta=DELTA, backward=backward))
     solver = peer("pymanopt", make, extra="test")
     jax.config.update("jax_enable_x64", enabled)  # importing pymanopt switches the whole process to float64
     return solver
@@ -172,56 +173,6 @@ def _solver_case(name: str, K: int, d: int) -> Case:
         min_rounds=3 if slow else 7,
         warm_up=1 if slow else 2,
     )
-
-
-def _trust_region(
-    pymanopt: Any, Y: np.ndarray, prox: np.ndarray, G: np.ndarray, *, backward: bool
-) -> Callable[[], Any]:
-    """The authors' solver with their settings, and their backward."""
-    d, K = Y.shape
-    M = np.eye(K) - 1 / K
-    root = np.sqrt(K - 1)
-    manifold = pymanopt.manifolds.Stiefel(d, K)
-
-    @pymanopt.function.numpy(manifold)
-    def cost(U: np.ndarray) -> float:
-        return np.sum((Y - U @ M / root) ** 2) + DELTA / 2 * np.sum((U - prox) ** 2)
-
-    @pymanopt.function.numpy(manifold)
-    def gradient(U: np.ndarray) -> np.ndarray:
-        return 2 / (K - 1) * U @ M - 2 / root * Y @ M + DELTA * (U - prox)
-
-    @pymanopt.function.numpy(manifold)
-    def hessian(U: np.ndarray, V: np.ndarray) -> np.ndarray:
-        return 2 / (K - 1) * V @ M + DELTA * V
-
-    problem = pymanopt.Problem(manifold, cost, euclidean_gradient=gradient, euclidean_hessian=hessian)
-    optimizer = pymanopt.optimizers.TrustRegions(
-        max_iterations=30, min_gradient_norm=1e-6, kappa=0.1, theta=1, rho_prime=0.1, verbosity=0
-    )
-
-    def solve() -> tuple[np.ndarray, ...]:
-        U = optimizer.run(problem, initial_point=prox, Delta_bar=np.sqrt(K), Delta0=np.sqrt(K) / 8).point
-        return (U, _dense_backward(U, gradient(U), G, M)) if backward else (U,)
-
-    return solve
-
-
-def _dense_backward(U: np.ndarray, fY: np.ndarray, G: np.ndarray, M: np.ndarray) -> np.ndarray:
-    """dL/dY by the implicit function theorem with one row per constraint U_i . U_j = [i = j]."""
-    d, K = U.shape
-    Sigma = fY.T @ U
-    block = np.linalg.inv(2 / (K - 1) * M + DELTA * np.eye(K) - (Sigma + Sigma.T) / 2)
-    i, j = np.triu_indices(K)
-    A = np.zeros((len(i), d, K))
-    rows = np.arange(len(i))
-    A[rows, :, i] += U.T[j]
-    A[rows, :, j] += U.T[i]
-    w = -G @ block
-    t = A @ block
-    flat = A.reshape(len(i), -1)
-    s = -np.linalg.solve(flat @ t.reshape(len(i), -1).T, flat @ w.reshape(-1))
-    return -2 / np.sqrt(K - 1) * (w + np.tensordot(s, t, axes=1)) @ M
 
 
 # -------------------------------------------------------------------------------------------------- the training step
