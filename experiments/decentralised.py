@@ -270,7 +270,7 @@ def make_optimizer(config: Config, rank: int | None) -> optax.GradientTransforma
     """AdamW after clipping; of a subspace network, with one second moment for each row of coordinates."""
     adam = optax.scale_by_adam(b1=0.9, b2=0.99)
     if rank is not None:
-        adam = optimizers.scale_by_row_shared_adam(
+        adam = optimizers.row_shared.scale_by_row_shared_adam(
             b1=0.9,
             b2=0.99,
             shared=unextractable.gpt_coordinates.coordinate_gpt_mask,

@@ -211,13 +211,13 @@ def make_optimizer(name: str, config: Config, steps: int) -> optax.GradientTrans
         buckets = (config.rank_end, *(r for r in (0.375, 0.5, 0.75, 1.0) if r > config.rank_end))
         rule = optimizers.numuon(
             schedule,
-            optimizers.cosine_rank_schedule(steps, config.rank_start, config.rank_end),
+            optimizers.schedules.cosine_rank_schedule(steps, config.rank_start, config.rank_end),
             weight_decay=config.weight_decay,
             key=jax.random.key(0),
             adam_b1=adam["b1"],
             adam_b2=adam["b2"],
             consistent_rms=RMS,
-            rank_buckets=buckets,
+            decomposition=optimizers.BlockKrylovConfig(rank_buckets=buckets),
         )
     else:
         # optax.contrib.muon would give its own AdamW Nesterov momentum; here all three share one AdamW.

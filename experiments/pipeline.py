@@ -248,7 +248,7 @@ class Runs:
             mesh,
             (tokens, tokens),
             stash=self.method in ("pipedream", "nesterov"),
-            predict_backward=optimizers.discrepancy_corrected if self.method == "pipemare" else None,
+            predict_backward=optimizers.no_stash.discrepancy_corrected if self.method == "pipemare" else None,
         )
 
     def _run(self, rate: float, seed: int, case_dir: pathlib.Path) -> dict[str, Any]:
@@ -332,7 +332,7 @@ def make_optimizer(config: Config, method: str, P: int) -> Any:
     updates = config.steps // (MICROBATCHES if method == "gpipe" else 1)
     compression = PAPER_STEPS / updates
     anneal_steps = max(1, round(ANNEALED / compression))
-    nadam = functools.partial(optimizers.scale_by_nadam, momentum_decay=0.004 * compression)
+    nadam = functools.partial(optimizers.nesterov.scale_by_nadam, momentum_decay=0.004 * compression)
 
     def chain(rule: optax.GradientTransformation, *last: optax.GradientTransformation) -> Any:
         return optax.chain(
@@ -350,11 +350,11 @@ def make_optimizer(config: Config, method: str, P: int) -> Any:
         return chain(adam)
     if method == "nesterov":
         return chain(nadam(b1=config.b1))
-    slower = lambda delay: optimizers.scale_by_delay(delay, anneal_steps)
+    slower = lambda delay: optimizers.no_stash.scale_by_delay(delay, anneal_steps)
     if method == "nesterov_no_stash":
         b1 = lambda delay: 0.9 + 0.09 * delay.astype(jnp.float32) / P
         return lambda delay: chain(nadam(b1=b1(delay)), slower(delay))
-    return lambda delay: chain(adam, slower(delay), optimizers.discrepancy_correction(delay))
+    return lambda delay: chain(adam, slower(delay), optimizers.no_stash.discrepancy_correction(delay))
 
 
 def _figure(config: Config, chosen: dict[tuple[str, int], list[dict[str, Any]]], workdir: pathlib.Path) -> None:

@@ -33,7 +33,8 @@ import optax
 from experiments._machinery import cases
 from experiments.data import images as data
 from jaxlib_methods.classifiers import etf_weights, helmert_basis, simplex_etf
-from jaxlib_methods.optimizers import ReducedCurvature, geoprec_gd, reduced_curvature, reduced_objective
+from jaxlib_methods.optimizers import geoprec_gd, reduced_objective
+from jaxlib_methods.optimizers.curvature import ReducedCurvature, reduced_curvature
 
 PyTree = Any
 Name = Literal["quadratic", "quadratic_random", "factorisation", "etf_free", "etf_fixed", "etf_nearest"]

@@ -140,7 +140,7 @@ class _Runs:
         self.config, self.task, self.method, self.P, self.folder = config, task, method, P, folder
         self.staged = staged
         self.optimizer = make_optimizer(config, method, P)
-        self.gradient_at = None if P == 1 else optimizers.stale_params
+        self.gradient_at = None if P == 1 else optimizers.delays.stale_params
 
     def __call__(self, rate: float, seed: int) -> dict[str, Any]:
         case_dir = self.folder / f"P{self.P}-{self.method}-lr{rate:g}-seed{seed}"
@@ -179,7 +179,7 @@ class _Runs:
 
     def _evaluate(self, state: training.TrainState) -> dict[str, float]:
         measured = self.task.evaluate(state._replace(params=self.staged.join(state.params)))
-        histories = trees.find_states(state.opt_state, optimizers.ParamHistoryState)
+        histories = trees.find_states(state.opt_state, optimizers.delays.ParamHistoryState)
         if histories and self.P > 2:
             measured |= staleness(histories[0], state.params)
         return measured
@@ -231,22 +231,24 @@ def stage_rules(blocks: int, P: int) -> list[tuple[str, int]]:
 def make_optimizer(config: Config, method: str, P: int) -> optax.GradientTransformation:
     """History of the weights, clipping of each stage, the rule, weight decay, the learning rate and its correction."""
     stages = [(_name(stage), stage) for stage in range(P)]
-    tau = [(_name(stage), delay) for stage, delay in enumerate(optimizers.pipeline_delays(P))]
+    tau = [(_name(stage), delay) for stage, delay in enumerate(optimizers.delays.pipeline_delays(P))]
     updates = config.steps // MICROBATCHES if method == "gpipe" else config.steps
     compression = PAPER_STEPS / updates
-    nadam = functools.partial(optimizers.scale_by_nadam, b1=config.b1, momentum_decay=0.004 * compression)
+    nadam = functools.partial(optimizers.nesterov.scale_by_nadam, b1=config.b1, momentum_decay=0.004 * compression)
     rules: dict[str, Callable[[], optax.GradientTransformation]] = {
         "nadam": nadam,
         "no_discount": functools.partial(nadam, discount="momentum"),
         "no_discount_eq10": functools.partial(nadam, discount="none"),
     }
     adam = functools.partial(optax.scale_by_adam, b1=0.9, b2=0.999, eps=1e-8)
-    keep = {"compensation": optimizers.delay_compensation}.get(method, optimizers.keep_param_history)
+    keep = {"compensation": optimizers.delay_corrections.delay_compensation}.get(
+        method, optimizers.delays.keep_param_history
+    )
     links = [keep(tau)] if P > 1 else []
     if method == "forecast":
-        links.append(optimizers.forecast_gradients(tau))
+        links.append(optimizers.delay_corrections.forecast_gradients(tau))
     links += [
-        optimizers.clip_by_group_norm(config.clip, stages),
+        optimizers.delays.clip_by_group_norm(config.clip, stages),
         rules.get(method, adam)(),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_schedule(language_model.warmup_cosine(1.0, updates, warmup=config.warmup)),
@@ -254,12 +256,12 @@ def make_optimizer(config: Config, method: str, P: int) -> optax.GradientTransfo
         optax.scale(-1.0),
     ]
     if method == "lr_correction":
-        links.append(optimizers.scale_by_delay(tau, anneal_steps=round(7000 / compression)))
+        links.append(optimizers.no_stash.scale_by_delay(tau, anneal_steps=round(7000 / compression)))
     chain = optax.chain(*links)
     return optax.MultiSteps(chain, MICROBATCHES).gradient_transformation() if method == "gpipe" else chain
 
 
-def staleness(history: optimizers.ParamHistoryState, params: PyTree) -> dict[str, float]:
+def staleness(history: optimizers.delays.ParamHistoryState, params: PyTree) -> dict[str, float]:
     r"""How far apart the newest and the stale weights of the first stage are, and whether momentum points there.
 
     alignment: cosine of the angle between the step that made version s + 1 from s and the change from s + 1 to now,

@@ -270,7 +270,9 @@ def make_optimizer(config: Config, network: Network, method: str, steps: int) ->
     adam = optax.scale_by_adam(b1=0.9, b2=0.99)
     if method in ("row_shared", "subspace_moving"):
         width = config.model().width
-        adam = optimizers.scale_by_row_shared_adam(b1=0.9, b2=0.99, shared=network.coordinates, row_size=width)
+        adam = optimizers.row_shared.scale_by_row_shared_adam(
+            b1=0.9, b2=0.99, shared=network.coordinates, row_size=width
+        )
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         adam,

@@ -12,24 +12,36 @@ from typing import Any, Literal, TypeAlias
 import jax
 
 __all__ = [
+    "ActivationRoot",
     "ApplyFn",
     "AttackNorm",
     "AxisName",
     "ChannelTies",
+    "ClassAverage",
     "GateGradients",
     "Implementation",
     "InitializerKind",
     "IsometryObjective",
     "Key",
+    "KrylovMethod",
     "LossFn",
     "LowRankMethod",
+    "MessagePassingMethod",
+    "NesterovDiscount",
     "NeuronReduction",
+    "OrthogonalRetraction",
     "PairwiseKind",
     "ProjectionJacobian",
     "PruningPolicy",
     "PruningSchedule",
     "PruningScope",
     "PyTree",
+    "QuadraticTruncation",
+    "ReductionSolver",
+    "Rounding",
+    "SGMVariant",
+    "ShapeScaling",
+    "UnseenClasses",
     "WeightProjection",
 ]
 
@@ -40,19 +52,31 @@ ApplyFn: TypeAlias = Callable[[PyTree, Any], Any]  # (params, inputs) -> outputs
 LossFn: TypeAlias = Callable[[PyTree, Any], jax.Array]  # (params, batch) -> a scalar
 
 # String options, by name.
+ActivationRoot: TypeAlias = Literal["minus", "plus"]
 AttackNorm: TypeAlias = Literal["linf", "l2", "l2_per_channel"]
 ChannelTies: TypeAlias = Literal["max", "min", "union"]
+ClassAverage: TypeAlias = Literal["ema", "cumulative"]
 GateGradients: TypeAlias = Literal["mpmg", "mnmg"]
 Implementation: TypeAlias = Literal["xla", "pallas_gpu", "pallas_tpu"]
 InitializerKind: TypeAlias = Literal[
     "orthogonal", "conv_orthogonal", "delta_orthogonal", "lecun_normal", "glorot_normal", "he_normal"
 ]
 IsometryObjective: TypeAlias = Literal["frobenius", "squared"]
+KrylovMethod: TypeAlias = Literal["cholesky", "householder"]
 LowRankMethod: TypeAlias = Literal["svd", "asvd", "svd_llm"]
+MessagePassingMethod: TypeAlias = Literal["trwp", "isgmr", "mean_field"]
+NesterovDiscount: TypeAlias = Literal["both", "momentum", "none"]
 NeuronReduction: TypeAlias = Literal["sum", "mean", "max"]
+OrthogonalRetraction: TypeAlias = Literal["qr", "bjorck"]
 PairwiseKind: TypeAlias = Literal["potts", "truncated_linear", "toeplitz", "table"]
 ProjectionJacobian: TypeAlias = Literal["exact", "single", "double", "clipped", "straight_through"]
 PruningPolicy: TypeAlias = Literal["snip", "weights"]
 PruningSchedule: TypeAlias = Literal["exponential", "linear"]
 PruningScope: TypeAlias = Literal["global", "per_layer"]
+QuadraticTruncation: TypeAlias = Literal["distance", "cost"]
+ReductionSolver: TypeAlias = Literal["cg", "woodbury", "projection"]
+Rounding: TypeAlias = Literal["argmin", "sequential"]
+SGMVariant: TypeAlias = Literal["messages", "path_costs"]
+ShapeScaling: TypeAlias = Literal["width", "spectral", "rms"]
+UnseenClasses: TypeAlias = Literal["global_mean", "zero"]
 WeightProjection: TypeAlias = Literal["softmax", "sparsemax", "argmax", "tanh", "round"]

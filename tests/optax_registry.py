@@ -17,7 +17,8 @@ import optax
 
 from jaxlib_methods import optimizers, pruning, quantization
 from jaxlib_methods.normalization import orthogonal_retraction
-from jaxlib_methods.optimizers import agd, geoprec_gd, scale_by_agd, scale_by_pullback_metric
+from jaxlib_methods.optimizers import agd, geoprec_gd, scale_by_agd
+from jaxlib_methods.optimizers.geoprec import scale_by_pullback_metric
 
 
 def half_masks(params: Any) -> Any:
@@ -73,7 +74,7 @@ WEIGHTS_ONLY = dict.fromkeys(("parabola", "rosenbrock", "mixed_ranks"), "AGD ref
 
 MATRICES_ONLY = dict.fromkeys(("parabola", "rosenbrock", "mixed_ranks"), "scale_by_numuon refuses vectors and scalars")
 
-NUMUON_STATIC = ("rank_schedule", "rank_buckets", "ns_coeffs", "ns_steps", "key", "iterations", "oversampling")
+NUMUON_STATIC = ("rank_schedule", "ns_coeffs", "ns_steps", "key", "decomposition")
 
 SLOW_VALLEY = {"rosenbrock": "plain momentum at a step that is stable everywhere creeps along the valley"}
 
@@ -185,11 +186,11 @@ ENTRIES: list[Entry] = [
         constrain=orthonormal,
         opt_outs={"mixed_ranks": "its target is a reflection, and no path on the manifold leads there from a rotation"},
     ),
-    Entry("scale_by_row_shared_adam", optimizers.scale_by_row_shared_adam, as_optimizer=by_rate(1e-2)),
+    Entry("scale_by_row_shared_adam", optimizers.row_shared.scale_by_row_shared_adam, as_optimizer=by_rate(1e-2)),
     Entry("row_shared_adamw", optimizers.row_shared_adamw, {"learning_rate": 1e-2, "weight_decay": 0.0}),
     Entry(
         "project_rows",
-        optimizers.project_rows,
+        optimizers.row_shared.project_rows,
         {"U": jnp.eye(4), "constrained": lambda params: jax.tree.map(lambda p: p.shape[-1:] == (4,), params)},
         as_optimizer=before_sgd,
         static_args=("U", "constrained", "weights"),
@@ -205,7 +206,11 @@ ENTRIES: list[Entry] = [
     Entry(
         "scale_by_numuon",
         optimizers.scale_by_numuon,
-        {"rank_schedule": optimizers.cosine_rank_schedule(2), "rank_buckets": (0.5, 1.0), "key": jax.random.key(0)},
+        {
+            "rank_schedule": optimizers.schedules.cosine_rank_schedule(2),
+            "decomposition": optimizers.BlockKrylovConfig(rank_buckets=(0.5, 1.0)),
+            "key": jax.random.key(0),
+        },
         as_optimizer=by_rate(1e-2),
         example=two_kernels,
         static_args=NUMUON_STATIC,
@@ -218,33 +223,33 @@ ENTRIES: list[Entry] = [
         static_args=(*NUMUON_STATIC, "adam_paths"),
         promotion="standard",
     ),
-    Entry("scale_by_nadam", optimizers.scale_by_nadam, as_optimizer=by_rate(1e-2)),
+    Entry("scale_by_nadam", optimizers.nesterov.scale_by_nadam, as_optimizer=by_rate(1e-2)),
     Entry("nadam", optimizers.nadam, {"learning_rate": 1e-2}),
     Entry("delayed_nesterov", optimizers.delayed_nesterov, {"learning_rate": 1e-2, "weight_decay": 0.0}),
     Entry(
         "scale_by_discounted_nesterov",
-        optimizers.scale_by_discounted_nesterov,
-        {"gamma": 0.9},
+        optimizers.discounted.scale_by_discounted_nesterov,
+        {"momentum": 0.9},
         as_optimizer=by_rate(1e-2),
         static_args=("discount",),
         opt_outs=SLOW_VALLEY,
     ),
     Entry(
         "discounted_nesterov",
-        optimizers.discounted_nesterov,
-        {"learning_rate": 1e-3, "gamma": 0.9, "discount": False},
+        optimizers.discounted.discounted_nesterov,
+        {"learning_rate": 1e-3, "momentum": 0.9, "discount": False},
         static_args=("discount",),
     ),
     Entry(
         "scale_by_delay",
-        optimizers.scale_by_delay,
+        optimizers.no_stash.scale_by_delay,
         {"tau": 2, "anneal_steps": 100},
         as_optimizer=after_sgd,
         static_args=("tau", "anneal_steps"),
     ),
     Entry(
         "delay_compensation",
-        optimizers.delay_compensation,
+        optimizers.delay_corrections.delay_compensation,
         {"tau": 2, "strength": 1e-4},
         as_optimizer=before_sgd,
         static_args=("tau", "decay", "eps"),
@@ -252,7 +257,7 @@ ENTRIES: list[Entry] = [
     ),
     Entry(
         "delay_compensation, adaptive",
-        optimizers.delay_compensation,
+        optimizers.delay_corrections.delay_compensation,
         {"tau": 2, "strength": 1e-4, "decay": 0.95},
         as_optimizer=before_sgd,
         static_args=("tau", "decay", "eps"),
@@ -260,7 +265,7 @@ ENTRIES: list[Entry] = [
     ),
     Entry(
         "forecast_gradients",
-        optimizers.forecast_gradients,
+        optimizers.delay_corrections.forecast_gradients,
         {"tau": 1},
         as_optimizer=lambda link: optax.chain(link, optax.sgd(1e-3)),
         static_args=("tau", "length", "order"),
@@ -268,7 +273,7 @@ ENTRIES: list[Entry] = [
     ),
     Entry(
         "discrepancy_correction",
-        optimizers.discrepancy_correction,
+        optimizers.no_stash.discrepancy_correction,
         {"tau": 2},
         as_optimizer=after_sgd,
         static_args=("tau", "decay"),
@@ -287,7 +292,7 @@ ENTRIES: list[Entry] = [
     ),
     Entry(
         "keep_param_history",
-        optimizers.keep_param_history,
+        optimizers.delays.keep_param_history,
         {"tau": 2},
         as_optimizer=before_sgd,
         static_args=("tau",),
@@ -295,7 +300,7 @@ ENTRIES: list[Entry] = [
     ),
     Entry(
         "delay_gradients",
-        optimizers.delay_gradients,
+        optimizers.delays.delay_gradients,
         {"tau": 2},
         as_optimizer=lambda link: optax.chain(link, optimizers.nadam(1e-2)),
         static_args=("tau",),
@@ -303,7 +308,7 @@ ENTRIES: list[Entry] = [
     ),
     Entry(
         "clip_by_group_norm",
-        optimizers.clip_by_group_norm,
+        optimizers.delays.clip_by_group_norm,
         {"max_norm": 100.0, "groups": (("", "all"),)},
         as_optimizer=before_sgd,
         static_args=("max_norm", "groups"),

@@ -45,13 +45,16 @@ def run(options: Options) -> Iterator[Record]:
 
 def make_step(kind: str, size: int) -> tuple[Callable[..., Any], Any, Any]:
     """A jitted step `(params, state) -> (params, state)` that donates both, and what it starts from."""
-    tau = [(f"stage{j}", delay) for j, delay in enumerate(optimizers.pipeline_delays(P))]
-    links = {"stale weights": [optimizers.keep_param_history(tau)], "late gradients": [optimizers.delay_gradients(tau)]}
+    tau = [(f"stage{j}", delay) for j, delay in enumerate(optimizers.delays.pipeline_delays(P))]
+    links = {
+        "stale weights": [optimizers.delays.keep_param_history(tau)],
+        "late gradients": [optimizers.delays.delay_gradients(tau)],
+    }
     optimizer = optax.chain(*links.get(kind, []), optimizers.nadam(1e-3))
     params = {f"stage{j}": jnp.linspace(-1.0, 1.0, size // P) for j in range(P)}
 
     def step(params: Any, state: Any) -> tuple[Any, Any]:
-        at = optimizers.stale_params(state, params) if kind == "stale weights" else params
+        at = optimizers.delays.stale_params(state, params) if kind == "stale weights" else params
         updates, state = optimizer.update(gradient(at), state, params)
         return optax.apply_updates(params, updates), state
 

@@ -33,7 +33,9 @@ import numpy as np
 import optax
 
 from benchmarks.timing import Case, Implementation, Options, Record, measure
-from jaxlib_methods.optimizers import block_krylov_svd, nuclear_norm_lmo, numuon, scale_by_numuon
+from jaxlib_methods.optimizers import BlockKrylovConfig, numuon, scale_by_numuon
+from jaxlib_methods.optimizers.block_krylov import block_krylov_svd
+from jaxlib_methods.optimizers.nuclear_norm import nuclear_norm_lmo
 
 HEADLINES = (
     ("update layers=12", "r=1.0", ("optax",)),
@@ -106,7 +108,7 @@ def _step_case(m: int, n: int, r: float) -> Case:
     G = {"W": _decaying(np.random.default_rng(1), m, n)}
 
     def step(rank: float, method: str) -> Implementation:
-        rule = scale_by_numuon(rank, key=jax.random.key(0), method=method)
+        rule = scale_by_numuon(rank, key=jax.random.key(0), decomposition=BlockKrylovConfig(method=method))
         return Implementation(jax.jit(rule.update), (G, jax.block_until_ready(rule.init(G))))
 
     k = int(np.ceil(r * n))
@@ -148,14 +150,14 @@ def _objective_case(spectrum: str, k: int, m: int = 384, n: int = 256) -> Case:
     def warm(M: jax.Array) -> jax.Array:
         V = None
         for i in range(10):
-            U, _, V = block_krylov_svd(M, k, key=jax.random.key(i), warm_start=V)
+            U, _, V = block_krylov_svd(M, k, key=jax.random.key(i), start=V)
         return U @ V.T
 
     def exact(M: jax.Array) -> np.ndarray:
         U, _, Vt = np.linalg.svd(np.asarray(M, np.float64), full_matrices=False)
         return U[:, :k] @ Vt[:k]
 
-    cold = functools.partial(nuclear_norm_lmo, tau=k, key=jax.random.key(0))
+    cold = functools.partial(nuclear_norm_lmo, budget=k, key=jax.random.key(0))
     return Case(
         "numuon",
         f"objective {spectrum} k={k}",

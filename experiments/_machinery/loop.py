@@ -85,8 +85,8 @@ def fit(
       steps: the step to train to.
       steps_per_call: steps of one dispatch; progress, log and the check of the loss happen once per call.
       augment: `(batch, key) -> batch` inside jit, e.g. `device_data.random_crop`.
-      gradient_at: `(opt_state, params) -> params` at which the gradient is taken, e.g. `optimizers.stale_params`;
-        None: at the parameters themselves.
+      gradient_at: `(opt_state, params) -> params` at which the gradient is taken, e.g.
+        `optimizers.delays.stale_params`; None: at the parameters themselves.
       evaluate: `state -> {name: number}`, run after the last step and every `evaluate_every` steps (0: only then).
       workdir: where checkpoints and `log.jsonl` go, and where an earlier call is resumed from; None keeps nothing.
       checkpoint_every: steps between checkpoints, beside the one after the last step; 0 for that one alone.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-PyTree = Any
+from jaxlib_methods.typing import PyTree
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:

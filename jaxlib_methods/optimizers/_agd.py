@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-PyTree = Any
+from jaxlib_methods.typing import PyTree
 
 
 def _sigma(shape: Sequence[int]) -> float:

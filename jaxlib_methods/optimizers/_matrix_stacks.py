@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 from jaxlib_methods import trees
-from jaxlib_methods.optimizers._block_krylov import compute_dtype, transpose
-
-PyTree = Any
+from jaxlib_methods._core.dtypes import compute_dtype
+from jaxlib_methods._core.linalg import transpose
+from jaxlib_methods.typing import PyTree
 
 
 class Stack(NamedTuple):
@@ -121,15 +121,15 @@ def sharded_like(D: jax.Array, M: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(M), D, M)
 
 
-def place(x: jax.Array, mesh: jax.sharding.Mesh | None, axis: str) -> jax.Array:
-    return x if mesh is None else jax.device_put(x, NamedSharding(mesh, PartitionSpec(axis)))
+def place(x: jax.Array, mesh: jax.sharding.Mesh | None, axis_name: str) -> jax.Array:
+    return x if mesh is None else jax.device_put(x, NamedSharding(mesh, PartitionSpec(axis_name)))
 
 
-def distributed(one_group: Callable, mesh: jax.sharding.Mesh | None, axis: str) -> Callable:
+def distributed(one_group: Callable, mesh: jax.sharding.Mesh | None, axis_name: str) -> Callable:
     """The same function, with the matrices of its leading axis shared out over the mesh, and the steps gathered."""
     if mesh is None:
         return one_group
-    split, everywhere = PartitionSpec(axis), PartitionSpec()
+    split, everywhere = PartitionSpec(axis_name), PartitionSpec()
 
     def run(X: jax.Array, basis: jax.Array | None, noise: jax.Array | None, r: jax.Array) -> tuple[jax.Array, Any]:
         share_out = lambda tree: jax.tree.map(lambda x: _constrain(x, NamedSharding(mesh, split)), tree)

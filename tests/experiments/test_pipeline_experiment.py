@@ -58,8 +58,12 @@ def test_microbatches_depend_on_seed_and_number_alone():
 def test_links_of_a_traced_delay_equal_those_of_a_fixed_one(delay):
     params = {"w": jnp.linspace(-1.0, 1.0, 5)}
     traced = jnp.int32(delay)
-    ours = optax.chain(optimizers.scale_by_delay(traced, 4), optimizers.discrepancy_correction(traced))
-    theirs = optax.chain(optimizers.scale_by_delay(delay, 4), optimizers.discrepancy_correction(delay))
+    ours = optax.chain(
+        optimizers.no_stash.scale_by_delay(traced, 4), optimizers.no_stash.discrepancy_correction(traced)
+    )
+    theirs = optax.chain(
+        optimizers.no_stash.scale_by_delay(delay, 4), optimizers.no_stash.discrepancy_correction(delay)
+    )
     states = [ours.init(params), theirs.init(params)]
     for t in range(6):
         grads = {"w": jnp.cos(params["w"] + t)}
@@ -69,7 +73,7 @@ def test_links_of_a_traced_delay_equal_those_of_a_fixed_one(delay):
             updates.append(update["w"])
         np.testing.assert_allclose(*updates, rtol=1e-5, atol=1e-7)
         params = optax.apply_updates(params, {"w": updates[0]})
-        corrected = [optimizers.discrepancy_corrected(state, params)["w"] for state in states]
+        corrected = [optimizers.no_stash.discrepancy_corrected(state, params)["w"] for state in states]
         np.testing.assert_allclose(*corrected, rtol=1e-5, atol=1e-6)
 
 

@@ -79,7 +79,7 @@ def asynchronous_pipeline(
       batch: one micro-batch (inputs, targets) of all replicas, or its shapes: arrays (B, ...).
       stash: whether the backward pass uses the weights of the forward pass.
       predict_backward: without stash, (optimizer state, newest parameters) -> parameters of the backward pass, such as
-        `optimizers.discrepancy_corrected`; None: the newest.
+        `optimizers.no_stash.discrepancy_corrected`; None: the newest.
       average_gradients: whether the gradients of the replicas are averaged before each update; False leaves the
         replicas to `data_hook`.
       forward_hook: at the boundaries, on activations.

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlib_methods.optimizers import block_krylov_svd
+from jaxlib_methods.optimizers.block_krylov import block_krylov_svd
 
 METHODS = ("cholesky", "householder")
-krylov = jax.jit(block_krylov_svd, static_argnames=("k", "iterations", "oversampling", "method"))
+krylov = jax.jit(block_krylov_svd, static_argnames=("k", "num_iterations", "oversampling", "method"))
 SPECTRA = {
     "power law": lambda n: 1 / np.arange(1, n + 1),
     "exponential": lambda n: np.exp(-np.arange(n) / 4),
@@ -84,7 +84,7 @@ def test_warm_start_rises_monotonically_to_the_exact_value(key):
     M = jnp.asarray(gaussian(256, 384), jnp.float32)
     warm, ratios = None, []
     for i in range(16):
-        U, _, V = krylov(M, 16, key=jax.random.fold_in(key, i), warm_start=warm)
+        U, _, V = krylov(M, 16, key=jax.random.fold_in(key, i), start=warm)
         warm = U  # M is wide: the shorter side is U's
         ratios.append(ratio(M, U, V))
     assert all(later > earlier - 1e-6 for earlier, later in itertools.pairwise(ratios))
@@ -94,14 +94,14 @@ def test_warm_start_rises_monotonically_to_the_exact_value(key):
 def test_more_iterations_and_more_oversampling_lose_less(key):
     M = jnp.asarray(gaussian(120, 96), jnp.float32)
     lost = lambda **how: 1 - ratio(M, *krylov(M, 8, key=key, **how)[::2])
-    assert lost(iterations=1) > 2 * lost(iterations=2) > 4 * lost(iterations=4) > 0
+    assert lost(num_iterations=1) > 2 * lost(num_iterations=2) > 4 * lost(num_iterations=4) > 0
     assert lost(oversampling=0) > lost(oversampling=8) > lost(oversampling=24)
 
 
 def test_a_batch_is_its_matrices_and_the_methods_agree(key):
     M = jnp.asarray(np.stack([with_spectrum(40, 64, 0.8 ** np.arange(40), seed) for seed in range(6)]), jnp.float32)
     warm = jnp.asarray(np.random.default_rng(1).standard_normal((6, 40, 4)), jnp.float32)
-    step = lambda M, warm, method: krylov(M, 4, key=key, warm_start=warm, oversampling=0, method=method)
+    step = lambda M, warm, method: krylov(M, 4, key=key, start=warm, oversampling=0, method=method)
     U, S, V = step(M.reshape(2, 3, 40, 64), warm.reshape(2, 3, 40, 4), "cholesky")
     assert U.shape == (2, 3, 40, 4) and S.shape == (2, 3, 4) and V.shape == (2, 3, 64, 4)
     D = (U @ jnp.swapaxes(V, -1, -2)).reshape(6, 40, 64)
@@ -167,10 +167,10 @@ def test_half_precision_is_computed_in_float32(key):
     [
         ({"k": 5}, r"k must be between 1 and min\(rows, columns\) = 4, got 5"),
         ({"k": 0}, "k must be between 1"),
-        ({"iterations": 0}, "iterations must be at least 1, got 0"),
+        ({"num_iterations": 0}, "num_iterations must be at least 1, got 0"),
         ({"oversampling": -1}, "oversampling must not be negative, got -1"),
         ({"method": "qr"}, "method must be one of .*got 'qr'"),
-        ({"warm_start": jnp.ones((6, 2))}, r"warm_start must have the shape \(4, 'any'\)"),
+        ({"start": jnp.ones((6, 2))}, r"start must have the shape \(4, 'any'\)"),
         ({"M": jnp.ones(4)}, r"M must be a real matrix .*got shape \(4,\)"),
         ({"M": jnp.ones((6, 4), jnp.int32)}, "of int32"),
     ],

@@ -7,18 +7,10 @@ import optax
 import pytest
 
 from jaxlib_methods import optimizers, trees
-from jaxlib_methods.optimizers import (
-    delay_compensation,
-    delayed_nesterov,
-    discrepancy_corrected,
-    discrepancy_correction,
-    forecast_gradients,
-    forecast_weights,
-    no_stash_nesterov,
-    pipemare,
-    scale_by_delay,
-    stale_params,
-)
+from jaxlib_methods.optimizers import delayed_nesterov, no_stash_nesterov, pipemare
+from jaxlib_methods.optimizers.delay_corrections import delay_compensation, forecast_gradients, forecast_weights
+from jaxlib_methods.optimizers.delays import stale_params
+from jaxlib_methods.optimizers.no_stash import discrepancy_corrected, discrepancy_correction, scale_by_delay
 
 TAUS = [("^a$", 3), ("^b$", 0), ("^c$", 1)]
 
@@ -160,7 +152,7 @@ def test_a_delay_may_be_traced(make, delay):
         for g in stream(6, seed=5):
             updates, state = make(tau).update(g, state, w)
             w = optax.apply_updates(w, updates)
-        found = trees.find_states(state, optimizers.DiscrepancyCorrectionState)
+        found = trees.find_states(state, optimizers.no_stash.DiscrepancyCorrectionState)
         return (w, discrepancy_corrected(state, w)) if found else (w, w)
 
     traced, known = jax.jit(train)(jnp.int32(delay)), train(delay)
@@ -174,13 +166,13 @@ PARAMS = {"first": jnp.zeros(2), "last": jnp.zeros(2)}
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: scale_by_delay(-1), "tau must be a whole number"),
+        (lambda: scale_by_delay(-1), "delay must be a whole number"),
         (lambda: scale_by_delay(1, anneal_steps=0), "anneal_steps must be at least 1, got 0"),
         (lambda: scale_by_delay([("block", 1)]).init(PARAMS), "'block', matches no leaf"),
-        (lambda: delay_compensation(1, decay=1.0), r"decay must lie in \[0, 1\) or be None, got 1.0"),
+        (lambda: delay_compensation(1, decay=1.0), r"decay must lie in \[0, 1\), got 1.0"),
         (lambda: delay_compensation(1).update(PARAMS, delay_compensation(1).init(PARAMS)), "params must be given"),
-        (lambda: forecast_gradients(2, length=2, order=2), "length=2"),
-        (lambda: forecast_weights(-1), "tau=-1"),
+        (lambda: forecast_gradients(2, length=2, order=2), "length must be at least 3, got 2"),
+        (lambda: forecast_weights(-1), "delay must be at least 0, got -1"),
         (lambda: discrepancy_correction(1, decay=1.0), r"decay must lie in \(0, 1\), got 1.0"),
         (lambda: discrepancy_corrected(optax.sgd(0.1).init(PARAMS), PARAMS), "one discrepancy_correction, found 0"),
         (lambda: scale_by_delay(jnp.ones(2, jnp.int32)), r"must be an integer scalar, got int32\[2\]"),

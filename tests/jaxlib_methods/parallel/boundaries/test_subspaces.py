@@ -279,8 +279,8 @@ def test_projecting_weights_alone_depends_on_the_place_of_the_boundaries_and_pro
     assert float(jnp.linalg.norm(kernel(inside) - kernel(at_boundary))) > 0.1 * float(jnp.linalg.norm(kernel(inside)))
 
     adam = functools.partial(optax.adam, 1e-2)
-    after = optimizers.project_rows(SUBSPACE.U, constrained, weights=True)
-    both = optax.chain(optimizers.project_rows(SUBSPACE.U, constrained), adam(), after)
+    after = optimizers.row_shared.project_rows(SUBSPACE.U, constrained, weights=True)
+    both = optax.chain(optimizers.row_shared.project_rows(SUBSPACE.U, constrained), adam(), after)
 
     def moved(optimizer, gradients):
         update = jax.jit(lambda g: optax.apply_updates(params, optimizer.update(g, optimizer.init(params), params)[0]))
@@ -394,5 +394,5 @@ def test_errors_name_the_argument():
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(CONFIG, **changes)
     with pytest.raises(ValueError, match="pass params"):
-        link = optimizers.project_rows(SUBSPACE.U, True, weights=True)
+        link = optimizers.row_shared.project_rows(SUBSPACE.U, True, weights=True)
         link.update(jnp.zeros((2, 24)), link.init(jnp.zeros((2, 24))))

@@ -10,7 +10,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.optimizers._block_krylov import block_krylov_svd, matmul, transpose
+from jaxlib_methods._core.linalg import matmul, newton_schulz_step, transpose
+from jaxlib_methods.optimizers.block_krylov import block_krylov_svd
+from jaxlib_methods.typing import KrylovMethod
+
+__all__ = ["nuclear_norm_lmo"]
 
 NS_COEFFS = (3.4445, -4.7750, 2.0315)
 
@@ -19,11 +23,9 @@ def newton_schulz(
     M: jax.Array, coefficients: Sequence[float] = NS_COEFFS, steps: int = 5, eps: jax.typing.ArrayLike = 1e-8
 ) -> jax.Array:
     """Muon's approximate polar factor of M (..., m, n) with m >= n: X <- a X + X (b A + c A^2), A = X^T X."""
-    a, b, c = coefficients
     X = M / (jnp.sqrt(jnp.sum(M * M, axis=(-2, -1), keepdims=True)) + jnp.asarray(eps, M.dtype))
     for _ in range(steps):
-        A = matmul(transpose(X), X)
-        X = a * X + matmul(X, b * A + c * matmul(A, A))
+        X = newton_schulz_step(X, matmul(transpose(X), X), coefficients)
     return X
 
 
@@ -35,12 +37,12 @@ def spend(budget: jax.typing.ArrayLike, U: jax.Array, V: jax.Array) -> jax.Array
 
 def nuclear_norm_lmo(
     M: jax.Array,
-    tau: float | int,
+    budget: float | int,
     *,
     key: jax.Array,
-    iterations: int = 2,
+    num_iterations: int = 2,
     oversampling: int = 8,
-    method: str = "cholesky",
+    method: KrylovMethod = "cholesky",
 ) -> jax.Array:
     """The step of NuMuon: D = argmax <M, D> subject to ||D||_2 <= 1 and ||D||_* <= tau.
 
@@ -50,9 +52,9 @@ def nuclear_norm_lmo(
 
     Args:
       M: (..., rows, columns), real; leading axes are a batch.
-      tau: the budget, in (0, min(rows, columns)]. Static.
+      budget: tau, in (0, min(rows, columns)]. Static.
       key: typed key, as are the remaining arguments, of `block_krylov_svd`.
-      iterations: blocks of the Krylov space. Static.
+      num_iterations: blocks of the Krylov space. Static.
       oversampling: columns beyond ceil(tau) in a block. Static.
       method: "cholesky" or "householder".
 
@@ -74,10 +76,10 @@ def nuclear_norm_lmo(
     if M.ndim < 2:
         raise ValueError(f"M must be a matrix (..., rows, columns), got shape {M.shape}")
     d = min(M.shape[-2:])
-    if not 0 < tau <= d:
+    if not 0 < budget <= d:
         raise ValueError(
-            f"tau must be in (0, min(rows, columns)] = (0, {d}], got {tau} for a matrix of shape {M.shape}"
+            f"budget must be in (0, min(rows, columns)] = (0, {d}], got {budget} for a matrix of shape {M.shape}"
         )
-    k = math.ceil(tau)
-    U, _, V = block_krylov_svd(M, k, key=key, iterations=iterations, oversampling=oversampling, method=method)
-    return spend(float(tau), U, V).astype(M.dtype)
+    k = math.ceil(budget)
+    U, _, V = block_krylov_svd(M, k, key=key, num_iterations=num_iterations, oversampling=oversampling, method=method)
+    return spend(float(budget), U, V).astype(M.dtype)

@@ -1,14 +1,14 @@
-"""Pipelines without weight stashing: PipeMare, and the variant of the Nesterov method that keeps no stash.
+"""Pipelines without weight stashing: PipeMare and its parts.
 
 Symbols: tau delay of a parameter in updates, w_t parameters at step t = 0, 1, ..., eta learning rate, T_c steps of
 annealing, rho_t = 1 - min(t / T_c, 1).
 
   learning-rate correction   eta / tau^rho_t, where tau > 0 (PipeMare T1; AsyncPP's "LR correction" of PipeDream)
   discrepancy correction     backward weights w_t - tau delta_t, delta an average of the increments (PipeMare T2)
-  momentum of a stage        0.9 + 0.09 tau / P                                   (Nesterov without stash)
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +16,19 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_methods import trees
-from jaxlib_methods.optimizers import _delays as delays
-from jaxlib_methods.optimizers._delays import Tau
-from jaxlib_methods.optimizers._nadam import delayed_nesterov
+from jaxlib_methods._core import checks
+from jaxlib_methods.optimizers._delay_rules import Delay, checked_or_traced, delay_of_each_leaf, map_with_history
+from jaxlib_methods.typing import PyTree
 
-PyTree = Any
+__all__ = [
+    "DiscrepancyCorrectionState",
+    "ScaleByDelayState",
+    "discrepancy_corrected",
+    "discrepancy_correction",
+    "mixed_versions",
+    "pipemare",
+    "scale_by_delay",
+]
 
 
 class ScaleByDelayState(NamedTuple):
@@ -35,14 +43,58 @@ class DiscrepancyCorrectionState(NamedTuple):
     shift: PyTree  # like the parameters: tau delta_t; None where tau = 0
 
 
-def scale_by_delay(tau: Tau | jax.Array, anneal_steps: int | jax.Array = 7000) -> optax.GradientTransformationExtraArgs:
+def mixed_versions(function: Callable[..., Any]) -> Callable[..., Any]:
+    r"""Runs a stage forward at one version of its parameters and backward at another, as pipelines without stashing do.
+
+    The result is a function of (forward_params, backward_params, *inputs) with the value f(forward_params, *inputs).
+    Its derivatives are those of f at (backward_params, *inputs): the cotangents of backward_params and of the inputs
+    are the VJP of a recomputed forward pass at the stored inputs with the backward weights; that of forward_params is
+    0. Applied to single layers in place of whole stages, the activations of the forward pass are reused instead.
+
+    Args:
+      function: `f(params, *inputs)`, a stage or a layer.
+
+    Returns:
+      The function `(forward_params, backward_params, *inputs) -> f(forward_params, *inputs)`.
+
+    Example:
+      >>> import jax
+      >>> stage = mixed_versions(lambda w, x: w * w * x)
+      >>> stage(2.0, 3.0, 5.0)
+      20.0
+      >>> [float(g) for g in jax.grad(stage, argnums=(0, 1, 2))(2.0, 3.0, 5.0)]
+      [0.0, 30.0, 9.0]
+
+    Source: Ajanthan, Ramasinghe, Zuo, Avraham, Long (ICML 2025), arXiv:2505.01099 [ajanthan2025nesterov].
+    """
+
+    @jax.custom_vjp
+    def mixed(forward_params: PyTree, backward_params: PyTree, *inputs: Any) -> Any:
+        del backward_params
+        return function(forward_params, *inputs)
+
+    def forward(forward_params: PyTree, backward_params: PyTree, *inputs: Any) -> tuple[Any, Any]:
+        return function(forward_params, *inputs), (forward_params, backward_params, inputs)
+
+    def backward(kept: Any, cotangent: Any) -> tuple[Any, ...]:
+        forward_params, backward_params, inputs = kept
+        _, vjp = jax.vjp(function, backward_params, *inputs)
+        return jax.tree.map(jnp.zeros_like, forward_params), *vjp(cotangent)
+
+    mixed.defvjp(forward, backward)
+    return mixed
+
+
+def scale_by_delay(
+    delay: Delay | jax.Array, anneal_steps: int | jax.Array = 7000
+) -> optax.GradientTransformationExtraArgs:
     r"""The learning-rate correction: divides by $\tau^{\rho_t}$ with $\rho_t = 1 - \min(t / T_c, 1)$ where tau > 0.
 
     It comes after the rule and the weight decay, so that the decay shrinks with the learning rate.
 
     Args:
-      tau: the delay of all parameters, or (regex, delay) rules, as `keep_param_history` takes it; or an integer scalar
-        array, which may be traced, for a program in which the stages of a pipeline differ.
+      delay: the delay of all parameters, or (regex, delay) rules, as `keep_param_history` takes it; or an integer
+        scalar array, which may be traced, for a program in which the stages of a pipeline differ.
       anneal_steps: T_c, after which nothing is corrected.
 
     Returns:
@@ -53,7 +105,7 @@ def scale_by_delay(tau: Tau | jax.Array, anneal_steps: int | jax.Array = 7000) -
 
     Example:
       >>> import jax.numpy as jnp
-      >>> link = scale_by_delay(tau=4, anneal_steps=2)
+      >>> link = scale_by_delay(delay=4, anneal_steps=2)
       >>> state, seen = link.init(jnp.zeros(())), []
       >>> for _ in range(4):
       ...     update, state = link.update(jnp.array(1.0), state)
@@ -64,12 +116,11 @@ def scale_by_delay(tau: Tau | jax.Array, anneal_steps: int | jax.Array = 7000) -
     Source: Yang et al. (MLSys 2021), arXiv:1910.05124, learning rate rescheduling [yang2021pipemare]; Ajanthan et al.
       (ICML 2025), arXiv:2505.01099, official code [ajanthan2025nesterov].
     """
-    tau = _checked_or_traced(tau)
-    if isinstance(anneal_steps, int) and anneal_steps < 1:
-        raise ValueError(f"anneal_steps must be at least 1, got {anneal_steps}")
+    tau = checked_or_traced(delay)
+    checks.at_least(1, anneal_steps=anneal_steps)
 
     def init(params: PyTree) -> ScaleByDelayState:
-        _delay_of_each_leaf(params, tau)
+        delay_of_each_leaf(params, tau)
         return ScaleByDelayState(jnp.zeros((), jnp.int32))
 
     def update(
@@ -85,15 +136,17 @@ def scale_by_delay(tau: Tau | jax.Array, anneal_steps: int | jax.Array = 7000) -
             return jnp.exp(-rho * jnp.log(jnp.maximum(delay, 1).astype(jnp.float32)))  # 1 at a traced tau of 0
 
         scaled = [
-            u if _is_zero(delay) else u * factor(delay).astype(u.dtype)
-            for u, delay in zip(leaves, _delay_of_each_leaf(updates, tau), strict=True)
+            u if is_zero(delay) else u * factor(delay).astype(u.dtype)
+            for u, delay in zip(leaves, delay_of_each_leaf(updates, tau), strict=True)
         ]
         return structure.unflatten(scaled), ScaleByDelayState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def discrepancy_correction(tau: Tau | jax.Array, decay: float = math.exp(-2)) -> optax.GradientTransformationExtraArgs:
+def discrepancy_correction(
+    delay: Delay | jax.Array, decay: float = math.exp(-2)
+) -> optax.GradientTransformationExtraArgs:
     r"""Estimates the weights of the forward pass for a backward pass without stash: $w_t - \tau \delta_t$.
 
     delta is an average of the increments, $\delta_{t+1} = D^{1/\tau} \delta_t + (1 - D^{1/\tau}) (w_{t+1} - w_t)$. The
@@ -101,7 +154,7 @@ def discrepancy_correction(tau: Tau | jax.Array, decay: float = math.exp(-2)) ->
     gives the weights. Here tau is the forward delay minus the backward delay.
 
     Args:
-      tau: as `scale_by_delay` takes it.
+      delay: as `scale_by_delay` takes it.
       decay: D, in (0, 1): how much of an increment is left of it after tau steps.
 
     Returns:
@@ -112,7 +165,7 @@ def discrepancy_correction(tau: Tau | jax.Array, decay: float = math.exp(-2)) ->
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> optimizer = optax.chain(optax.sgd(1.0), discrepancy_correction(tau=3))
+      >>> optimizer = optax.chain(optax.sgd(1.0), discrepancy_correction(delay=3))
       >>> w = jnp.array(0.0)
       >>> state = optimizer.init(w)
       >>> for _ in range(60):  # w moves by one per step
@@ -123,15 +176,14 @@ def discrepancy_correction(tau: Tau | jax.Array, decay: float = math.exp(-2)) ->
 
     Source: Yang et al. (MLSys 2021), arXiv:1910.05124, discrepancy correction [yang2021pipemare].
     """
-    tau = _checked_or_traced(tau)
-    if not 0 < decay < 1:
-        raise ValueError(f"decay must lie in (0, 1), got {decay}")
+    tau = checked_or_traced(delay)
+    checks.within("(0, 1)", decay=decay)
 
     def init(params: PyTree) -> DiscrepancyCorrectionState:
         leaves, structure = jax.tree.flatten(params)
-        each = zip(leaves, _delay_of_each_leaf(params, tau), strict=True)
+        each = zip(leaves, delay_of_each_leaf(params, tau), strict=True)
         return DiscrepancyCorrectionState(
-            structure.unflatten([None if _is_zero(delay) else jnp.zeros_like(p) for p, delay in each])
+            structure.unflatten([None if is_zero(delay) else jnp.zeros_like(p) for p, delay in each])
         )
 
     def update(
@@ -150,7 +202,7 @@ def discrepancy_correction(tau: Tau | jax.Array, decay: float = math.exp(-2)) ->
             return keep * shift + (1 - keep) * delay * u.astype(shift.dtype)
 
         leaves, structure = jax.tree.flatten(updates)
-        shifts = map(average, leaves, structure.flatten_up_to(state.shift), _delay_of_each_leaf(updates, tau))
+        shifts = map(average, leaves, structure.flatten_up_to(state.shift), delay_of_each_leaf(updates, tau))
         return updates, DiscrepancyCorrectionState(structure.unflatten(shifts))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -171,7 +223,7 @@ def discrepancy_corrected(opt_state: PyTree, params: PyTree) -> PyTree:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> link = discrepancy_correction(tau=2)
+      >>> link = discrepancy_correction(delay=2)
       >>> discrepancy_corrected(link.init(jnp.ones(2)), jnp.ones(2)).tolist()
       [1.0, 1.0]
 
@@ -181,12 +233,12 @@ def discrepancy_corrected(opt_state: PyTree, params: PyTree) -> PyTree:
     if len(found) != 1:
         raise ValueError(f"opt_state must hold one discrepancy_correction, found {len(found)}; put one into the chain")
     back = lambda p, shift: p if shift is None else p - shift.astype(p.dtype)
-    return delays.map_with_history(back, params, found[0].shift)
+    return map_with_history(back, params, found[0].shift)
 
 
 def pipemare(
     inner: optax.GradientTransformation,
-    tau: Tau | jax.Array,
+    delay: Delay | jax.Array,
     anneal_steps: int | jax.Array = 7000,
     decay: float = math.exp(-2),
 ) -> optax.GradientTransformationExtraArgs:
@@ -197,7 +249,7 @@ def pipemare(
 
     Args:
       inner: the optimizer with its weight decay and learning rate.
-      tau: as `scale_by_delay` takes it.
+      delay: as `scale_by_delay` takes it.
       anneal_steps: T_c of the learning-rate correction.
       decay: D of the discrepancy correction.
 
@@ -209,86 +261,15 @@ def pipemare(
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> optimizer = pipemare(optax.sgd(1.0), tau=2)
+      >>> optimizer = pipemare(optax.sgd(1.0), delay=2)
       >>> updates, _ = optimizer.update(jnp.array(1.0), optimizer.init(jnp.array(0.0)))
       >>> float(updates)
       -0.5
 
     Source: Yang et al. (MLSys 2021), arXiv:1910.05124 [yang2021pipemare].
     """
-    return optax.chain(inner, scale_by_delay(tau, anneal_steps), discrepancy_correction(tau, decay))
+    return optax.chain(inner, scale_by_delay(delay, anneal_steps), discrepancy_correction(delay, decay))
 
 
-def no_stash_nesterov(
-    learning_rate: optax.ScalarOrSchedule,
-    tau: Tau | jax.Array,
-    num_stages: int,
-    anneal_steps: int | jax.Array = 7000,
-    weight_decay: jax.typing.ArrayLike = 0.01,
-) -> optax.GradientTransformationExtraArgs:
-    r"""The variant without weight stashing: each stage has its own learning rate and its own momentum.
-
-    $$\eta_i = \eta / \tau_i^{\rho_t}, \qquad \beta_{1,i} = 0.9 + 0.09\, (P - i) / P$$
-
-    With one microbatch per update tau_i = P - i, and the momentum follows from the delay. The backward pass uses the
-    newest weights (`mixed_versions`). The schedule of rho is PipeMare's; the paper's own is not known here.
-
-    Args:
-      learning_rate: eta, a number or a schedule.
-      tau: as `scale_by_delay` takes it.
-      num_stages: P.
-      anneal_steps: T_c of rho_t = 1 - min(t / T_c, 1).
-      weight_decay: decoupled, as in `delayed_nesterov`.
-
-    Returns:
-      The optimizer.
-
-    Raises:
-      ValueError: for a bad delay, one that P stages do not have, or rules that do not fit the parameters.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> optimizer = no_stash_nesterov(0.1, [("first", 3), ("last", 0)], num_stages=4)
-      >>> params = {"first": jnp.ones(2), "last": jnp.ones(2)}
-      >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
-      >>> bool((jnp.abs(updates["first"]) < jnp.abs(updates["last"])).all())
-      True
-
-    Source: Ajanthan, Ramasinghe, Zuo, Avraham, Long (ICML 2025), arXiv:2505.01099 [ajanthan2025nesterov].
-    """
-    tau = _checked_or_traced(tau)
-    if isinstance(tau, jax.Array):
-        b1 = 0.9 + 0.09 / num_stages * tau.astype(jnp.float32)
-        return optax.chain(
-            delayed_nesterov(learning_rate, b1=b1, weight_decay=weight_decay), scale_by_delay(tau, anneal_steps)
-        )
-    present = [tau] if isinstance(tau, int) else [delay for _, delay in tau]
-    if max(present) >= num_stages:
-        raise ValueError(f"a pipeline of {num_stages} stages has delays up to {num_stages - 1}, got {max(present)}")
-
-    def labels(params: PyTree) -> PyTree:
-        return jax.tree.unflatten(jax.tree.structure(params), delays.delay_of_each_leaf(params, tau))
-
-    of_delay = {
-        delay: delayed_nesterov(learning_rate, b1=0.9 + 0.09 * delay / num_stages, weight_decay=weight_decay)
-        for delay in present
-    }
-    return optax.chain(optax.partition(of_delay, labels), scale_by_delay(tau, anneal_steps))
-
-
-def _checked_or_traced(tau: Tau | jax.Array) -> Tau | jax.Array:
-    if not isinstance(tau, jax.Array):
-        return delays.checked_delays(tau)
-    if tau.ndim or not jnp.issubdtype(tau.dtype, jnp.integer):
-        raise ValueError(f"tau as an array must be an integer scalar, got {tau.dtype}{list(tau.shape)}")
-    return tau
-
-
-def _delay_of_each_leaf(params: PyTree, tau: Tau | jax.Array) -> list[Any]:
-    if isinstance(tau, jax.Array):
-        return [tau] * len(jax.tree.leaves(params))
-    return delays.delay_of_each_leaf(params, tau)
-
-
-def _is_zero(delay: int | jax.Array) -> bool:
+def is_zero(delay: int | jax.Array) -> bool:
     return isinstance(delay, int) and delay == 0

@@ -8,14 +8,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxlib_methods import trees
-from jaxlib_methods.optimizers import (
-    PullbackMetricState,
-    geoprec_gd,
-    pullback_metric,
-    reduced_objective,
-    scale_by_pullback_metric,
-    small_slope,
-)
+from jaxlib_methods.optimizers import geoprec_gd, reduced_objective
+from jaxlib_methods.optimizers.geoprec import PullbackMetricState, pullback_metric, scale_by_pullback_metric
+from jaxlib_methods.optimizers.reduction import small_slope
 from tests.jaxlib_methods.optimizers.reduction_problems import dense_metric, figure1, normal, run, smooth_problem
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -8,16 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlib_methods.optimizers import (
-    delayed_nesterov,
-    discounted_nesterov,
-    keep_param_history,
-    momentum_schedule,
-    nadam,
-    scale_by_nadam,
-    stale_params,
-    theory_momentum,
-)
+from jaxlib_methods.optimizers import delayed_nesterov, nadam
+from jaxlib_methods.optimizers.delays import keep_param_history, stale_params
+from jaxlib_methods.optimizers.discounted import discounted_nesterov
+from jaxlib_methods.optimizers.nesterov import scale_by_nadam
+from jaxlib_methods.optimizers.schedules import momentum_schedule, theory_momentum
 
 
 def iterates(optimizer, gradients, start=0.0):
@@ -267,7 +262,7 @@ def test_the_optimizer_is_stable_below_its_threshold_and_not_above(tau, discount
         (lambda: nadam(0.1, eps=-1e-8), "eps must not be negative"),
         (lambda: nadam(0.1, momentum_decay=-1.0), "momentum_decay must not be negative"),
         (lambda: delayed_nesterov(0.1, discount="half"), "'both', 'momentum', 'none', got 'half'"),
-        (lambda: discounted_nesterov(0.1, gamma=1.5), r"gamma must lie in \[0, 1\), got 1.5"),
+        (lambda: discounted_nesterov(0.1, momentum=1.5), r"momentum must lie in \[0, 1\), got 1.5"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_methods import trees
-from jaxlib_methods.optimizers._block_krylov import block_width, check_krylov, compute_dtype, is_exact, svd_of_tall
+from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import compute_dtype
 from jaxlib_methods.optimizers._matrix_stacks import (
     Stack,
     distributed,
@@ -35,15 +36,18 @@ from jaxlib_methods.optimizers._matrix_stacks import (
     stacks_of,
     whole,
 )
-from jaxlib_methods.optimizers._nuclear_norm import NS_COEFFS, newton_schulz, spend
-from jaxlib_methods.optimizers._rank_schedules import ROUND_OFF, check_fraction, dyads
+from jaxlib_methods.optimizers.block_krylov import BlockKrylovConfig, svd_of_tall
+from jaxlib_methods.optimizers.nuclear_norm import NS_COEFFS, newton_schulz, spend
+from jaxlib_methods.optimizers.schedules import ROUND_OFF, check_fraction, dyads
+from jaxlib_methods.typing import PyTree, ShapeScaling
 
-PyTree = Any
+__all__ = ["NuMuonState", "numuon", "scale_by_numuon"]
+
 RankSchedule = Callable[[jax.Array], jax.Array]
 
 RANK_BUCKETS = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+DECOMPOSITION = BlockKrylovConfig()
 ADAM_PATHS = (r"embed", r"(^|/)(wte|wpe|lm_head|head|unembed)(/|$)")
-SHAPE_SCALINGS = ("width", "spectral", "rms")
 
 
 class NuMuonState(NamedTuple):
@@ -58,7 +62,7 @@ def scale_by_numuon(
     rank_schedule: float | int | RankSchedule,
     ns_coeffs: tuple[float, float, float] = NS_COEFFS,
     ns_steps: int = 5,
-    beta: jax.typing.ArrayLike = 0.95,
+    decay: jax.typing.ArrayLike = 0.95,
     eps: jax.typing.ArrayLike = 1e-8,
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
@@ -66,13 +70,9 @@ def scale_by_numuon(
     nesterov: bool = False,
     fractional: bool = False,
     weight_dimension_numbers: PyTree | Callable[[PyTree], PyTree] | None = None,
-    iterations: int = 2,
-    oversampling: int = 8,
-    warm_start: bool = True,
-    rank_buckets: Sequence[float] | None = None,
-    method: str = "cholesky",
+    decomposition: BlockKrylovConfig = DECOMPOSITION,
     mesh: jax.sharding.Mesh | None = None,
-    axis: str = "data",
+    axis_name: str = "data",
 ) -> optax.GradientTransformationExtraArgs:
     """NuMuon's direction: the top singular dyads of the momentum, all with weight 1.
 
@@ -86,31 +86,25 @@ def scale_by_numuon(
         the step such as `cosine_rank_schedule`. r = 1 is Muon: Newton-Schulz, without a decomposition.
       ns_coeffs: coefficients of Newton-Schulz, for r = 1.
       ns_steps: its steps. Static.
-      beta: decay of the momentum, an exponential moving average.
+      decay: beta of the momentum, an exponential moving average.
       eps: added to the norm that Newton-Schulz divides by.
       mu_dtype: type of the momentum; None: that of the parameters.
       key: typed key of the start blocks.
-      nesterov: decompose (1 - beta) G + beta M instead of M. NuMuon does not, Muon does.
+      nesterov: decompose (1 - decay) G + decay M instead of M. NuMuon does not, Muon does.
       fractional: take the budget tau = max(1, r d) as it is, instead of rounding it up to k.
       weight_dimension_numbers: as in `optax.contrib.muon`: which axes of a parameter are inputs and outputs, a
         `MuonDimensionNumbers` for all, a tree of them or a function of the parameters; the other axes are a batch.
         None: every parameter is a matrix (inputs, outputs).
-      iterations: blocks of the Krylov space. Static.
-      oversampling: columns beyond k in a block. Static.
-      warm_start: start from the last step's singular vectors.
-      rank_buckets: increasing fractions in (0, 1]; a step costs what the first bucket that is not below r(t) costs. A
-        schedule above the last bucket is cut at it. None: r itself if it is a number, else 1/16, 1/8, 1/4, 3/8, 1/2,
-        3/4 and 1. Every bucket is compiled: give those that the schedule visits.
-      method: "cholesky" or "householder", as in `block_krylov_svd`.
-      mesh: distribute the matrices over this mesh's `axis` and gather the steps; None: every device computes all.
-      axis: name of that axis.
+      decomposition: how the momentum is decomposed, see `BlockKrylovConfig`. Static.
+      mesh: distribute the matrices over this mesh's `axis_name` and gather the steps; None: every device computes all.
+      axis_name: of that mesh.
 
     Returns:
       An optax transformation with `NuMuonState`. Its updates point along the momentum: scale them by a negative rate.
 
     Raises:
-      ValueError: a fraction outside (0, 1], buckets that do not increase, arguments that `block_krylov_svd` refuses, an
-        axis that the mesh does not have; on init, a parameter that is not a matrix.
+      ValueError: a fraction outside (0, 1], buckets that do not increase, an axis that the mesh does not have; on init,
+        a parameter that is not a matrix.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -122,12 +116,10 @@ def scale_by_numuon(
 
     Source: Dolatabadi et al. (2026), arXiv:2603.03597 [dolatabadi2026numuon]; Jordan et al. (2024) [jordan2024muon].
     """
-    check_krylov(iterations, oversampling, method)
-    schedule, buckets = _ranks(rank_schedule, rank_buckets)
-    if mesh is not None and axis not in mesh.shape:
-        raise ValueError(f"axis must be one of the mesh's axes {tuple(mesh.shape)}, got {axis!r}")
-    shares = 1 if mesh is None else mesh.shape[axis]
-    krylov = dict(iterations=iterations, oversampling=oversampling)
+    schedule, buckets = _ranks(rank_schedule, decomposition.rank_buckets)
+    if mesh is not None and axis_name not in mesh.shape:
+        raise ValueError(f"axis_name must be one of the mesh's axes {tuple(mesh.shape)}, got {axis_name!r}")
+    shares = 1 if mesh is None else mesh.shape[axis_name]
 
     def padded(batch: int) -> int:
         return -(-batch // shares) * shares
@@ -135,7 +127,7 @@ def scale_by_numuon(
     def basis_width(n: int) -> int:
         """Columns of the warm start: the largest rank that needs one."""
         ranks = [dyads(bucket, n) for bucket in buckets]
-        return max((K for K in ranks if not is_exact(n, K, **krylov)), default=0) if warm_start else 0
+        return max((K for K in ranks if not decomposition.is_exact(n, K)), default=0) if decomposition.warm_start else 0
 
     def init(params: PyTree) -> NuMuonState:
         mu = optax.tree.zeros_like(params, dtype=mu_dtype)
@@ -147,7 +139,7 @@ def scale_by_numuon(
         for i, ((_, n, dtype), members) in enumerate(equal_shapes(leaves, stacks).items()):
             batch = padded(sum(stacks[j].batch for j in members))
             noise = jax.random.normal(jax.random.fold_in(key, i), (batch, n, basis_width(n)), dtype)
-            bases.append(place(noise, mesh, axis) if noise.size else None)
+            bases.append(place(noise, mesh, axis_name) if noise.size else None)
         return NuMuonState(jnp.zeros([], jnp.int32), mu, tuple(bases))
 
     def full_rank(X: jax.Array, basis: jax.Array | None, noise: None, r: jax.Array) -> tuple[jax.Array, Any]:
@@ -160,7 +152,7 @@ def scale_by_numuon(
         B = noise
         if noise is not None and basis is not None:
             B = jnp.concatenate([basis[..., :K], noise], axis=-1)
-        U, _, V = svd_of_tall(X, K, B, iterations, method)
+        U, _, V = svd_of_tall(X, K, B, decomposition)
         n = X.shape[-1]
         budget = jnp.maximum(r * n, 1) if fractional else dyads(r, n)
         D = spend(budget.astype(X.dtype), U, V)
@@ -180,10 +172,10 @@ def scale_by_numuon(
                 if bucket is not None:
                     K = dyads(bucket, n)
                     one_group = functools.partial(low_rank, K)
-                    if not is_exact(n, K, **krylov):
-                        columns = block_width(n, K, oversampling) - (0 if basis is None else K)
+                    if not decomposition.is_exact(n, K):
+                        columns = decomposition.width(n, K) - (0 if basis is None else K)
                         noise = jax.random.normal(jax.random.fold_in(key, i), (X.shape[0], n, columns), X.dtype)
-                results.append(distributed(one_group, mesh, axis)(X, basis, noise, r))
+                results.append(distributed(one_group, mesh, axis_name)(X, basis, noise, r))
             return [D for D, _ in results], tuple(basis for _, basis in results)
 
         return steps
@@ -200,8 +192,8 @@ def scale_by_numuon(
         if not grads:
             return updates, state._replace(count=optax.safe_increment(state.count))
         stacks = stacks_of(updates, weight_dimension_numbers)
-        moments = [_ema(g, m, beta) for g, m in zip(grads, jax.tree.leaves(state.mu), strict=True)]
-        looked_ahead = [_ema(g, m, beta) if nesterov else m for g, m in zip(grads, moments, strict=True)]
+        moments = [_ema(g, m, decay) for g, m in zip(grads, jax.tree.leaves(state.mu), strict=True)]
+        looked_ahead = [_ema(g, m, decay) if nesterov else m for g, m in zip(grads, moments, strict=True)]
         groups = equal_shapes(jax.tree.leaves(state.mu), stacks)
         Xs = []
         for (_, _, dtype), members in groups.items():
@@ -246,14 +238,14 @@ def _ranks(
     return lambda count: jnp.full_like(count, r, dtype=jnp.float32), () if r == 1 else (r,)
 
 
-def _ema(new: jax.Array, old: jax.Array, beta: jax.typing.ArrayLike) -> jax.Array:
+def _ema(new: jax.Array, old: jax.Array, decay: jax.typing.ArrayLike) -> jax.Array:
     dtype = compute_dtype(old.dtype)
-    beta = jnp.asarray(beta, dtype)
+    beta = jnp.asarray(decay, dtype)
     return beta * old.astype(dtype) + (1 - beta) * new.astype(dtype)
 
 
 def _scale_by_shape(
-    shape_scaling: str, consistent_rms: float | None, dimension_numbers: PyTree | Callable | None
+    shape_scaling: ShapeScaling, consistent_rms: float | None, dimension_numbers: PyTree | Callable | None
 ) -> optax.GradientTransformation:
     def scale(stack: Stack) -> float:
         if consistent_rms is not None or shape_scaling == "rms":
@@ -277,7 +269,7 @@ def numuon(
     rank_schedule: float | int | RankSchedule,
     ns_coeffs: tuple[float, float, float] = NS_COEFFS,
     ns_steps: int = 5,
-    beta: jax.typing.ArrayLike = 0.95,
+    decay: jax.typing.ArrayLike = 0.95,
     eps: jax.typing.ArrayLike = 1e-8,
     weight_decay: jax.typing.ArrayLike = 0.1,
     weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
@@ -293,20 +285,17 @@ def numuon(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     adam_paths: Sequence[str] = ADAM_PATHS,
     muon_weight_dimension_numbers: PyTree | Callable[[PyTree], PyTree] | None = None,
-    shape_scaling: str = "width",
+    shape_scaling: ShapeScaling = "width",
     consistent_rms: float | None = None,
-    iterations: int = 2,
-    oversampling: int = 8,
-    warm_start: bool = True,
-    rank_buckets: Sequence[float] | None = None,
-    method: str = "cholesky",
+    decomposition: BlockKrylovConfig = DECOMPOSITION,
     mesh: jax.sharding.Mesh | None = None,
-    axis: str = "data",
+    axis_name: str = "data",
 ) -> optax.GradientTransformationExtraArgs:
     """NuMuon for the hidden matrices of a network, and AdamW for its embeddings, its head, its vectors and scalars.
 
     W <- (1 - lr wd) W - lr s D for the matrices. The arguments that it shares with `optax.contrib.muon` have the same
-    names; the defaults are NuMuon's: weight decay 0.1, no Nesterov (neither in AdamW), embeddings and head left out.
+    names, but `decay` for optax's beta; the defaults are NuMuon's: weight decay 0.1, no Nesterov (neither in AdamW),
+    embeddings and head left out.
 
     Args:
       learning_rate: a number or a schedule.
@@ -314,7 +303,7 @@ def numuon(
         Muon.
       ns_coeffs: of Newton-Schulz, for r = 1.
       ns_steps: of Newton-Schulz. Static.
-      beta: decay of the momentum.
+      decay: beta of the momentum.
       eps: of Newton-Schulz and of AdamW.
       weight_decay: of the matrices, multiplied by the learning rate.
       weight_decay_mask: as in `optax.add_decayed_weights`.
@@ -334,13 +323,9 @@ def numuon(
       shape_scaling: s: "width" sqrt(max(1, fan_out / fan_in)), "spectral" sqrt(fan_out / fan_in), or "rms"
         0.2 sqrt(max(fan_in, fan_out)), which gives a full-rank update AdamW's usual root mean square.
       consistent_rms: the factor of "rms", and chooses it, as in optax.
-      iterations: as in `scale_by_numuon`. Static.
-      oversampling: as in `scale_by_numuon`. Static.
-      warm_start: as in `scale_by_numuon`.
-      rank_buckets: as in `scale_by_numuon`.
-      method: as in `scale_by_numuon`.
+      decomposition: as in `scale_by_numuon`.
       mesh: as in `scale_by_numuon`.
-      axis: as in `scale_by_numuon`.
+      axis_name: as in `scale_by_numuon`.
 
     Returns:
       The optimizer; `update` needs the parameters, as AdamW does.
@@ -351,7 +336,7 @@ def numuon(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from jaxlib_methods.optimizers import cosine_rank_schedule
+      >>> from jaxlib_methods.optimizers.schedules import cosine_rank_schedule
       >>> params = {"embed": jnp.ones((8, 4)), "mlp": jnp.eye(4), "bias": jnp.zeros(4)}
       >>> tx = numuon(0.1, cosine_rank_schedule(100, 1.0, 0.25), key=jax.random.key(0), weight_decay=0.0)
       >>> with jax.numpy_dtype_promotion("standard"):  # optax's AdamW needs it
@@ -364,8 +349,7 @@ def numuon(
     Source: Dolatabadi et al. (2026), arXiv:2603.03597 [dolatabadi2026numuon]; scalings: Jordan et al. (2024)
     [jordan2024muon], Liu et al. (2025), arXiv:2502.16982 [liu2025muon].
     """
-    if shape_scaling not in SHAPE_SCALINGS:
-        raise ValueError(f"shape_scaling must be one of {SHAPE_SCALINGS}, got {shape_scaling!r}")
+    checks.one_of(ShapeScaling, shape_scaling=shape_scaling)
     if consistent_rms is not None and shape_scaling == "spectral":
         raise ValueError(
             f"consistent_rms={consistent_rms} chooses the scaling 'rms'; leave out shape_scaling='spectral'"
@@ -388,20 +372,16 @@ def numuon(
                     rank_schedule,
                     ns_coeffs,
                     ns_steps,
-                    beta,
+                    decay,
                     eps,
                     mu_dtype,
                     key=key,
                     nesterov=nesterov,
                     fractional=fractional,
                     weight_dimension_numbers=dimension_numbers,
-                    iterations=iterations,
-                    oversampling=oversampling,
-                    warm_start=warm_start,
-                    rank_buckets=rank_buckets,
-                    method=method,
+                    decomposition=decomposition,
                     mesh=mesh,
-                    axis=axis,
+                    axis_name=axis_name,
                 ),
                 _scale_by_shape(shape_scaling, consistent_rms, dimension_numbers),
                 optax.add_decayed_weights(weight_decay, weight_decay_mask),

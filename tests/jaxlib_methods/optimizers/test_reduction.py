@@ -8,14 +8,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxlib_methods.classifiers import etf_weights, nearest_etf
-from jaxlib_methods.optimizers import (
-    argmin_mapping,
-    geoprec_gd,
-    pullback_metric,
-    reduced_objective,
-    scale_by_pullback_metric,
-    small_slope,
-)
+from jaxlib_methods.optimizers import geoprec_gd, reduced_objective
+from jaxlib_methods.optimizers.geoprec import pullback_metric, scale_by_pullback_metric
+from jaxlib_methods.optimizers.reduction import argmin_mapping, small_slope
 from tests.jaxlib_methods.optimizers.reduction_problems import dense_metric, figure1, normal, run, smooth_problem
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -254,7 +249,7 @@ def test_gauge_of_relu_rows_fixed_by_unit_norm():
 def test_bad_input_is_named():
     double = lambda x: 2 * x
     for alpha in (0.0, -1.0, 1.5, float("nan")):
-        with pytest.raises(ValueError, match=rf"alpha must lie in \(0, 1\], got {alpha}"):
+        with pytest.raises(ValueError, match=rf"slope must lie in \(0, 1\], got {alpha}"):
             small_slope(double, alpha)
     with pytest.raises(ValueError, match="tol must be positive"):
         argmin_mapping(lambda a, b: jnp.sum(a * b), double, tol=-1.0)

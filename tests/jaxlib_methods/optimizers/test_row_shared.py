@@ -19,7 +19,7 @@ def test_adam_leaves_the_subspace_and_a_shared_second_moment_does_not():
     np.testing.assert_allclose(residual, [0.16, -0.12], atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(residual), 0.2, atol=1e-6)
 
-    rule = optimizers.scale_by_row_shared_adam(0.0, 0.0, 0.0)
+    rule = optimizers.row_shared.scale_by_row_shared_adam(0.0, 0.0, 0.0)
     shared, state = rule.update(m, rule.init(m))
     np.testing.assert_allclose(state.r, [[0.5]])
     np.testing.assert_allclose(shared, [[0.848528, 1.131371]], atol=1e-6)
@@ -68,7 +68,9 @@ def test_weights_with_projected_gradients_equal_their_coordinates(x64):
     G_W = jax.grad(lambda W: jnp.sum(jnp.cos(W - target)))
     G_Z = jax.grad(lambda Z: jnp.sum(jnp.cos(Z @ U.T - target)))
     adamw = lambda **options: optimizers.row_shared_adamw(0.05, weight_decay=0.1, **options)
-    of_W = run(optax.chain(optimizers.project_rows(U, True), adamw()), lambda W, _: G_W(W), Z @ U.T, jnp.arange(20))
+    of_W = run(
+        optax.chain(optimizers.row_shared.project_rows(U, True), adamw()), lambda W, _: G_W(W), Z @ U.T, jnp.arange(20)
+    )
     of_Z = run(adamw(row_size=d), lambda Z, _: G_Z(Z), Z, jnp.arange(20))
     np.testing.assert_allclose(of_W, of_Z @ U.T, atol=1e-14)
     divided_by_k = run(adamw(), lambda Z, _: G_Z(Z), Z, jnp.arange(20))
@@ -78,7 +80,7 @@ def test_weights_with_projected_gradients_equal_their_coordinates(x64):
 def test_leaves_that_do_not_share_get_adam():
     params = {"kernel": jnp.ones((2, 3)), "embed": jnp.ones((4, 3)), "bias": jnp.ones(3)}
     gradients = jax.tree.map(lambda p: jnp.arange(1.0, p.size + 1).reshape(p.shape), params)
-    rule = optimizers.scale_by_row_shared_adam(shared={"kernel": True, "embed": False, "bias": False})
+    rule = optimizers.row_shared.scale_by_row_shared_adam(shared={"kernel": True, "embed": False, "bias": False})
     updates, state = rule.update(gradients, rule.init(params))
     with jax.numpy_dtype_promotion("standard"):
         adam, _ = optax.scale_by_adam().update(gradients, optax.scale_by_adam().init(params))
@@ -94,4 +96,4 @@ def test_leaves_that_do_not_share_get_adam():
 )
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        optimizers.scale_by_row_shared_adam(**options)
+        optimizers.row_shared.scale_by_row_shared_adam(**options)

@@ -15,11 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlib_methods.optimizers import _delays as delays
-from jaxlib_methods.optimizers._delays import ParamHistoryState, Tau
-from jaxlib_methods.optimizers._nadam import moments
+from jaxlib_methods._core import checks
+from jaxlib_methods.optimizers._delay_rules import (
+    Delay,
+    checked_delays,
+    delay_of_each_leaf,
+    map_with_history,
+    rings,
+    write_slot,
+)
+from jaxlib_methods.optimizers._moments import moments
+from jaxlib_methods.optimizers.delays import ParamHistoryState, keep_param_history, oldest_params
+from jaxlib_methods.typing import PyTree
 
-PyTree = Any
+__all__ = [
+    "DelayCompensationState",
+    "ForecastGradientsState",
+    "delay_compensation",
+    "forecast_gradients",
+    "forecast_weights",
+]
 
 
 class DelayCompensationState(NamedTuple):
@@ -37,7 +52,7 @@ class ForecastGradientsState(NamedTuple):
 
 
 def delay_compensation(
-    tau: Tau,
+    delay: Delay,
     strength: jax.typing.ArrayLike = 0.04,
     decay: float | None = None,
     eps: float = 1e-7,
@@ -48,7 +63,7 @@ def delay_compensation(
     before clipping and the optimizer. The squared gradient is the diagonal of the empirical Fisher matrix.
 
     Args:
-      tau: the delay of all parameters, or (regex, delay) rules, as `keep_param_history` takes it.
+      delay: the delay of all parameters, or (regex, delay) rules, as `keep_param_history` takes it.
       strength: lambda; with `decay`, lambda_0 of the adaptive rule lambda_0 / sqrt(average of g^2 + eps).
       decay: of the average of g^2, in [0, 1); None: constant lambda.
       eps: of the adaptive rule.
@@ -61,7 +76,7 @@ def delay_compensation(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> link = delay_compensation(tau=1, strength=0.5)
+      >>> link = delay_compensation(delay=1, strength=0.5)
       >>> state = link.init(jnp.array(1.0))
       >>> _, state = link.update(jnp.array(2.0), state, jnp.array(1.0))
       >>> compensated, state = link.update(jnp.array(2.0), state, jnp.array(4.0))  # taken at 1, applied at 4
@@ -70,9 +85,8 @@ def delay_compensation(
 
     Source: Zheng et al. (ICML 2017), arXiv:1609.08326, eq. 10 [zheng2017asynchronous].
     """
-    keep = delays.keep_param_history(tau)
-    if decay is not None and not 0 <= decay < 1:
-        raise ValueError(f"decay must lie in [0, 1) or be None, got {decay}")
+    keep = keep_param_history(delay)
+    checks.within("[0, 1)", decay=decay)
 
     def init(params: PyTree) -> DelayCompensationState:
         mean_square = () if decay is None else moments(params)
@@ -82,7 +96,7 @@ def delay_compensation(
         updates: PyTree, state: DelayCompensationState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, DelayCompensationState]:
         _, history = keep.update(updates, state.history, params, **extra_args)
-        stale = delays.oldest_params(state.history, params)
+        stale = oldest_params(state.history, params)
         mean_square, of = state.mean_square, jax.tree.map(lambda _: strength, updates)
         if decay is not None:
             average = lambda s, g: decay * s + (1 - decay) * jnp.square(g.astype(s.dtype))
@@ -97,14 +111,14 @@ def delay_compensation(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def forecast_weights(tau: int, length: int = 5, order: int = 2) -> np.ndarray:
+def forecast_weights(delay: int, length: int = 5, order: int = 2) -> np.ndarray:
     r"""Weights c of $\hat g_{t+\tau} = \sum_k c_k g_{t-k}$: a least-squares polynomial through the last gradients.
 
     With n gradients so far, the polynomial through min(n, length) of them has at most that many coefficients; the first
     gradient is repeated as it is.
 
     Args:
-      tau: steps ahead, at least 0.
+      delay: steps ahead, at least 0.
       length: gradients that the polynomial is fitted to.
       order: its degree.
 
@@ -113,33 +127,31 @@ def forecast_weights(tau: int, length: int = 5, order: int = 2) -> np.ndarray:
       for those that have not.
 
     Raises:
-      ValueError: for a negative tau or order, or fewer gradients than coefficients.
+      ValueError: for a negative delay or order, or fewer gradients than coefficients.
 
     Example:
-      >>> [round(c, 2) for c in forecast_weights(tau=1)[-1].tolist()]
+      >>> [round(c, 2) for c in forecast_weights(delay=1)[-1].tolist()]
       [1.8, 0.0, -0.8, -0.6, 0.6]
 
     Source: Ajanthan et al. (ICML 2025), arXiv:2505.01099, official code's baseline [ajanthan2025nesterov].
     """
-    if tau < 0 or order < 0 or length < order + 1:
-        raise ValueError(
-            f"forecasting needs tau >= 0, order >= 0 and length >= order + 1, got {tau=}, {order=}, {length=}"
-        )
+    checks.at_least(0, delay=delay, order=order)
+    checks.at_least(order + 1, length=length, remedy="a polynomial has order + 1 coefficients")
     table = np.zeros((length, length))
     for n in range(1, length + 1):
         times = np.vander(-np.arange(n, dtype=np.float64), min(order, n - 1) + 1)
-        table[n - 1, :n] = np.vander([float(tau)], times.shape[1]) @ np.linalg.pinv(times)
+        table[n - 1, :n] = np.vander([float(delay)], times.shape[1]) @ np.linalg.pinv(times)
     return table
 
 
-def forecast_gradients(tau: Tau, length: int = 5, order: int = 2) -> optax.GradientTransformationExtraArgs:
+def forecast_gradients(delay: Delay, length: int = 5, order: int = 2) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each late gradient by a forecast for now: a polynomial in time through the last `length`, $\tau$ ahead.
 
     It takes `length` copies of every delayed parameter. The further ahead, the larger the weights of
     `forecast_weights`: at tau = 7 the noise of a gradient grows 21-fold with the defaults.
 
     Args:
-      tau: the delay of all parameters, or (regex, delay) rules, as `keep_param_history` takes it.
+      delay: the delay of all parameters, or (regex, delay) rules, as `keep_param_history` takes it.
       length: gradients that the polynomial is fitted to.
       order: its degree.
 
@@ -151,7 +163,7 @@ def forecast_gradients(tau: Tau, length: int = 5, order: int = 2) -> optax.Gradi
 
     Example:
       >>> import jax.numpy as jnp
-      >>> link, seen = forecast_gradients(tau=3), []
+      >>> link, seen = forecast_gradients(delay=3), []
       >>> state = link.init(jnp.array(0.0))
       >>> for g in (0.0, 1.0, 4.0, 9.0, 16.0):  # t^2: exact as soon as three are there
       ...     forecast, state = link.update(jnp.array(g), state)
@@ -161,12 +173,12 @@ def forecast_gradients(tau: Tau, length: int = 5, order: int = 2) -> optax.Gradi
 
     Source: Ajanthan et al. (ICML 2025), arXiv:2505.01099, official code's baseline [ajanthan2025nesterov].
     """
-    tau = delays.checked_delays(tau)
+    tau = checked_delays(delay)
     forecast_weights(0, length, order)
 
     def init(params: PyTree) -> ForecastGradientsState:
-        depths = [length if delay else 0 for delay in delays.delay_of_each_leaf(params, tau)]
-        return ForecastGradientsState(jnp.zeros((), jnp.int32), delays.rings(params, depths, jnp.zeros_like))
+        depths = [length if delay else 0 for delay in delay_of_each_leaf(params, tau)]
+        return ForecastGradientsState(jnp.zeros((), jnp.int32), rings(params, depths, jnp.zeros_like))
 
     def update(
         updates: PyTree, state: ForecastGradientsState, params: PyTree | None = None, **extra_args: Any
@@ -174,8 +186,8 @@ def forecast_gradients(tau: Tau, length: int = 5, order: int = 2) -> optax.Gradi
         del params, extra_args
         t = state.count
         age = (t - jnp.arange(length, dtype=jnp.int32)) % length  # of the gradient in each slot
-        write = lambda g, ring: None if ring is None else delays.write_slot(ring, g, t % length)
-        history = delays.map_with_history(write, updates, state.history)
+        write = lambda g, ring: None if ring is None else write_slot(ring, g, t % length)
+        history = map_with_history(write, updates, state.history)
 
         def forecast(g: jax.Array, ring: jax.Array | None, delay: int) -> jax.Array:
             if ring is None:
@@ -187,7 +199,7 @@ def forecast_gradients(tau: Tau, length: int = 5, order: int = 2) -> optax.Gradi
 
         leaves, structure = jax.tree.flatten(updates)
         rings = structure.flatten_up_to(history)
-        made = map(forecast, leaves, rings, delays.delay_of_each_leaf(updates, tau))
+        made = map(forecast, leaves, rings, delay_of_each_leaf(updates, tau))
         return structure.unflatten(made), ForecastGradientsState(optax.safe_increment(t), history)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -11,15 +11,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 from jaxlib_methods import trees
-from jaxlib_methods.optimizers import (
-    NuMuonState,
-    cosine_rank_schedule,
-    nuclear_norm_lmo,
-    numuon,
-    piecewise_rank_schedule,
-    scale_by_numuon,
-)
-from jaxlib_methods.optimizers._nuclear_norm import newton_schulz
+from jaxlib_methods.optimizers import BlockKrylovConfig, numuon, scale_by_numuon
+from jaxlib_methods.optimizers.muon import NuMuonState
+from jaxlib_methods.optimizers.nuclear_norm import newton_schulz, nuclear_norm_lmo
+from jaxlib_methods.optimizers.schedules import cosine_rank_schedule, piecewise_rank_schedule
 
 KEY = jax.random.key(0)
 lmo = functools.partial(nuclear_norm_lmo, key=KEY)
@@ -98,7 +93,7 @@ def test_full_budget_is_the_polar_factor(x64):
 
 @pytest.mark.parametrize("tau", [-1, 0, 6.5, float("nan")])
 def test_budgets_out_of_range_are_refused(tau):
-    with pytest.raises(ValueError, match=r"tau must be in \(0, min\(rows, columns\)\] = \(0, 6\], got"):
+    with pytest.raises(ValueError, match=r"budget must be in \(0, min\(rows, columns\)\] = \(0, 6\], got"):
         lmo(jnp.ones((10, 6)), tau)
 
 
@@ -133,7 +128,7 @@ def test_cosine_schedule_and_the_ranks_it_gives():
     r = cosine_rank_schedule(1000, 1.0, 0.25, hold=0.1, until=0.9)
     steps = (0, 100, 300, 500, 700, 900, 1000)
     np.testing.assert_allclose([r(t) for t in steps], [1, 1, 0.89017, 0.625, 0.35983, 0.25, 0.25], atol=5e-6)
-    from jaxlib_methods.optimizers._rank_schedules import dyads
+    from jaxlib_methods.optimizers.schedules import dyads
 
     assert [int(dyads(r(t), 768)) for t in steps] == [768, 768, 684, 480, 277, 192, 192]
     assert dyads(0.1, 10) == 1 and dyads(0.001, 10) == 1 and dyads(1.0, 10) == 10 and dyads(0.101, 10) == 2
@@ -148,18 +143,26 @@ def test_piecewise_schedule():
     ("make", "message"),
     [
         (lambda: cosine_rank_schedule(0), "total_steps must be at least 1, got 0"),
-        (lambda: cosine_rank_schedule(10, end=0.0), r"end must be in \(0, 1\].*got 0.0"),
-        (lambda: cosine_rank_schedule(10, start=1.5), r"start must be in \(0, 1\].*got 1.5"),
+        (lambda: cosine_rank_schedule(10, end=0.0), r"end must lie in \(0, 1\].*got 0.0"),
+        (lambda: cosine_rank_schedule(10, start=1.5), r"start must lie in \(0, 1\].*got 1.5"),
         (lambda: cosine_rank_schedule(10, hold=0.9, until=0.5), "hold < until"),
         (lambda: piecewise_rank_schedule([3], [0.5]), "one more than boundaries"),
         (lambda: piecewise_rank_schedule([3, 3], [0.5, 0.4, 0.3]), "must be positive and increase"),
-        (lambda: piecewise_rank_schedule([3], [0.5, 2.0]), r"values\[1\] must be in"),
-        (lambda: scale_by_numuon(0.0, key=KEY), r"rank_schedule must be in \(0, 1\]"),
-        (lambda: scale_by_numuon(1.2, key=KEY), r"rank_schedule must be in \(0, 1\]"),
-        (lambda: scale_by_numuon(0.5, key=KEY, rank_buckets=[0.5]), "its own bucket"),
-        (lambda: scale_by_numuon(cosine_rank_schedule(9), key=KEY, rank_buckets=[0.5, 0.25]), "increasing"),
-        (lambda: scale_by_numuon(cosine_rank_schedule(9), key=KEY, rank_buckets=[]), "at least one"),
-        (lambda: scale_by_numuon(0.5, key=KEY, iterations=0), "iterations"),
+        (lambda: piecewise_rank_schedule([3], [0.5, 2.0]), r"values\[1\] must lie in"),
+        (lambda: scale_by_numuon(0.0, key=KEY), r"rank_schedule must lie in \(0, 1\]"),
+        (lambda: scale_by_numuon(1.2, key=KEY), r"rank_schedule must lie in \(0, 1\]"),
+        (lambda: scale_by_numuon(0.5, key=KEY, decomposition=BlockKrylovConfig(rank_buckets=(0.5,))), "its own bucket"),
+        (
+            lambda: scale_by_numuon(
+                cosine_rank_schedule(9), key=KEY, decomposition=BlockKrylovConfig(rank_buckets=(0.5, 0.25))
+            ),
+            "increasing",
+        ),
+        (
+            lambda: scale_by_numuon(cosine_rank_schedule(9), key=KEY, decomposition=BlockKrylovConfig(rank_buckets=())),
+            "at least one",
+        ),
+        (lambda: scale_by_numuon(0.5, key=KEY, decomposition=BlockKrylovConfig(num_iterations=0)), "num_iterations"),
         (lambda: numuon(0.1, 0.5, key=KEY, shape_scaling="mup"), "shape_scaling must be one of"),
         (lambda: numuon(0.1, 0.5, key=KEY, shape_scaling="spectral", consistent_rms=0.2), "consistent_rms"),
     ],
@@ -192,7 +195,13 @@ def run(tx, grads, params=None):
 def test_steps_are_those_of_a_numpy_loop_along_an_annealing_rank(nesterov, x64):
     schedule = piecewise_rank_schedule([2, 4], [0.75, 0.5, 0.25])
     grads = [tree(seed, dtype=jnp.float64) for seed in range(6)]
-    rule = scale_by_numuon(schedule, beta=0.9, key=KEY, nesterov=nesterov, oversampling=12, rank_buckets=[0.25, 0.75])
+    rule = scale_by_numuon(
+        schedule,
+        decay=0.9,
+        key=KEY,
+        decomposition=BlockKrylovConfig(oversampling=12, rank_buckets=(0.25, 0.75)),
+        nesterov=nesterov,
+    )
     history, state = run(rule, grads)
     M = {name: np.zeros(shape) for name, shape in SHAPES.items()}
     for t, (g, updates) in enumerate(zip(grads, history, strict=True)):
@@ -208,7 +217,9 @@ def test_steps_are_those_of_a_numpy_loop_along_an_annealing_rank(nesterov, x64):
 def test_ranks_in_the_inexact_regime_are_exact_counts_whatever_the_bucket():
     shapes = {"a": (64, 48), "b": (48, 64)}
     schedule = piecewise_rank_schedule([1, 2, 3], [0.05, 0.1, 0.2, 0.24])
-    rule = scale_by_numuon(schedule, key=KEY, oversampling=2, rank_buckets=[0.125, 0.25])
+    rule = scale_by_numuon(
+        schedule, key=KEY, decomposition=BlockKrylovConfig(oversampling=2, rank_buckets=(0.125, 0.25))
+    )
     history, state = run(rule, [tree(seed, shapes) for seed in range(4)])
     for updates, k in zip(history, [3, 5, 10, 12], strict=True):
         for D in updates.values():
@@ -219,7 +230,12 @@ def test_ranks_in_the_inexact_regime_are_exact_counts_whatever_the_bucket():
 
 
 def test_fractional_budgets_follow_the_schedule():
-    rule = scale_by_numuon(piecewise_rank_schedule([1], [0.3, 0.45]), key=KEY, fractional=True, rank_buckets=[0.5])
+    rule = scale_by_numuon(
+        piecewise_rank_schedule([1], [0.3, 0.45]),
+        key=KEY,
+        decomposition=BlockKrylovConfig(rank_buckets=(0.5,)),
+        fractional=True,
+    )
     for updates, tau in zip(run(rule, [tree(0), tree(1)])[0], [2.4, 3.6], strict=True):
         for D in updates.values():
             singular = np.linalg.svd(np.asarray(D, np.float64), compute_uv=False)
@@ -230,8 +246,12 @@ def test_warm_start_gains_on_a_constant_gradient():
     g = {"W": jnp.asarray(gaussian(96, 64), jnp.float32)}
     best = np.linalg.svd(np.asarray(g["W"], np.float64), compute_uv=False)[:7].sum()
     reached = lambda history: [float(jnp.sum(g["W"] * updates["W"])) / best for updates in history]
-    warm = reached(run(scale_by_numuon(0.1, key=KEY, oversampling=2), [g] * 8)[0])
-    cold = reached(run(scale_by_numuon(0.1, key=KEY, oversampling=2, warm_start=False), [g] * 8)[0])
+    warm = reached(run(scale_by_numuon(0.1, key=KEY, decomposition=BlockKrylovConfig(oversampling=2)), [g] * 8)[0])
+    cold = reached(
+        run(scale_by_numuon(0.1, key=KEY, decomposition=BlockKrylovConfig(oversampling=2, warm_start=False)), [g] * 8)[
+            0
+        ]
+    )
     assert warm[-1] > 0.999 > max(cold) and warm[0] < 0.99
 
 
@@ -269,7 +289,7 @@ def test_leaves_that_are_not_matrices_are_refused_by_name():
     bad = scale_by_numuon(0.5, key=KEY, weight_dimension_numbers=MuonDimensionNumbers(0, 2))
     with pytest.raises(ValueError, match="does not name different axes"):
         bad.init({"W": jnp.ones((3, 4))})
-    with pytest.raises(ValueError, match="axis must be one of the mesh's axes"):
+    with pytest.raises(ValueError, match="axis_name must be one of the mesh's axes"):
         scale_by_numuon(0.5, key=KEY, mesh=jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)))
 
 
@@ -286,7 +306,9 @@ def test_zero_and_rank_deficient_momenta_give_finite_steps(zero):
 
 def test_one_program_for_all_ranks():
     traces = []
-    rule = scale_by_numuon(cosine_rank_schedule(8), key=KEY, rank_buckets=[0.25, 0.5, 1.0])
+    rule = scale_by_numuon(
+        cosine_rank_schedule(8), key=KEY, decomposition=BlockKrylovConfig(rank_buckets=(0.25, 0.5, 1.0))
+    )
 
     @jax.jit
     def update(g, state):
@@ -363,7 +385,7 @@ WIDE = {"a": (40, 32), "b": (32, 40), "c": (40, 32), "d": (32, 32)}
 
 def test_every_replica_computes_the_same_update():
     """Data parallel under shard_map: each device averages the gradients and runs the whole update; the bits agree."""
-    rule = scale_by_numuon(0.25, key=KEY, oversampling=2)
+    rule = scale_by_numuon(0.25, key=KEY, decomposition=BlockKrylovConfig(oversampling=2))
     g = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[tree(seed, WIDE) for seed in range(8)])
     whole, split = PartitionSpec(), PartitionSpec("data")
     state = rule.init(tree(0, WIDE))
@@ -386,10 +408,10 @@ def test_every_replica_computes_the_same_update():
 def test_matrices_shared_out_over_the_mesh_give_the_same_steps(kind, r):
     m = mesh(kind)
     grads = [tree(seed, WIDE) for seed in range(3)]
-    alone, _ = run(scale_by_numuon(r, key=KEY, oversampling=2), grads)
+    alone, _ = run(scale_by_numuon(r, key=KEY, decomposition=BlockKrylovConfig(oversampling=2)), grads)
     with jax.set_mesh(m):
         replicate = lambda x: jax.device_put(x, NamedSharding(m, PartitionSpec()))
-        rule = scale_by_numuon(r, key=KEY, oversampling=2, mesh=m)
+        rule = scale_by_numuon(r, key=KEY, decomposition=BlockKrylovConfig(oversampling=2), mesh=m)
         shared, state = run(rule, [jax.tree.map(replicate, g) for g in grads])
     for a, b in zip(alone[:1] if r == 0.25 else alone, shared, strict=False):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), a, b)

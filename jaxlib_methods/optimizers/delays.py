@@ -17,8 +17,7 @@ Two models of staleness:
 
 import functools
 import math
-import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,9 +25,29 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_methods import trees
+from jaxlib_methods._core import checks
+from jaxlib_methods.optimizers._delay_rules import (
+    Delay,
+    checked_delays,
+    delay_of_each_leaf,
+    label_leaves,
+    map_with_history,
+    read_slot,
+    rings,
+    write_slot,
+)
+from jaxlib_methods.typing import PyTree
 
-PyTree = Any
-Tau = Any  # int: one delay for all parameters; Sequence[tuple[str, int]]: by the first regex found in the path
+__all__ = [
+    "DelayGradientsState",
+    "ParamHistoryState",
+    "clip_by_group_norm",
+    "delay_gradients",
+    "delay_memory",
+    "keep_param_history",
+    "pipeline_delays",
+    "stale_params",
+]
 
 
 class ParamHistoryState(NamedTuple):
@@ -66,20 +85,18 @@ def pipeline_delays(num_stages: int, accumulation: int = 1) -> tuple[int, ...]:
 
     Source: Ajanthan, Ramasinghe, Zuo, Avraham, Long (ICML 2025), arXiv:2505.01099 [ajanthan2025nesterov].
     """
-    for name, value in (("num_stages", num_stages), ("accumulation", accumulation)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    checks.at_least(1, num_stages=num_stages, accumulation=accumulation)
     return tuple((2 * (num_stages - i) + 1) // (2 * accumulation) for i in range(1, num_stages + 1))
 
 
-def delay_memory(params: PyTree, tau: Tau, *, gradients: bool = False) -> int:
+def delay_memory(params: PyTree, delay: Delay, *, gradients: bool = False) -> int:
     r"""Bytes of the ring buffers: $\sum_j \tau_j |w_j|$ for `keep_param_history`, one copy more for `delay_gradients`.
 
     The newest version is the parameters themselves and not counted. Nothing is allocated.
 
     Args:
       params: arrays, or `jax.ShapeDtypeStruct`s such as `jax.eval_shape` gives.
-      tau: as `keep_param_history` takes it.
+      delay: as `keep_param_history` takes it.
       gradients: True for `delay_gradients`, whose rings have tau + 1 slots.
 
     Returns:
@@ -94,12 +111,12 @@ def delay_memory(params: PyTree, tau: Tau, *, gradients: bool = False) -> int:
       >>> delay_memory({"first": matrix, "last": matrix}, [("first", 7), ("last", 0)])
       16515072
     """
-    depths = _gradient_depths(params, tau) if gradients else delay_of_each_leaf(params, tau)
+    depths = _gradient_depths(params, delay) if gradients else delay_of_each_leaf(params, delay)
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)]
     return sum(depth * size for depth, size in zip(depths, sizes, strict=True))
 
 
-def keep_param_history(tau: Tau) -> optax.GradientTransformationExtraArgs:
+def keep_param_history(delay: Delay) -> optax.GradientTransformationExtraArgs:
     """A link for `optax.chain` that remembers earlier parameters, so that gradients can be taken at stale ones.
 
     Updates pass through unchanged; where in the chain it stands makes no difference. One step is
@@ -111,8 +128,8 @@ def keep_param_history(tau: Tau) -> optax.GradientTransformationExtraArgs:
     It costs tau copies of each parameter (`delay_memory` tells before), one of which is read and written per step.
 
     Args:
-      tau: the delay of all parameters in updates, or (regex, delay) rules on their paths as in `trees.label_tree`: the
-        first match wins, every rule must match and every parameter must be matched. Static: it determines shapes.
+      delay: the delay of all parameters in updates, or (regex, delay) rules on their paths as in `trees.label_tree`:
+        the first match wins, every rule must match and every parameter must be matched. Static: it determines shapes.
 
     Returns:
       An optax transformation with `ParamHistoryState`; `update` needs the parameters.
@@ -136,7 +153,7 @@ def keep_param_history(tau: Tau) -> optax.GradientTransformationExtraArgs:
     Source: Narayanan et al. (SOSP 2019), weight stashing [narayanan2019pipedream]; Ajanthan et al. (ICML 2025),
       arXiv:2505.01099 [ajanthan2025nesterov].
     """
-    tau = checked_delays(tau)
+    tau = checked_delays(delay)
 
     def init(params: PyTree) -> ParamHistoryState:
         return ParamHistoryState(jnp.zeros((), jnp.int32), rings(params, delay_of_each_leaf(params, tau), jnp.asarray))
@@ -166,7 +183,7 @@ def stale_params(opt_state: PyTree, params: PyTree) -> PyTree:
     Example:
       >>> import jax.numpy as jnp, optax
       >>> params = {"w": jnp.ones(2)}
-      >>> optimizer = optax.chain(keep_param_history(tau=1), optax.sgd(0.5))
+      >>> optimizer = optax.chain(keep_param_history(delay=1), optax.sgd(0.5))
       >>> state = optimizer.init(params)
       >>> updates, state = optimizer.update({"w": jnp.ones(2)}, state, params)
       >>> stale_params(state, optax.apply_updates(params, updates))
@@ -178,12 +195,12 @@ def stale_params(opt_state: PyTree, params: PyTree) -> PyTree:
     if len(found) != 1:
         raise ValueError(
             f"opt_state must hold one history of parameters, found {len(found)}; "
-            "put one keep_param_history(tau) (or delay_compensation(tau), which keeps its own) into the chain"
+            "put one keep_param_history(delay) (or delay_compensation(delay), which keeps its own) into the chain"
         )
     return oldest_params(found[0], params)
 
 
-def delay_gradients(tau: Tau) -> optax.GradientTransformationExtraArgs:
+def delay_gradients(delay: Delay) -> optax.GradientTransformationExtraArgs:
     r"""A link for `optax.chain` that hands on the gradients of $\tau$ steps ago, $g_{\max(t - \tau, 0)}$.
 
     What stands before it in the chain acts when the gradient is made, what stands after it when it arrives. Until step
@@ -191,7 +208,7 @@ def delay_gradients(tau: Tau) -> optax.GradientTransformationExtraArgs:
     were taken at one version of the parameters; for the staleness of a pipeline use `keep_param_history`.
 
     Args:
-      tau: as `keep_param_history` takes it.
+      delay: as `keep_param_history` takes it.
 
     Returns:
       An optax transformation with `DelayGradientsState`.
@@ -202,7 +219,7 @@ def delay_gradients(tau: Tau) -> optax.GradientTransformationExtraArgs:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> link, received = delay_gradients(tau=2), []
+      >>> link, received = delay_gradients(delay=2), []
       >>> state = link.init(jnp.array(0.0))
       >>> for g in (1.0, 2.0, 3.0, 4.0, 5.0):
       ...     late, state = link.update(jnp.array(g), state)
@@ -210,7 +227,7 @@ def delay_gradients(tau: Tau) -> optax.GradientTransformationExtraArgs:
       >>> received
       [1.0, 1.0, 1.0, 2.0, 3.0]
     """
-    tau = checked_delays(tau)
+    tau = checked_delays(delay)
 
     def init(params: PyTree) -> DelayGradientsState:
         return DelayGradientsState(
@@ -260,96 +277,9 @@ def clip_by_group_norm(
 
     Source: Ajanthan, Ramasinghe, Zuo, Avraham, Long (ICML 2025), arXiv:2505.01099 [ajanthan2025nesterov].
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm must be positive, got {max_norm}")
+    checks.positive(max_norm=max_norm)
     clip = optax.clip_by_global_norm(max_norm)
     return optax.partition({label: clip for _, label in groups}, functools.partial(label_leaves, rules=groups))
-
-
-def mixed_versions(function: Callable[..., Any]) -> Callable[..., Any]:
-    r"""Runs a stage forward at one version of its parameters and backward at another, as pipelines without stashing do.
-
-    The result is a function of (forward_params, backward_params, *inputs) with the value f(forward_params, *inputs).
-    Its derivatives are those of f at (backward_params, *inputs): the cotangents of backward_params and of the inputs
-    are the VJP of a recomputed forward pass at the stored inputs with the backward weights; that of forward_params is
-    0. Applied to single layers in place of whole stages, the activations of the forward pass are reused instead.
-
-    Args:
-      function: `f(params, *inputs)`, a stage or a layer.
-
-    Returns:
-      The function `(forward_params, backward_params, *inputs) -> f(forward_params, *inputs)`.
-
-    Example:
-      >>> import jax
-      >>> stage = mixed_versions(lambda w, x: w * w * x)
-      >>> stage(2.0, 3.0, 5.0)
-      20.0
-      >>> [float(g) for g in jax.grad(stage, argnums=(0, 1, 2))(2.0, 3.0, 5.0)]
-      [0.0, 30.0, 9.0]
-
-    Source: Ajanthan, Ramasinghe, Zuo, Avraham, Long (ICML 2025), arXiv:2505.01099 [ajanthan2025nesterov].
-    """
-
-    @jax.custom_vjp
-    def mixed(forward_params: PyTree, backward_params: PyTree, *inputs: Any) -> Any:
-        del backward_params
-        return function(forward_params, *inputs)
-
-    def forward(forward_params: PyTree, backward_params: PyTree, *inputs: Any) -> tuple[Any, Any]:
-        return function(forward_params, *inputs), (forward_params, backward_params, inputs)
-
-    def backward(kept: Any, cotangent: Any) -> tuple[Any, ...]:
-        forward_params, backward_params, inputs = kept
-        _, vjp = jax.vjp(function, backward_params, *inputs)
-        return jax.tree.map(jnp.zeros_like, forward_params), *vjp(cotangent)
-
-    mixed.defvjp(forward, backward)
-    return mixed
-
-
-# ------------------------------------------------------------------------------ shared with the corrections
-
-
-def checked_delays(tau: Tau) -> Tau:
-    """`tau` with its delays checked; what needs the parameters is checked by `delay_of_each_leaf`."""
-    if isinstance(tau, str) or not isinstance(tau, Sequence):
-        return _checked_delay(tau)
-    return tuple((pattern, _checked_delay(delay)) for pattern, delay in tau)
-
-
-def _checked_delay(delay: Any) -> int:
-    whole = hasattr(delay, "__index__") and not isinstance(delay, bool)  # also NumPy's integers
-    if not whole or operator.index(delay) < 0:
-        raise ValueError(f"tau must be a whole number of updates, 0 or more, got {delay!r}")
-    return operator.index(delay)
-
-
-def delay_of_each_leaf(params: PyTree, tau: Tau) -> list[int]:
-    """The delays in the order of `jax.tree.leaves`."""
-    tau = checked_delays(tau)
-    if isinstance(tau, int):
-        return [tau] * len(jax.tree.leaves(params))
-    return jax.tree.leaves(label_leaves(params, tau))
-
-
-def label_leaves(params: PyTree, rules: Sequence[tuple[str, Hashable]]) -> PyTree:
-    """`trees.label_tree`, but for the tree without leaves with which optax.tree_utils initialises."""
-    return trees.label_tree(params, rules) if jax.tree.leaves(params) else params
-
-
-def map_with_history(function: Callable[..., Any], tree: PyTree, *others: PyTree) -> PyTree:
-    """`jax.tree.map` where the other trees may hold None at a leaf of the first, and the result too."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure.unflatten(map(function, leaves, *map(structure.flatten_up_to, others)))
-
-
-def read_slot(ring: jax.Array, slot: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(ring, slot, 0, keepdims=False)
-
-
-def write_slot(ring: jax.Array, leaf: jax.Array, slot: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(ring, leaf.astype(ring.dtype), slot, 0)
 
 
 def oldest_params(state: ParamHistoryState, params: PyTree) -> PyTree:
@@ -374,12 +304,6 @@ def push_params(state: ParamHistoryState, params: PyTree | None, updates: PyTree
     return ParamHistoryState(optax.safe_increment(state.count), map_with_history(write, params, updates, state.history))
 
 
-def rings(params: PyTree, depths: list[int], start: Callable[[jax.Array], jax.Array]) -> PyTree:
-    leaves, structure = jax.tree.flatten(params)
-    repeat = lambda leaf, depth: jnp.broadcast_to(start(leaf), (depth, *leaf.shape)) if depth else None
-    return structure.unflatten(map(repeat, leaves, depths))
-
-
-def _gradient_depths(params: PyTree, tau: Tau) -> list[int]:
+def _gradient_depths(params: PyTree, delay: Delay) -> list[int]:
     """One slot more than there are late gradients: written before it is read, the ring is never copied."""
-    return [delay + 1 if delay else 0 for delay in delay_of_each_leaf(params, tau)]
+    return [tau + 1 if tau else 0 for tau in delay_of_each_leaf(params, delay)]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from jaxlib_methods.optimizers import reduced_curvature, small_slope
+from jaxlib_methods.optimizers.curvature import reduced_curvature
+from jaxlib_methods.optimizers.reduction import small_slope
 from tests.jaxlib_methods.optimizers.reduction_problems import figure1
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -18,11 +18,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlib_methods._core import checks
 from jaxlib_methods.optimizers._matrix_stacks import sharded_like, whole
-from jaxlib_methods.optimizers._nadam import moments
+from jaxlib_methods.optimizers._moments import moments
+from jaxlib_methods.typing import PyTree
+
+__all__ = [
+    "ScaleByRowSharedAdamState",
+    "project_rows",
+    "row_shared_adamw",
+    "scale_by_row_shared_adam",
+]
 
 ArrayLike = jax.typing.ArrayLike
-PyTree = Any
 
 
 class ScaleByRowSharedAdamState(NamedTuple):
@@ -70,13 +78,9 @@ def scale_by_row_shared_adam(
     Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; the mean as the row's statistic is the specification's
       [ramasinghe2025protocol].
     """
-    for name, value in (("b1", b1), ("b2", b2)):
-        if isinstance(value, float | int) and not 0 <= value < 1:
-            raise ValueError(f"{name} must lie in [0, 1), got {value}")
-    if isinstance(eps, float | int) and not eps >= 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
-    if row_size is not None and row_size < 1:
-        raise ValueError(f"row_size must be at least 1, got {row_size}")
+    checks.within("[0, 1)", b1=b1, b2=b2)
+    checks.not_negative(eps=eps)
+    checks.at_least(1, row_size=row_size)
 
     def flags(params: PyTree) -> PyTree:
         if shared is None:

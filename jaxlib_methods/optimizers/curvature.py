@@ -28,7 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxlib_methods.optimizers._reduction_mappings import Mapping, PyTree, check_floating, check_output, linearize
+from jaxlib_methods._core import checks
+from jaxlib_methods.optimizers.reduction import Mapping, check_floating, check_output, linearize
+from jaxlib_methods.typing import PyTree
+
+__all__ = ["ReducedCurvature", "reduced_curvature"]
 
 Operator = Callable[[np.ndarray], np.ndarray]
 
@@ -117,8 +121,7 @@ def reduced_curvature(
 
     Source: Markou, Ajanthan, Gould (NeurIPS 2025), arXiv:2506.08428, Theorems 1 to 3 [markou2025sharper].
     """
-    if num_eigenvalues < 2:
-        raise ValueError(f"num_eigenvalues must be at least 2, got {num_eigenvalues}: a gap lies between two of them")
+    checks.at_least(2, num_eigenvalues=num_eigenvalues, remedy="a gap lies between two of them")
     problem = _Problem.of(f, psi, x1)
     eps = float(np.finfo(problem.dtype).eps)
     rtol = max(1e-6, math.sqrt(eps)) if rtol is None else rtol

@@ -18,9 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods._core import checks
 from jaxlib_methods.trees import path_names
+from jaxlib_methods.typing import PyTree
 
-PyTree = Any
+__all__ = ["argmin_mapping", "reduced_objective", "small_slope"]
+
 Mapping = Callable[[PyTree], PyTree]
 
 
@@ -79,7 +82,7 @@ def reduced_objective(
     return F
 
 
-def small_slope(psi: Mapping, alpha: float) -> Mapping:
+def small_slope(psi: Mapping, slope: float) -> Mapping:
     """The mapping alpha Psi, whose metric R = I + alpha^2 DPsi^T DPsi is closer to the identity.
 
     It leaves the minimisers where they are only if the structure that Psi encodes is scale invariant (a subspace, a
@@ -88,26 +91,25 @@ def small_slope(psi: Mapping, alpha: float) -> Mapping:
 
     Args:
       psi: the reduction mapping x1 -> x2.
-      alpha: the factor, in (0, 1].
+      slope: alpha, in (0, 1].
 
     Returns:
       `x1 -> alpha psi(x1)`, to be used in `reduced_objective` and in the optimizer alike.
 
     Raises:
-      ValueError: alpha outside (0, 1].
+      ValueError: a slope outside (0, 1].
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxlib_methods.optimizers import pullback_metric
+      >>> from jaxlib_methods.optimizers.geoprec import pullback_metric
       >>> R = pullback_metric(small_slope(lambda x1: 3 * x1, 0.5), jnp.ones(2))
       >>> R(jnp.array([1.0, 2.0])).tolist()  # 1 + 0.25 * 9
       [3.25, 6.5]
 
     Source: Markou, Ajanthan, Gould (NeurIPS 2025), arXiv:2506.08428 [markou2025sharper].
     """
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha must lie in (0, 1], got {alpha}; 1 is the mapping itself")
-    return lambda x1: jax.tree.map(lambda leaf: alpha * leaf, psi(x1))
+    checks.within("(0, 1]", slope=slope, remedy="1 is the mapping itself")
+    return lambda x1: jax.tree.map(lambda leaf: slope * leaf, psi(x1))
 
 
 def argmin_mapping(
@@ -145,7 +147,7 @@ def argmin_mapping(
 
     Source: Markou, Ajanthan, Gould (NeurIPS 2025), arXiv:2506.08428 [markou2025sharper].
     """
-    check_cg(tol, 1 if max_iterations is None else max_iterations)
+    check_cg(tol, max_iterations)
 
     by_cg = functools.partial(conjugate_gradients, tol=tol, max_iterations=max_iterations)
 
@@ -211,11 +213,9 @@ def inner(a: PyTree, b: PyTree) -> jax.Array:
     return total(jax.tree.map(lambda u, v: jnp.sum(u * v), a, b))
 
 
-def check_cg(tol: float, max_iterations: int) -> None:
-    if not tol > 0:
-        raise ValueError(f"tol must be positive, got {tol}; it is the relative residual at which the solver stops")
-    if not max_iterations >= 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
+def check_cg(tol: float, max_iterations: int | None) -> None:
+    checks.positive(tol=tol, remedy="it is the relative residual at which the solver stops")
+    checks.at_least(1, max_iterations=max_iterations)
 
 
 def check_floating(tree: PyTree, name: str) -> None:

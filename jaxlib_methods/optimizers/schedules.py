@@ -1,6 +1,7 @@
-"""Rank schedules of NuMuon: the fraction r(t) in (0, 1] of a matrix's singular dyads that a step takes.
+"""Schedules of the optimizers: the ranks of NuMuon, and the momenta of the Nesterov method.
 
-A matrix with d = min(rows, columns) takes k_t = min(d, max(1, ceil(r(t) d))) of them.
+A rank schedule gives the fraction r(t) in (0, 1] of a matrix's singular dyads that a step takes. A matrix with
+d = min(rows, columns) takes k_t = min(d, max(1, ceil(r(t) d))) of them.
 """
 
 import math
@@ -8,6 +9,15 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+
+from jaxlib_methods._core import checks
+
+__all__ = [
+    "cosine_rank_schedule",
+    "momentum_schedule",
+    "piecewise_rank_schedule",
+    "theory_momentum",
+]
 
 # ceil(r d) of a product that is an integer but for round-off of r in float32 is that integer.
 ROUND_OFF = 2.0**-20
@@ -22,8 +32,7 @@ def dyads(r: float | jax.Array, d: int) -> int | jax.Array:
 
 def check_fraction(name: str, r: float) -> float:
     """r, or a ValueError where it is not in (0, 1]."""
-    if not 0 < r <= 1:
-        raise ValueError(f"{name} must be in (0, 1], a fraction of min(rows, columns), got {r}")
+    checks.within("(0, 1]", **{name: r}, remedy="it is a fraction of min(rows, columns)")
     return float(r)
 
 
@@ -55,8 +64,7 @@ def cosine_rank_schedule(
 
     Source: Dolatabadi et al. (2026), arXiv:2603.03597 [dolatabadi2026numuon].
     """
-    if total_steps < 1:
-        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+    checks.at_least(1, total_steps=total_steps)
     check_fraction("start", start)
     check_fraction("end", end)
     if not 0 <= hold < until <= 1:
@@ -102,3 +110,50 @@ def piecewise_rank_schedule(
         return jnp.asarray(fractions, jnp.float32)[segment]
 
     return schedule
+
+
+def momentum_schedule(
+    step: jax.Array, b1: jax.typing.ArrayLike = 0.99, momentum_decay: jax.typing.ArrayLike = 0.004
+) -> jax.Array:
+    r"""The momentum of NAdam's step t, $\mu_t = \beta_1 (1 - \tfrac12 0.96^{t \psi})$.
+
+    It grows from b1 / 2 towards b1, with half of the way done at t = 17 / psi.
+
+    Args:
+      step: t = 1, 2, ..., a floating-point array of any shape.
+      b1: beta_1, the limit.
+      momentum_decay: psi; larger is faster, and infinity means mu_t = b1.
+
+    Returns:
+      mu_t, of the shape and dtype of `step`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> [round(float(momentum_schedule(jnp.float32(t))), 4) for t in (1, 1000, 50_000)]
+      [0.4951, 0.5696, 0.9899]
+
+    Source: Dozat (ICLR workshop 2016) [dozat2016incorporating]; the constants are PyTorch's.
+    """
+    return b1 * (1 - 0.5 * jnp.exp(step * (momentum_decay * math.log(0.96))))
+
+
+def theory_momentum(step: jax.Array) -> jax.Array:
+    r"""The momentum of the convergence theorem, $\gamma_t = (t - 2) / t$, for `scale_by_discounted_nesterov`.
+
+    At t = 1 the formula gives -1 where there is no previous step to extrapolate; 0 is used there.
+
+    Args:
+      step: t = 1, 2, ..., an array of any shape.
+
+    Returns:
+      gamma_t in [0, 1), float32, or float64 with a float64 `step`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> [round(float(g), 3) for g in theory_momentum(jnp.arange(1.0, 6.0))]
+      [0.0, 0.0, 0.333, 0.5, 0.6]
+
+    Source: Ajanthan, Ramasinghe, Zuo, Avraham, Long (ICML 2025), arXiv:2505.01099, eq. 10 [ajanthan2025nesterov].
+    """
+    t = step if jnp.issubdtype(step.dtype, jnp.floating) else step.astype(jnp.float32)
+    return jnp.maximum(1 - 2 / t, 0)

@@ -17,27 +17,62 @@ Two ways of computing the factorisations, `method`:
   householder  Householder QR and the thin SVD of T, as in the paper. The reference.
 """
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-METHODS = ("cholesky", "householder")
+from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import compute_dtype
+from jaxlib_methods._core.linalg import eye_like, matmul, orthonormal, transpose
+from jaxlib_methods.typing import KrylovMethod
+
+__all__ = ["BlockKrylovConfig", "block_krylov_svd"]
+
 # Distance of a Gram matrix from I (Frobenius) from which one more pass of CholeskyQR ends at round-off.
 _NEARLY_ORTHONORMAL = 0.5
 _MAX_PASSES = 6  # each multiplies the smallest singular value by about 1 / sqrt(shift), 10^2 to 10^3 in float32
 
-matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
+@dataclasses.dataclass(frozen=True)
+class BlockKrylovConfig:
+    """How an optimizer decomposes its momentum at every step.
 
-def transpose(X: jax.Array) -> jax.Array:
-    """X^T of every matrix of a stack."""
-    return jnp.swapaxes(X, -1, -2)
+    Args:
+      num_iterations: L, blocks of the Krylov space.
+      oversampling: p, columns beyond the rank in a block.
+      warm_start: start from the last step's singular vectors.
+      rank_buckets: increasing fractions in (0, 1]; a step costs what the first bucket that is not below the rank costs.
+        A schedule above the last bucket is cut at it. None: the rank itself if it is a number, else 1/16, 1/8, 1/4,
+        3/8, 1/2, 3/4 and 1. Every bucket is compiled: give those that the schedule visits.
+      method: "cholesky" or "householder" (module docstring).
 
+    Raises:
+      ValueError: no iterations, a negative oversampling, an unknown method.
 
-def compute_dtype(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
-    """The type that a matrix of this type is decomposed in: float64, or float32 for everything narrower."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+    Example:
+      >>> BlockKrylovConfig(num_iterations=3).oversampling
+      8
+    """
+
+    num_iterations: int = 2
+    oversampling: int = 8
+    warm_start: bool = True
+    rank_buckets: tuple[float, ...] | None = None
+    method: KrylovMethod = "cholesky"
+
+    def __post_init__(self):
+        checks.at_least(1, num_iterations=self.num_iterations)
+        checks.not_negative(oversampling=self.oversampling)
+        checks.one_of(KrylovMethod, method=self.method)
+
+    def width(self, n: int, k: int) -> int:
+        """b, the columns of a block for k triplets of a matrix with n columns."""
+        return min(n, k + self.oversampling)
+
+    def is_exact(self, n: int, k: int) -> bool:
+        """Whether the Krylov space is everything, so that no block to start from is needed."""
+        return self.num_iterations * self.width(n, k) >= n
 
 
 def _column_norms(X: jax.Array) -> jax.Array:
@@ -45,9 +80,7 @@ def _column_norms(X: jax.Array) -> jax.Array:
 
 
 def _householder_orth(W: jax.Array, Q: jax.Array | None) -> jax.Array:
-    F, R = jnp.linalg.qr(W if Q is None else jnp.concatenate([Q, W], axis=-1))
-    sign = jnp.where(jnp.diagonal(R, axis1=-2, axis2=-1) < 0, -1, 1).astype(F.dtype)
-    return (F * sign[..., None, :])[..., -W.shape[-1] :]
+    return orthonormal(W if Q is None else jnp.concatenate([Q, W], axis=-1))[..., -W.shape[-1] :]
 
 
 def _cholesky_orth(W: jax.Array, Q: jax.Array | None = None, alive: jax.Array | None = None) -> jax.Array:
@@ -63,7 +96,7 @@ def _cholesky_orth(W: jax.Array, Q: jax.Array | None = None, alive: jax.Array | 
       Q: (..., n, q), orthonormal; W has been projected on its complement.
       alive: (..., 1, b) of 0 and 1; columns with 0 are zero and stay so.
     """
-    eye = jnp.eye(W.shape[-1], dtype=W.dtype)[(None,) * (W.ndim - 2)]
+    eye = eye_like(W)
     unit = jnp.finfo(W.dtype).eps
     dead = 0 if alive is None else eye * (1 - alive)
 
@@ -92,11 +125,11 @@ def _cholesky_orth(W: jax.Array, Q: jax.Array | None = None, alive: jax.Array | 
     return jax.lax.cond(good, lambda: orthonormal * kept, lambda: _householder_orth(W, Q) * kept)
 
 
-def _krylov_space(M: jax.Array, B: jax.Array, iterations: int, method: str) -> tuple[jax.Array, jax.Array]:
+def _krylov_space(M: jax.Array, B: jax.Array, num_iterations: int, method: KrylovMethod) -> tuple[jax.Array, jax.Array]:
     """Q, an orthonormal basis of the Krylov space, and T = M Q."""
     orth = _cholesky_orth if method == "cholesky" else _householder_orth
     Q = T = None
-    for _ in range(iterations):
+    for _ in range(num_iterations):
         MB = matmul(M, B)
         Y = matmul(transpose(M), MB)
         if Q is None:
@@ -111,25 +144,15 @@ def _krylov_space(M: jax.Array, B: jax.Array, iterations: int, method: str) -> t
     return Q, MB if T is None else jnp.concatenate([T, MB], axis=-1)
 
 
-def block_width(n: int, k: int, oversampling: int) -> int:
-    """b, the columns of a block."""
-    return min(n, k + oversampling)
-
-
-def is_exact(n: int, k: int, iterations: int, oversampling: int) -> bool:
-    """Whether the Krylov space is everything, so that no block to start from is needed."""
-    return iterations * block_width(n, k, oversampling) >= n
-
-
 def svd_of_tall(
-    M: jax.Array, k: int, B: jax.Array | None, iterations: int, method: str
+    M: jax.Array, k: int, B: jax.Array | None, config: BlockKrylovConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`block_krylov_svd` of M (..., m, n) with m >= n in float32 or float64; B is B_0, None where `is_exact`."""
+    """`block_krylov_svd` of M (..., m, n) with m >= n in float32 or float64; B is B_0, None where `config.is_exact`."""
     peak = jnp.max(jnp.abs(M), axis=(-2, -1), keepdims=True)
     peak = jnp.where(peak >= jnp.finfo(M.dtype).tiny, peak, 1)
     M = M / peak  # squares of very small or large entries leave the range
-    Q, T = (None, M) if B is None else _krylov_space(M, B, iterations, method)
-    if method == "cholesky":
+    Q, T = (None, M) if B is None else _krylov_space(M, B, config.num_iterations, config.method)
+    if config.method == "cholesky":
         _, X = jnp.linalg.eigh(matmul(transpose(T), T), symmetrize_input=False)
         X = X[..., ::-1][..., :k]
         U = matmul(T, X)
@@ -139,7 +162,7 @@ def svd_of_tall(
         U, S, X = U[..., :k], S[..., None, :k], transpose(Xt)[..., :k]
     round_off = max(M.shape[-2:]) * jnp.finfo(M.dtype).eps * S[..., :1]
     alive = (round_off < S).astype(M.dtype)
-    U = _cholesky_orth(U * alive, alive=alive) if method == "cholesky" else U * alive
+    U = _cholesky_orth(U * alive, alive=alive) if config.method == "cholesky" else U * alive
     V = X if Q is None else matmul(Q, X)
     return U, (S * peak)[..., 0, :], V
 
@@ -149,26 +172,26 @@ def block_krylov_svd(
     k: int,
     *,
     key: jax.Array,
-    iterations: int = 2,
+    num_iterations: int = 2,
     oversampling: int = 8,
-    warm_start: jax.Array | None = None,
-    method: str = "cholesky",
+    start: jax.Array | None = None,
+    method: KrylovMethod = "cholesky",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The k largest singular values of M and their vectors, M ~ U diag(S) V^T, by randomized block Krylov iteration.
 
     U and V have orthonormal columns to round-off, whatever the accuracy of the triplets, so that <M, U V^T> never
-    exceeds the sum of the k largest singular values by more than round-off. It equals that sum where iterations *
+    exceeds the sum of the k largest singular values by more than round-off. It equals that sum where num_iterations *
     min(k + oversampling, n) >= n, n = min(rows, columns): the result is exact then. In between it depends on the decay
     of the spectrum; without any (a Gaussian matrix) expect 0.96 of it from two iterations, and single vectors that are
-    only loosely right. With the last V as `warm_start`, repeated calls converge.
+    only loosely right. With the last V as `start`, repeated calls converge.
 
     Args:
       M: (..., rows, columns), real; leading axes are a batch, computed together. Half precision is computed in float32.
       k: number of triplets, 1 to min(rows, columns). Static.
       key: typed key of the Gaussian columns; the same key gives the same result on every device.
-      iterations: L, blocks of the Krylov space. Static.
+      num_iterations: L, blocks of the Krylov space. Static.
       oversampling: p, columns beyond k in a block. Static.
-      warm_start: (..., min(rows, columns), any number of columns), an estimate of the singular vectors of the shorter
+      start: (..., min(rows, columns), any number of columns), an estimate of the singular vectors of the shorter
         side (V, or U if M is wide); cut at k + oversampling columns, or followed by Gaussian ones.
       method: "cholesky" or "householder" (module docstring).
 
@@ -178,7 +201,7 @@ def block_krylov_svd(
       noise.
 
     Raises:
-      ValueError: M is not a real matrix, k, iterations or oversampling out of range, a warm start of the wrong shape,
+      ValueError: M is not a real matrix, k, num_iterations or oversampling out of range, a start of the wrong shape,
         an unknown method.
 
     Example:
@@ -195,30 +218,20 @@ def block_krylov_svd(
         raise ValueError(f"M must be a real matrix (..., rows, columns), got shape {M.shape} of {M.dtype}")
     *batch, rows, columns = M.shape
     n = min(rows, columns)
-    check_krylov(iterations, oversampling, method)
+    config = BlockKrylovConfig(num_iterations, oversampling, method=method)
     if not 1 <= k <= n:
         raise ValueError(f"k must be between 1 and min(rows, columns) = {n}, got {k} for a matrix of shape {M.shape}")
-    if warm_start is not None and (warm_start.shape[:-1] != (*batch, n)):
+    if start is not None and (start.shape[:-1] != (*batch, n)):
         raise ValueError(
-            f"warm_start must have the shape {(*batch, n, 'any')}, one column for each singular vector of the shorter "
-            f"side, got {warm_start.shape}"
+            f"start must have the shape {(*batch, n, 'any')}, one column for each singular vector of the shorter "
+            f"side, got {start.shape}"
         )
     wide = rows < columns
     compute = compute_dtype(M.dtype)
     B = None
-    if not is_exact(n, k, iterations, oversampling):
-        b = block_width(n, k, oversampling)
-        warm = jnp.zeros((*batch, n, 0), compute) if warm_start is None else warm_start[..., :b].astype(compute)
+    if not config.is_exact(n, k):
+        b = config.width(n, k)
+        warm = jnp.zeros((*batch, n, 0), compute) if start is None else start[..., :b].astype(compute)
         B = jnp.concatenate([warm, jax.random.normal(key, (*batch, n, b - warm.shape[-1]), compute)], axis=-1)
-    U, S, V = svd_of_tall((transpose(M) if wide else M).astype(compute), k, B, iterations, method)
+    U, S, V = svd_of_tall((transpose(M) if wide else M).astype(compute), k, B, config)
     return (V, S, U) if wide else (U, S, V)
-
-
-def check_krylov(iterations: int, oversampling: int, method: str) -> None:
-    """Raises ValueError for arguments that no matrix can be decomposed with."""
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
-    if oversampling < 0:
-        raise ValueError(f"oversampling must not be negative, got {oversampling}")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")

@@ -26,9 +26,10 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxlib_methods.optimizers._reduction_mappings import (
+from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import common_compute_dtype
+from jaxlib_methods.optimizers.reduction import (
     Mapping,
-    PyTree,
     check_cg,
     check_floating,
     check_output,
@@ -39,8 +40,14 @@ from jaxlib_methods.optimizers._reduction_mappings import (
     total,
 )
 from jaxlib_methods.trees import path_names
+from jaxlib_methods.typing import PyTree, ReductionSolver
 
-SOLVERS = ("cg", "woodbury", "projection")
+__all__ = [
+    "PullbackMetricState",
+    "geoprec_gd",
+    "pullback_metric",
+    "scale_by_pullback_metric",
+]
 
 
 def pullback_metric(psi: Mapping, x1: PyTree) -> Callable[[PyTree], PyTree]:
@@ -79,7 +86,7 @@ class PullbackMetricState(NamedTuple):
 
 
 def scale_by_pullback_metric(
-    psi: Mapping, *, solver: str | None = None, tol: float = 1e-6, max_iterations: int = 10
+    psi: Mapping, *, solver: ReductionSolver | None = None, tol: float = 1e-6, max_iterations: int = 10
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies the gradient of F by R(x1)^{-1} = (I + DPsi^T DPsi)^{-1}: the gradient in the metric of the graph.
 
@@ -110,15 +117,16 @@ def scale_by_pullback_metric(
 
     Source: Markou, Ajanthan, Gould (NeurIPS 2025), arXiv:2506.08428 [markou2025sharper].
     """
-    if solver is not None and solver not in SOLVERS:
-        raise ValueError(f"solver must be None or one of {SOLVERS}, got {solver!r}")
+    if solver is not None:
+        checks.one_of(ReductionSolver, solver=solver)
     check_cg(tol, max_iterations)
 
     def init(params: PyTree) -> PullbackMetricState:
         if jax.tree.leaves(params):
             _check_mapping(psi, params, solver)
-        return PullbackMetricState(jax.tree.map(lambda p: jnp.zeros_like(p, _wide(params)), params))
+        return PullbackMetricState(jax.tree.map(lambda p: jnp.zeros_like(p, common_compute_dtype(params)), params))
 
+    # A system solved in bfloat16 is not solved: one type for the whole solve, at least float32.
     def update(
         updates: PyTree, state: PullbackMetricState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, PullbackMetricState]:
@@ -128,7 +136,7 @@ def scale_by_pullback_metric(
         if not jax.tree.leaves(params):
             return updates, state
         x2, jvp, vjp = linearize(psi, params)
-        dtype = _wide(params)
+        dtype = common_compute_dtype(params)
         widen = functools.partial(_cast, dtype=dtype)
         b = widen(updates)
         # Tangents have the types of x1, what is summed and solved is wide.
@@ -153,7 +161,7 @@ def geoprec_gd(
     learning_rate: optax.ScalarOrSchedule,
     psi: Mapping,
     *,
-    solver: str | None = None,
+    solver: ReductionSolver | None = None,
     tol: float = 1e-6,
     max_iterations: int = 10,
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -214,16 +222,11 @@ def _woodbury(vjp: Callable[[PyTree], PyTree], x2: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda j, v: v - dot(w, j, axes=1), J, b)
 
 
-def _wide(tree: PyTree) -> jax.typing.DTypeLike:
-    """One type for the whole solve, at least float32: a system solved in bfloat16 is not solved."""
-    return jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(tree)) else jnp.float32
-
-
 def _cast(tree: PyTree, dtype: jax.typing.DTypeLike) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 
-def _check_mapping(psi: Mapping, x1: PyTree, solver: str | None) -> None:
+def _check_mapping(psi: Mapping, x1: PyTree, solver: ReductionSolver | None) -> None:
     """What can be known of Psi before the first step; values only where they are not traced."""
     check_floating(x1, "x1")
     concrete = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x1))
@@ -245,11 +248,11 @@ def _check_mapping(psi: Mapping, x1: PyTree, solver: str | None) -> None:
 def _check_projection(psi: Mapping, x1: PyTree) -> None:
     """DPsi v = DPsi^T v = DPsi DPsi v for one random v, which holds for all v almost surely."""
     rng = np.random.default_rng(0)
-    x1 = _cast(x1, _wide(x1))
+    x1 = _cast(x1, common_compute_dtype(x1))
     v = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), x1)
     _, jvp, vjp = linearize(psi, x1)
     Pv = jvp(v)
-    tolerance = math.sqrt(float(jnp.finfo(_wide(x1)).eps))
+    tolerance = math.sqrt(float(jnp.finfo(common_compute_dtype(x1)).eps))
     for name, other in (("symmetric", vjp(v)), ("idempotent", jvp(Pv))):
         gap = jax.tree.map(jnp.subtract, other, Pv)
         error = math.sqrt(float(inner(gap, gap)) / float(inner(v, v)))
