@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlib_methods.optimizers import (delayed_nesterov, nadam, no_stash_nesterov, pipemare)
+from jaxlib_methods.optimizers import delayed_nesterov, nadam, no_stash_nesterov, pipemare
 from jaxlib_methods.optimizers.delays import clip_by_group_norm, keep_param_history, pipeline_delays, stale_params
 from jaxlib_methods.optimizers.no_stash import discrepancy_corrected
 from jaxlib_methods.parallel import StageModel, asynchronous_pipeline, make_mesh, shard_batch, split_stages
