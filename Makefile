@@ -30,6 +30,7 @@ docs: $(DOCS)/docs-installed
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/pyrefly check --output-format min-text --python-interpreter-path .venv/bin/python
 
 format: .venv/installed
 	.venv/bin/ruff check --fix .

@@ -81,7 +81,10 @@ def _factories(obj: Any, seen: set[int] | None = None) -> Iterator[Callable]:
     elif inspect.isfunction(obj):
         owner, nested, _ = obj.__qualname__.partition(".<locals>")
         if nested and obj.__module__.startswith("jaxlib_methods."):
-            yield functools.reduce(getattr, owner.split("."), importlib.import_module(obj.__module__))
+            found: Any = importlib.import_module(obj.__module__)
+            for name in owner.split("."):
+                found = getattr(found, name)
+            yield found
         children = [cell.cell_contents for cell in obj.__closure__ or () if _is_filled(cell)]
     else:
         children = (obj.func, *obj.args, *obj.keywords.values()) if isinstance(obj, functools.partial) else ()

@@ -130,7 +130,9 @@ def collect_inputs(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _products(inputs_fn: Callable[[Any], Mapping[str, jax.Array]], batch: Any) -> dict[str, tuple[jax.Array, ...]]:
+def _products(
+    inputs_fn: Callable[[Any], Mapping[str, jax.Array]], batch: Any
+) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
     """X^T X, sum |X_j| and the number of tokens of every layer."""
     found = {}
     for path, x in inputs_fn(batch).items():

@@ -47,7 +47,8 @@ def _gaussian_moments(f: Callable[[Any], Any]) -> Callable[[Callable[..., np.nda
         padded = np.pad(z, (0, -len(z) % chunk)).reshape(-1, chunk)
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
             pairs = [jvp(row) for row in padded]
-        return tuple(np.concatenate([np.asarray(p[i], np.float64) for p in pairs])[: len(z)] for i in (0, 1))
+        value, slope = (np.concatenate([np.asarray(p[i], np.float64) for p in pairs])[: len(z)] for i in (0, 1))
+        return value, slope
 
     def sample(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, ...]:
         half = (right - left)[:, None] / 2

@@ -26,7 +26,11 @@ RULES: dict[str, _Rule] = {}
 
 
 def _rule(*names: str) -> Callable[[_Rule], _Rule]:
-    return lambda rule: [RULES.__setitem__(name, rule) for name in names] and rule
+    def register(rule: _Rule) -> _Rule:
+        RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
 
 
 def opaque(channels: Channels, eqn: Any, inputs: list[Value]) -> list[tuple[Axis, ...]]:

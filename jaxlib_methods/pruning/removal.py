@@ -128,7 +128,7 @@ def _resize(module: nnx.Module, groups: int, kept: int, width: int) -> None:
     """Brings the sizes that flax's layers keep as numbers in line with their arrays."""
     if isinstance(module, nnx.Conv | nnx.ConvTranspose):
         groups = max(1, groups * kept // width)
-        module.kernel_shape = module.kernel.shape
+        module.kernel_shape = module.kernel.shape  # pyrefly: ignore[bad-assignment] - flax names two sizes too many
         module.in_features, module.out_features = groups * module.kernel.shape[-2], module.kernel.shape[-1]
         if isinstance(module, nnx.Conv):
             module.feature_group_count = groups

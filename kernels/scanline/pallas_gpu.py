@@ -75,7 +75,7 @@ def sweep(
     with_indices, rho = request.with_indices, request.edge_probability
     require(can_use(u.shape, u.dtype, pairwise, step=request.step) or device_reason())
     _, num_labels, lines = u.shape
-    config = choose(num_labels, pairwise, lines) if config is None else config
+    config = config or _choose(num_labels, pairwise, lines)
     padded = _pad_lines(lines, config)
     scale = jnp.asarray(pairwise.weight).astype(u.dtype)
     scale = jnp.broadcast_to(scale, (1, lines)) if edge_weight is None else scale * edge_weight
@@ -116,8 +116,8 @@ def sweep(
         name="scanline_sweep",
         interpret=interpret,
     )
-    found = [x[..., :lines] for x in found]
-    return tuple(found) if with_indices else found[0]
+    m, *indices = (x[..., :lines] for x in found)
+    return (m, indices[0], indices[1]) if with_indices else m
 
 
 def _product(
@@ -151,7 +151,7 @@ def sweep_backward(
     rho = request.edge_probability
     require(can_use(dm.shape, dm.dtype, pairwise, step=request.step) or device_reason())
     _, num_labels, lines = dm.shape
-    config = choose(num_labels, pairwise, lines) if config is None else config
+    config = config or _choose(num_labels, pairwise, lines)
     padded = _pad_lines(lines, config)
     streams = {"dm": dm, "p": p, "q": q} | ({} if opposite_ds is None else {"opposite": opposite_ds})
     streams = {name: padded(x) for name, x in streams.items()}
@@ -223,8 +223,8 @@ def _walk(
     def extent(stream: str) -> tuple[int, ...]:
         return (block,) if stream in is_row else (num_labels, block)
 
-    def body(*refs: Any) -> None:
-        refs = list(refs)
+    def body(*operands: Any) -> None:
+        refs = list(operands)
         take = lambda names: {x: refs.pop(0) for x in names}
         sources, kept_refs, sinks, rings, stages = (
             take(order),
@@ -363,6 +363,13 @@ def _lanes(label: jax.Array, config: Config, scratch: list[Any]) -> mp.Lanes:
         total=lambda x: jnp.sum(x, axis=0),
         shifts=in_registers if config.lanes == 1 else in_shared_memory,
     )
+
+
+def _choose(num_labels: int, pairwise: Pairwise, lines: int) -> Config:
+    found = choose(num_labels, pairwise, lines)
+    if isinstance(found, str):
+        raise NotImplementedError(found)
+    return found
 
 
 def _pad_lines(lines: int, config: Config) -> Any:

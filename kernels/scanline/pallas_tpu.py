@@ -153,7 +153,7 @@ def sweep(request: Sweep, *, interpret: Any = False) -> jax.Array | tuple[jax.Ar
 
 
 def _sweep_kernel(
-    *refs: Any,
+    *operands: Any,
     pairwise: Pairwise,
     positions: int,
     rho: float,
@@ -163,7 +163,7 @@ def _sweep_kernel(
     with_indices: bool,
 ) -> None:
     """One block of positions: read u, opposite and the row of scales, write m, P and Q, keep a in `carry`."""
-    refs = list(refs)
+    refs = list(operands)
     u = refs.pop(0)
     opposite = refs.pop(0) if has_opposite else None
     scales = refs.pop(0)
@@ -245,10 +245,10 @@ def sweep_backward(request: Backward, *, interpret: Any = False) -> tuple[jax.Ar
 
 
 def _backward_kernel(
-    *refs: Any, pairwise: Pairwise, positions: int, rho: float, reverse: bool, has_opposite: bool
+    *operands: Any, pairwise: Pairwise, positions: int, rho: float, reverse: bool, has_opposite: bool
 ) -> None:
     """One block of positions, walked against the sweep: `carry` holds dS of the pixel at hand."""
-    refs = list(refs)
+    refs = list(operands)
     dm = refs.pop(0)
     opposite = refs.pop(0) if has_opposite else None
     p, q, ds, carry = refs

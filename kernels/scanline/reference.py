@@ -38,7 +38,7 @@ def sweep(request: Sweep) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
     product = lambda a, w: minplus(a, pairwise, w, request.with_indices)
     # A semimetric V turns the zero carry into a zero message by itself; others need the mask.
     found = walk(request, product, buffers, mask=not pairwise.semimetric)
-    return found if request.with_indices else found[0]
+    return (found[0], found[1], found[2]) if request.with_indices else found[0]
 
 
 def walk(

@@ -251,7 +251,7 @@ def run_phases(
 
 def update_stage(
     optimizer: optax.GradientTransformation, params: StageTree, opt_state: PyTree, grads: StageTree
-) -> tuple[StageTree, PyTree]:
+) -> tuple[PyTree, PyTree]:
     """The optimizer step of one stage: clipping in its chain acts on this stage alone."""
     params, opt_state, grads = _alone((params, opt_state, grads))
     updates, opt_state = optimizer.update(grads, opt_state, params)

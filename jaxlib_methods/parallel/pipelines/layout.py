@@ -69,7 +69,7 @@ class Layout:
 
     def optimizer(self, stage: Any) -> optax.GradientTransformation:
         """The optimizer of a stage; its number may be traced."""
-        if hasattr(self._optimizer, "update"):
+        if isinstance(self._optimizer, optax.GradientTransformation):
             return self._optimizer
         return self._optimizer(jnp.asarray(self.num_stages - 1 - stage, jnp.int32))
 

@@ -36,6 +36,7 @@ from jaxlib_methods.parallel.unextractable.gpt import (
     add_sublayers,
     as_dicts,
     check_count,
+    one_block,
     transform_rules,
     transforms_of,
 )
