@@ -236,11 +236,11 @@ class _Runs(async_mesh.Runs):
         return found | ({"attackers_banned": float(len(banned & self.malicious))} if self.malicious else {})
 
     def _banned(self, state: PyTree) -> set[tuple[int, int]]:
-        """Workers (stage, replica) who have been banned by the verifier behind or before them."""
-        ends = trees.find_states(state, integrity.VerifierState)
-        banned = set()
-        for end, sender in ((ends[1], -1), (ends[3], 1)):  # the receiving ends, forward and backward
-            bans = np.asarray(multihost_utils.process_allgather(end.bans, tiled=True))[:, 0]  # all replicas agree
+        """Workers (stage, replica) that have been banned by the verifier behind or before them."""
+        verifiers, banned = integrity.find_verifiers(self.pipe, state), set()
+        for direction, sender in (("forward", -1), ("backward", 1)):
+            bans = verifiers[direction].bans
+            bans = np.asarray(multihost_utils.process_allgather(bans, tiled=True))[:, 0]  # all replicas agree
             banned |= {(int(stage) + sender, int(replica)) for stage, replica in zip(*np.nonzero(bans), strict=True)}
         return banned
 
@@ -253,7 +253,7 @@ class _Runs(async_mesh.Runs):
             state = self._transformed(state, jax.random.fold_in(jax.random.key(seed), begin))
         state, losses = super()._advance(state, seed, begin, end)
         if "verification" in self.plug_ins:
-            state = integrity.share_bans(state, self.pipe.layout.mesh)
+            state = integrity.share_bans(self.pipe, state)
         return state, np.concatenate([drained, losses])
 
     def _transformed(self, state: PyTree, key: jax.Array) -> PyTree:

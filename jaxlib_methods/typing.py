@@ -18,6 +18,7 @@ __all__ = [
     "AxisName",
     "ChannelTies",
     "ClassAverage",
+    "Direction",
     "GateGradients",
     "Implementation",
     "InitializerKind",
@@ -40,7 +41,9 @@ __all__ = [
     "ReductionSolver",
     "Rounding",
     "SGMVariant",
+    "Schedule",
     "ShapeScaling",
+    "SynchronousSchedule",
     "UnseenClasses",
     "WeightProjection",
 ]
@@ -56,6 +59,7 @@ ActivationRoot: TypeAlias = Literal["minus", "plus"]
 AttackNorm: TypeAlias = Literal["linf", "l2", "l2_per_channel"]
 ChannelTies: TypeAlias = Literal["max", "min", "union"]
 ClassAverage: TypeAlias = Literal["ema", "cumulative"]
+Direction: TypeAlias = Literal["forward", "backward"]  # of what crosses a boundary between stages
 GateGradients: TypeAlias = Literal["mpmg", "mnmg"]
 Implementation: TypeAlias = Literal["xla", "pallas_gpu", "pallas_tpu"]
 InitializerKind: TypeAlias = Literal[
@@ -77,6 +81,8 @@ QuadraticTruncation: TypeAlias = Literal["distance", "cost"]
 ReductionSolver: TypeAlias = Literal["cg", "woodbury", "projection"]
 Rounding: TypeAlias = Literal["argmin", "sequential"]
 SGMVariant: TypeAlias = Literal["messages", "path_costs"]
+Schedule: TypeAlias = Literal["gpipe", "1f1b", "circular", "async"]
 ShapeScaling: TypeAlias = Literal["width", "spectral", "rms"]
+SynchronousSchedule: TypeAlias = Literal["gpipe", "1f1b", "circular"]
 UnseenClasses: TypeAlias = Literal["global_mean", "zero"]
 WeightProjection: TypeAlias = Literal["softmax", "sparsemax", "argmax", "tanh", "round"]

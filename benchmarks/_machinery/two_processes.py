@@ -108,7 +108,7 @@ class _Worker:
                 pipe = parallel.synchronous_pipeline(*common, M, schedule=name, remat=not keep)
             put = lambda at: parallel.shard_batch(self.mesh, tuple(of_all[at : at + n] for of_all in self.tokens))
             state, batches = pipe.init(self.stages), [put(at) for at in range(0, count, n)]
-            hlo = pipe.step.lower(state, *batches[0]).compile().as_text()
+            hlo = pipe.lower(state, *batches[0]).compile().as_text()
             self.running[schedule] = [pipe, state, batches, communication.collectives(hlo)]
         pipe, state, batches, sent = self.running[schedule]
         began = time.perf_counter()

@@ -65,7 +65,7 @@ def coded_pipeline(
         backward_hook=parallel.boundaries.codec_hook(coding.backward),
     )
     arguments = pipe.init(stages), *parallel.shard_batch(mesh, (inputs, targets))
-    return pipe.step.lower(*arguments).compile(), arguments
+    return pipe.lower(*arguments).compile(), arguments
 
 
 def message_bytes(coding: Coding, tokens: tuple[int, int], width: int, dtype: str = "float32") -> tuple[int, int]:

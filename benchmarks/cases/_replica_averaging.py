@@ -123,7 +123,7 @@ def averaging_records(config: models.GPTConfig, P: int, examples: int, options: 
         if options.quick and what not in ("nothing", "sparse ema"):
             continue
         pipe, arguments = mesh_pipeline(config, P, D, examples, exchange)
-        compiled = pipe.step.lower(*arguments).compile()
+        compiled = pipe.lower(*arguments).compile()
         per_slot, rest = divmod(reduced_bytes(compiled, P, D), COUNT * slots)
         kept = state_bytes(pipe, arguments[0])
         memory = compiled.memory_analysis()

@@ -137,7 +137,7 @@ def _update(P: int, options: Options) -> list[Record]:
 
 def _memory(pipe: parallel.pipelines.Pipeline, arguments: tuple[Any, ...], P: int, options: Options) -> None:
     """Bytes of a stage by the compiled program, against P versions, two moments and P inputs in flight."""
-    compiled = pipe.step.lower(*arguments).compile()
+    compiled = pipe.lower(*arguments).compile()
     state = arguments[0]
     of_device = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) // P
     weights = of_device(state.versions) // P

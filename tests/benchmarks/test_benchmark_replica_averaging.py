@@ -17,7 +17,7 @@ def test_a_compiled_exchange_sends_its_numbers_in_both_slots(monkeypatch):
     packed = replica_averaging.packed_shapes(config, 2)
     exchange = replica_averaging.exchanges(packed)["diloco"]
     pipe, arguments = replica_averaging.mesh_pipeline(config, 2, 2, 2, exchange)
-    compiled = pipe.step.lower(*arguments).compile()
+    compiled = pipe.lower(*arguments).compile()
     both_slots = 2 * replica_averaging.COUNT
     assert replica_averaging.reduced_bytes(compiled, 2, 2) == both_slots * 4 * exchange.reduced
     assert replica_averaging.state_bytes(pipe, arguments[0]) == 4 * exchange.kept

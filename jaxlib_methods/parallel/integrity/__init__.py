@@ -8,6 +8,7 @@ from jaxlib_methods.parallel.integrity import (
 )
 from jaxlib_methods.parallel.integrity.attacks import Attack as Attack
 from jaxlib_methods.parallel.integrity.sentinel import (
+    find_verifiers as find_verifiers,
     guard_model as guard_model,
     share_bans as share_bans,
     verification_hook as verification_hook,
@@ -28,6 +29,7 @@ __all__ = [
     "aggregation",
     "attacks",
     "distances",
+    "find_verifiers",
     "guard_model",
     "init_verifier",
     "share_bans",

@@ -10,11 +10,13 @@ receive, or else a second malicious worker could use what nobody tests; 1/2 says
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods import trees
+from jaxlib_methods._core import checks
 from jaxlib_methods.parallel.integrity.attacks import Attack, AttackState, check_attacks, init_attacks, tamper
 from jaxlib_methods.parallel.integrity.distances import expand_reference, message_summary
 from jaxlib_methods.parallel.integrity.verification import (
@@ -23,18 +25,26 @@ from jaxlib_methods.parallel.integrity.verification import (
     init_verifier,
     verify_summaries,
 )
-from jaxlib_methods.parallel.pipelines.hooks import BoundaryHook, HookInfo
+from jaxlib_methods.parallel.pipelines.base import Pipeline
+from jaxlib_methods.parallel.pipelines.hooks import BoundaryHook, EndStates, HookInfo, HookStates
 from jaxlib_methods.parallel.pipelines.layout import SPEC
 from jaxlib_methods.parallel.pipelines.mesh import mesh_sizes
 from jaxlib_methods.parallel.pipelines.stages import StageModel, differentiable
+from jaxlib_methods.typing import Direction, PyTree
 
 __all__ = [
+    "find_verifiers",
     "guard_model",
     "share_bans",
     "verification_hook",
 ]
 
-PyTree = Any
+
+class VerificationState(NamedTuple):
+    """State of a `verification_hook` at one end of a boundary, on one device."""
+
+    verifier: VerifierState | None
+    attack: AttackState  # of the worker that sends to this device
 
 
 def guard_model(model: StageModel) -> StageModel:
@@ -86,9 +96,9 @@ _weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
 def verification_hook(
-    options: VerifierConfig | None,
+    config: VerifierConfig | None,
     mesh: jax.sharding.Mesh,
-    direction: str,
+    direction: Direction,
     *,
     key: jax.Array,
     attacks: Sequence[Attack] = (),
@@ -102,14 +112,14 @@ def verification_hook(
     messages can lie beyond fences of an earlier one: leave them out then.
 
     Args:
-      options: of the verifiers; None: there are none, and the attacks go through.
+      config: of the verifiers; None: there are none, and the attacks go through.
       mesh: of the pipeline.
       direction: "forward" for its `forward_hook`, "backward" for its `backward_hook`.
       key: typed key of the projections, which all verifiers share, and of the attacks.
       attacks: what malicious workers do; the steps of an attack are messages of its worker.
 
     Returns:
-      The hook. Its states hold a `VerifierState` on each device, where `trees.find_states` finds it.
+      The hook; `find_verifiers` finds its `VerifierState`s.
 
     Raises:
       ValueError: for an unknown direction, and attacks on workers that do not exist.
@@ -120,21 +130,20 @@ def verification_hook(
 
     Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
     """
-    if direction not in ("forward", "backward"):
-        raise ValueError(f"direction must be 'forward' or 'backward', got {direction!r}")
+    checks.one_of(Direction, direction=direction)
     stages, replicas = mesh_sizes(mesh)
     attacks = check_attacks(attacks, stages, replicas)
     from_stage = -1 if direction == "forward" else 1  # the sender, seen from the receiver
 
-    def init(shapes: PyTree) -> tuple[VerifierState | None, AttackState]:
+    def init(shapes: PyTree) -> VerificationState:
         (x, _), _ = _pair(shapes)
-        verifier = None if options is None else init_verifier(options, replicas, x.shape, key)
-        return verifier, init_attacks(attacks, x)
+        verifier = None if config is None else init_verifier(config, replicas, x.shape, key)
+        return VerificationState(verifier, init_attacks(attacks, x))
 
-    def send(x: PyTree, state: PyTree, info: HookInfo) -> tuple[PyTree, PyTree]:
+    def send(x: PyTree, state: VerificationState, info: HookInfo) -> tuple[PyTree, VerificationState]:
         return x, state
 
-    def receive(message: PyTree, state: PyTree, info: HookInfo) -> tuple[PyTree, PyTree]:
+    def receive(message: PyTree, state: VerificationState, info: HookInfo) -> tuple[PyTree, VerificationState]:
         ((x, weight), put_back), (verifier, attack) = _pair(message), state
         replica = jax.lax.axis_index("data")
         sender = info.stage + from_stage
@@ -150,69 +159,83 @@ def verification_hook(
             direction=direction,
             banned=banned,
             verifier=verifier,
-            reduce_axes=(0,) if options is None else options.reduce_axes,
+            reduce_axes=(0,) if config is None else config.reduce_axes,
         )
         if verifier is not None:
             tainted = weight[0] == 0 if direction == "forward" else weight[0] > 0
-            summary = message_summary(x, options.reduce_axes)
+            summary = message_summary(x, config.reduce_axes)
             gathered = jax.lax.all_gather((summary, tainted), "data")
             reference = verifier.reference
-            verifier, accept = verify_summaries(verifier, *gathered, options)
+            verifier, accept = verify_summaries(verifier, *gathered, config)
             accept = accept[replica]
-            x = jnp.where(accept, x, expand_reference(reference, x.shape, options.reduce_axes).astype(x.dtype))
+            x = jnp.where(accept, x, expand_reference(reference, x.shape, config.reduce_axes).astype(x.dtype))
             if direction == "backward":
                 x = jnp.where(weight[0] == 1, jnp.zeros_like(x), x)
             weight = jnp.where(accept, weight, 0.0 if direction == "forward" else jnp.maximum(weight, 0.5))
-        return put_back(x, weight), (verifier, attack)
+        return put_back(x, weight), VerificationState(verifier, attack)
 
-    def transform(state: PyTree, matrix: jax.Array) -> PyTree:
-        verifier, attack = state
-        if verifier is not None:
-            matrix = matrix.astype(jnp.float32)
-            moved = jnp.matmul(verifier.reference, matrix, precision="highest")
-            # (x T) (T^-1 w) = x w: the sliced distance is what it was.
-            verifier = verifier._replace(reference=moved, projections=jnp.linalg.solve(matrix, verifier.projections))
-        return verifier, attack
+    def transform(state: VerificationState, matrix: jax.Array) -> VerificationState:
+        if (verifier := state.verifier) is None:
+            return state
+        matrix = matrix.astype(jnp.float32)
+        moved = jnp.matmul(verifier.reference, matrix, precision="highest")
+        # (x T) (T^-1 w) = x w: the sliced distance is what it was.
+        projections = jnp.linalg.solve(matrix, verifier.projections)
+        return state._replace(verifier=verifier._replace(reference=moved, projections=projections))
 
     return BoundaryHook(init, send, receive, transform)
 
 
-def share_bans(state: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+def find_verifiers(pipe: Pipeline, state: PyTree) -> dict[Direction, VerifierState]:
+    """The verifiers in the state of a pipeline, each at the receiving end of its boundary.
+
+    Args:
+      pipe: with a `verification_hook` in one direction or both, alone or in a chain of hooks.
+      state: of the pipeline.
+
+    Returns:
+      Direction -> the verifiers [P, D, ...] that watch messages in it; only those that there are.
+    """
+    found = {}
+    for direction, ends in pipe.hook_states(state)._asdict().items():
+        verifiers = trees.find_states(None if ends is None else ends.receiving, VerifierState)
+        if verifiers:
+            (found[direction],) = verifiers
+    return found
+
+
+def share_bans(pipe: Pipeline, state: PyTree) -> PyTree:
     """Tells the verifiers on both sides of a worker what either of them has decided.
 
     A worker of a stage is watched by the verifier behind it, for activations, and by the one before it, for gradients;
-    in a step neither knows of the other. Without this, who is banned for activations goes on to send bad gradients.
-    Call it between steps, as whoever replaces workers would.
+    in a step neither knows of the other. Without this, a worker that is banned for activations goes on to send bad
+    gradients. Call it between steps, as whoever replaces workers would.
 
     Args:
-      state: of a pipeline with `verification_hook`s in both directions.
-      mesh: of the pipeline.
+      pipe: with `verification_hook`s in both directions.
+      state: of the pipeline.
 
     Returns:
       The state; counters of bans are the larger ones.
 
     Raises:
-      ValueError: for a state without verifiers in both directions.
-
-    Example:
-      >>> from jaxlib_methods.parallel import make_mesh
-      >>> share_bans({}, make_mesh(1))
-      Traceback (most recent call last):
-      ValueError: bans are shared between verifiers of both directions, and the state has 0 ends of boundaries, not 4
+      ValueError: for a pipeline without verifiers in both directions.
     """
-    is_verifier = lambda node: isinstance(node, VerifierState)
-    leaves, structure = jax.tree.flatten(state, is_leaf=is_verifier)
-    ends = [i for i, leaf in enumerate(leaves) if is_verifier(leaf)]
-    if len(ends) != 4:
-        raise ValueError(
-            "bans are shared between verifiers of both directions, and the state has "
-            f"{len(ends)} ends of boundaries, not 4"
-        )
-    forward, backward = ends[1], ends[3]  # the receiving ends
-    bans = _share(mesh, leaves[forward].bans, leaves[backward].bans)
-    for end, shared in zip((forward, backward), bans, strict=True):
-        leaves[end] = leaves[end]._replace(bans=shared)
-    return structure.unflatten(leaves)
+    found = find_verifiers(pipe, state)
+    if set(found) != {"forward", "backward"}:
+        raise ValueError(f"bans are shared between verifiers of both directions, the pipeline has {sorted(found)}")
+    forward, backward = _share(pipe.layout.mesh, found["forward"].bans, found["backward"].bans)
+
+    def told(ends: EndStates, bans: jax.Array) -> EndStates:
+        tell = lambda node: node._replace(bans=bans) if _is_verifier(node) else node
+        return ends._replace(receiving=jax.tree.map(tell, ends.receiving, is_leaf=_is_verifier))
+
+    hooks = pipe.hook_states(state)
+    return pipe.with_hook_states(state, HookStates(told(hooks.forward, forward), told(hooks.backward, backward)))
+
+
+def _is_verifier(node: Any) -> bool:
+    return isinstance(node, VerifierState)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from jaxlib_methods.parallel.pipelines import stages as stages_
-from jaxlib_methods.parallel.pipelines.hooks import BoundaryHook, HookInfo, zeros
+from jaxlib_methods.parallel.pipelines.hooks import BoundaryHook, EndStates, HookInfo, HookStates, zeros
 from jaxlib_methods.parallel.pipelines.mesh import AXES
 from jaxlib_methods.parallel.pipelines.packing import Packed, Packing
 from jaxlib_methods.parallel.pipelines.schedules import Phase, Slot
@@ -33,7 +33,7 @@ class Traffic(NamedTuple):
     kept: PyTree  # [depth, ...] like x: inputs of the stage whose B is still to come, micro-batch m in slot m mod depth
     x: PyTree  # activations that arrived in the last slot
     cotangent: list[jax.Array]  # cotangents that arrived in the last slot
-    hooks: PyTree  # ((sending, receiving) of forward boundaries, the same of backward ones); () without hooks
+    hooks: HookStates  # at the boundaries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Program:
         """An empty pipe."""
         ring = jax.tree.map(lambda leaf: jnp.zeros((depth, *leaf.shape), leaf.dtype), self.x)
         crossing = (self.x, self.cotangents())
-        hooks = tuple(
-            () if hook is None else (hook.init(what), hook.init(what))
+        hooks = (
+            None if hook is None else EndStates(hook.init(what), hook.init(what))
             for hook, what in zip(self.hooks, crossing, strict=True)
         )
-        return Traffic(ring, zeros(self.x), zeros(self.cotangents()), hooks)
+        return Traffic(ring, zeros(self.x), zeros(self.cotangents()), HookStates(*hooks))
 
 
 class Done(NamedTuple):
@@ -188,23 +188,23 @@ def run_slot(
         pairs = [(j, j - 1) for j in range(1, P) if not slot.forward[j]]
         out_cotangent, hooks[1] = _transfer(program.hooks[1], hooks[1], cotangent, traffic.cotangent, pairs, info)
     done = Done(loss, done_grads, safe, active & ~jnp.array(slot.forward)[stage])
-    return Traffic(kept, out_x, out_cotangent, tuple(hooks)), done
+    return Traffic(kept, out_x, out_cotangent, HookStates(*hooks)), done
 
 
 def _transfer(
     hook: BoundaryHook | None,
-    state: PyTree,
+    states: EndStates | None,
     value: PyTree,
     inbox: PyTree,
     pairs: list[tuple[int, int]],
     info: tuple[jax.Array, jax.Array, jax.Array],
-) -> tuple[PyTree, PyTree]:
-    """Sends `value` along the pairs; (what has arrived, state of the hooks)."""
+) -> tuple[PyTree, EndStates | None]:
+    """Sends `value` along the pairs; (what has arrived, states of the hook)."""
     if not pairs:
-        return inbox, state
+        return inbox, states
     cross = lambda tree: jax.tree.map(lambda leaf: _permute(leaf, pairs), tree)
     if hook is None:
-        return vary(cross(value)), state
+        return vary(cross(value)), states
     stage, microbatches, exist = info
     source = np.arange(len(microbatches))
     sends, receives = np.zeros(len(microbatches), bool), np.zeros(len(microbatches), bool)
@@ -213,10 +213,11 @@ def _transfer(
     origin = jnp.asarray(source)[stage]
     sending = HookInfo(stage, microbatches[stage], exist[stage] & jnp.asarray(sends)[stage])
     receiving = HookInfo(stage, microbatches[origin], exist[origin] & jnp.asarray(receives)[stage])
-    message, sender = hook.send(value, state[0], sending)
-    arrived, receiver = hook.receive(cross(message), state[1], receiving)
+    message, sender = hook.send(value, states.sending, sending)
+    arrived, receiver = hook.receive(cross(message), states.receiving, receiving)
     arrived = jax.tree.map(lambda new, like: new.astype(like.dtype), arrived, inbox)
-    return vary(arrived), (select(sending.active, sender, state[0]), select(receiving.active, receiver, state[1]))
+    ends = select(sending.active, sender, states.sending), select(receiving.active, receiver, states.receiving)
+    return vary(arrived), EndStates(*ends)
 
 
 def _permute(leaf: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:

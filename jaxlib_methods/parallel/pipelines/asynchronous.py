@@ -14,28 +14,30 @@ P versions are what stage 0 needs, w^(m - P + 1)..w^(m), the newest one included
 one program the rings of all stages have one size.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxlib_methods.parallel.pipelines import _engine as engine
+from jaxlib_methods.parallel.pipelines._device import expand, squeeze
 from jaxlib_methods.parallel.pipelines._engine import Traffic, read, write
-from jaxlib_methods.parallel.pipelines.base import Losses, Pipeline, expand, local_program, replacing, squeeze
-from jaxlib_methods.parallel.pipelines.hooks import BoundaryHook, DataHook, HookInfo
+from jaxlib_methods.parallel.pipelines.base import REPLICATED, Losses, Parts, Pipeline
+from jaxlib_methods.parallel.pipelines.hooks import BoundaryHook, DataHook, HookInfo, HookStates
 from jaxlib_methods.parallel.pipelines.layout import SPEC, Layout, Optimizer
 from jaxlib_methods.parallel.pipelines.packing import Packed
 from jaxlib_methods.parallel.pipelines.schedules import Slot, one_forward_one_backward
 from jaxlib_methods.parallel.pipelines.stages import StageModel, StageTree
+from jaxlib_methods.typing import PyTree
 
 __all__ = [
+    "AsynchronousPipeline",
     "AsynchronousState",
     "asynchronous_pipeline",
 ]
-
-PyTree = Any
 
 
 class AsynchronousState(NamedTuple):
@@ -48,6 +50,151 @@ class AsynchronousState(NamedTuple):
     data_hook: PyTree  # state of the hook on the data axis
     fed: jax.Array  # int32 [P, D]: micro-batches since the pipe was filled
     updates: jax.Array  # int32 [P, D]: optimizer steps of the stage in all
+
+
+class _Carry(NamedTuple):
+    """What slots hand on, on one device."""
+
+    versions: Packed
+    opt_state: Packed
+    traffic: Traffic
+    feed: tuple[PyTree, PyTree]
+    data_hook: PyTree
+    grads: Packed
+    updates: jax.Array
+
+
+class AsynchronousPipeline(Pipeline):
+    """A pipeline that stays full: `step` feeds it, `drain` empties it; `asynchronous_pipeline` makes it.
+
+    Args:
+      parts: what it is made of.
+      depth: versions of the parameters that are kept.
+      predict_backward: (optimizer state, newest parameters) -> parameters of the backward pass, or None.
+    """
+
+    def __init__(
+        self, parts: Parts, *, depth: int, predict_backward: Callable[[PyTree, StageTree], StageTree] | None = None
+    ):
+        self.depth, self.predict_backward = depth, predict_backward
+        super().__init__(parts)
+        self._drain_jit = self._on_mesh(self._drain, (SPEC,), (SPEC, REPLICATED), donate_argnums=0)
+
+    def drain(self, state: AsynchronousState) -> tuple[AsynchronousState, Losses]:
+        """Finishes what is in flight; the state, which is donated, can be fed again or saved as a `snapshot`."""
+        return self._drain_jit(state)
+
+    def hook_states(self, state: AsynchronousState) -> HookStates:
+        return state.traffic.hooks
+
+    def with_hook_states(self, state: AsynchronousState, hooks: HookStates) -> AsynchronousState:
+        return state._replace(traffic=state.traffic._replace(hooks=hooks))
+
+    def _with_trained(self, state: AsynchronousState, fresh: AsynchronousState) -> AsynchronousState:
+        return state._replace(versions=fresh.versions, opt_state=fresh.opt_state)
+
+    def _start(self, params: Packed, opt_state: Packed) -> AsynchronousState:
+        P, zero = self.layout.num_stages, jnp.zeros((), jnp.int32)
+        params, opt_state = squeeze((params, opt_state))
+        versions = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.depth, *leaf.shape)), params)
+        feed = jax.tree.map(lambda leaf: jnp.zeros((P, *leaf.shape), leaf.dtype), self._local_batch)
+        traffic, data_hook = self._program.start(P), self._start_data_hook(params)
+        return expand(engine.vary(AsynchronousState(versions, opt_state, traffic, feed, data_hook, zero, zero)))
+
+    def _current(self, state: AsynchronousState) -> tuple[Packed, Packed, jax.Array]:
+        state, P = squeeze(state), self.layout.num_stages
+        made = jnp.maximum(state.fed - P + 1 + jax.lax.axis_index("stage") // 2, 0)  # B in slots before 2 fed
+        return expand(engine.vary((self._version(state.versions, made), state.opt_state, state.fed)))
+
+    def _step(self, state: AsynchronousState, inputs: PyTree, targets: PyTree) -> tuple[AsynchronousState, Losses]:
+        state, losses = self._run(squeeze(state), (inputs, targets), len(jax.tree.leaves(inputs)[0]))
+        return expand(engine.vary(state)), losses
+
+    def _drain(self, state: AsynchronousState) -> tuple[AsynchronousState, Losses]:
+        state, losses = self._run(squeeze(state), None, self.layout.num_stages - 1)
+        newest = jax.tree.map(lambda ring: write(ring, read(ring, state.fed % self.depth), 0), state.versions)
+        return expand(engine.vary(state._replace(versions=newest, fed=jnp.zeros_like(state.fed)))), losses
+
+    def _run(
+        self, state: AsynchronousState, batches: tuple[PyTree, PyTree] | None, repetitions: int
+    ) -> tuple[AsynchronousState, Losses]:
+        """Repeats the two slots; without batches the pipe runs dry."""
+        P, begin = self.layout.num_stages, state.fed
+        pattern = one_forward_one_backward(P, repetitions)
+
+        def body(slot: Slot, i: jax.Array, carry: _Carry) -> tuple[_Carry, jax.Array]:
+            k = begin + i
+            if batches is not None and slot is pattern.slots[0]:
+                put = lambda ring, new: write(ring, read(new, i), k % P)
+                carry = carry._replace(feed=jax.tree.map(put, carry.feed, batches))
+            return self._slot(slot, k, begin if batches is None else k + 1, carry)
+
+        grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.layout.params.shapes)
+        carry, (loss,) = engine.run_phases((pattern,), body, _Carry(*state[:5], grads, state.updates))
+        k = begin + jnp.arange(repetitions, dtype=jnp.int32)
+        fed = begin if batches is None else begin + repetitions
+        finished = jnp.where((k >= P // 2) & (k - P // 2 < fed), k - P // 2, -1)
+        # Equal on all devices, which a maximum says in a way that the type of the result shows.
+        losses = Losses(jax.lax.pmean(jax.lax.psum(loss, "stage"), "data"), jax.lax.pmax(finished, engine.AXES))
+        return AsynchronousState(*carry[:5], fed, carry.updates), losses
+
+    def _slot(self, slot: Slot, k: jax.Array, limit: jax.Array, carry: _Carry) -> tuple[_Carry, jax.Array]:
+        """A slot of the schedule, and the updates of the stages that worked backward in it."""
+        layout, P = self.layout, self.layout.num_stages
+
+        def forward_tree(kind: int, m: jax.Array) -> StageTree:
+            delay = P - 1 - jax.lax.axis_index("stage")
+            return layout.params.unpack(kind, self._version(carry.versions, jnp.maximum(m - delay, 0)))
+
+        def backward_tree(kind: int, m: jax.Array) -> StageTree:
+            if self.predict_backward is None:
+                return forward_tree(kind, m)
+            return self.predict_backward(layout.opt_state.unpack(kind, carry.opt_state), forward_tree(kind, m))
+
+        feed = lambda m: jax.tree.map(lambda ring: read(ring, m % P), carry.feed)
+        traffic, done = engine.run_slot(
+            self._program, slot, k, limit, carry.traffic, carry.grads, forward_tree, backward_tree, feed,
+            accumulate=False,
+        )  # fmt: skip
+        carry = carry._replace(traffic=traffic)
+        if all(slot.forward):
+            return carry, done.loss
+        carry = self._update(slot, carry._replace(grads=done.grads), done.microbatch, done.worked_backward)
+        return carry._replace(updates=carry.updates + done.worked_backward.astype(jnp.int32)), done.loss
+
+    def _update(self, slot: Slot, carry: _Carry, m: jax.Array, worked: jax.Array) -> _Carry:
+        """The optimizer step of the stages that worked backward, version m + 1 beside version m; then the data hook."""
+        layout, grads = self.layout, self._averaged(carry.grads)
+        stage = jax.lax.axis_index("stage")
+
+        def step(kind: int) -> tuple[Packed, Packed]:
+            params, state = engine.update_stage(
+                layout.optimizer(jax.lax.axis_index("stage")),
+                layout.params.unpack(kind, self._version(carry.versions, m)),
+                layout.opt_state.unpack(kind, carry.opt_state),
+                layout.params.unpack(kind, grads),
+            )
+            params, state = layout.params.pack(kind, params), layout.opt_state.pack(kind, state)
+            put = lambda ring, leaf: write(ring, leaf, (m + 1) % self.depth)
+            return engine.vary((jax.tree.map(put, carry.versions, params), state))
+
+        backward = [not forward for forward in slot.forward]
+        kinds = sorted({kind for kind, works in zip(layout.kind_of, backward, strict=True) if works})
+        index = [kinds.index(kind) + 1 if works else 0 for kind, works in zip(layout.kind_of, backward, strict=True)]
+        branches = [lambda: (carry.versions, carry.opt_state), *[functools.partial(step, kind) for kind in kinds]]
+        chosen = jnp.where(worked, jnp.array(index, jnp.int32)[stage], 0)
+        versions, opt_state = jax.lax.switch(chosen, branches)
+        data_hook = carry.data_hook
+        if self.data_hook is not None:
+            info, params = HookInfo(stage, m, worked), self._version(versions, m + 1)
+            applied = self.data_hook.apply(params, data_hook, info)
+            changed, data_hook = engine.select(info.active, applied, (params, data_hook))
+            put = lambda ring, new, old: ring if new is old else write(ring, new, (m + 1) % self.depth)
+            versions = jax.tree.map(put, versions, changed, params)
+        return carry._replace(versions=versions, opt_state=opt_state, data_hook=data_hook)
+
+    def _version(self, versions: Packed, number: jax.Array) -> Packed:
+        return jax.tree.map(lambda ring: read(ring, number % self.depth), versions)
 
 
 def asynchronous_pipeline(
@@ -63,7 +210,7 @@ def asynchronous_pipeline(
     forward_hook: BoundaryHook | None = None,
     backward_hook: BoundaryHook | None = None,
     data_hook: DataHook | None = None,
-) -> Pipeline:
+) -> AsynchronousPipeline:
     """Asynchronous 1F1B with delays of exactly P - 1 - j updates on stage j.
 
     `step` takes n micro-batches into the pipe and leaves it full; `drain` finishes what is in flight. Stages recompute
@@ -112,137 +259,6 @@ def asynchronous_pipeline(
     """
     if stash and predict_backward is not None:
         raise ValueError("predict_backward replaces the stash; pass stash=False, or leave it out")
-    layout = Layout(mesh, stages, optimizer, repeats=1)
-    program, local = local_program(layout, model, batch, (forward_hook, backward_hook))
-    P, D = layout.num_stages, layout.num_replicas
-    depth = P if stash else 1
-
-    def start(params: Packed, opt_state: Packed) -> AsynchronousState:
-        params, opt_state = squeeze((params, opt_state))
-        versions = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (depth, *leaf.shape)), params)
-        feed = jax.tree.map(lambda leaf: jnp.zeros((P, *leaf.shape), leaf.dtype), local)
-        of_hook = () if data_hook is None else data_hook.init(params)
-        zero = jnp.zeros((), jnp.int32)
-        return expand(engine.vary(AsynchronousState(versions, opt_state, program.start(P), feed, of_hook, zero, zero)))
-
-    def version_of(m: jax.Array) -> jax.Array:
-        delay = P - 1 - jax.lax.axis_index("stage")
-        return jnp.maximum(m - delay, 0) % depth
-
-    def newest(versions: Packed, number: jax.Array) -> Packed:
-        return jax.tree.map(lambda ring: read(ring, number % depth), versions)
-
-    def update(slot: Slot, versions: Packed, opt_state: Packed, grads: Packed, m: jax.Array, worked: jax.Array) -> Any:
-        """The optimizer step of the stages that worked backward: version m + 1 beside version m."""
-
-        def step(kind: int) -> tuple[Packed, Packed]:
-            optimizer = layout.optimizer(jax.lax.axis_index("stage"))
-            params, state = engine.update_stage(
-                optimizer,
-                layout.params.unpack(kind, newest(versions, m)),
-                layout.opt_state.unpack(kind, opt_state),
-                layout.params.unpack(kind, grads),
-            )
-            params, state = layout.params.pack(kind, params), layout.opt_state.pack(kind, state)
-            ring = jax.tree.map(lambda ring, leaf: write(ring, leaf, (m + 1) % depth), versions, params)
-            return engine.vary((ring, state))
-
-        backward = [not forward for forward in slot.forward]
-        kinds = sorted({kind for kind, works in zip(layout.kind_of, backward, strict=True) if works})
-        index = [kinds.index(kind) + 1 if works else 0 for kind, works in zip(layout.kind_of, backward, strict=True)]
-        branches = [lambda: (versions, opt_state), *[lambda kind=kind: step(kind) for kind in kinds]]
-        chosen = jnp.where(worked, jnp.array(index, jnp.int32)[jax.lax.axis_index("stage")], 0)
-        return jax.lax.switch(chosen, branches)
-
-    def run(state: AsynchronousState, batches: tuple[PyTree, PyTree] | None, repetitions: int) -> Any:
-        """Repeats the two slots; without batches the pipe runs dry."""
-        state = squeeze(state)
-        begin = state.fed
-
-        def body(slot: Slot, i: jax.Array, carry: Any) -> tuple[Any, jax.Array]:
-            versions, opt_state, traffic, feed, of_hook, grads, updates = carry
-            k = begin + i
-            if batches is not None and slot is pattern.slots[0]:
-                feed = jax.tree.map(lambda ring, new: write(ring, read(new, i), k % P), feed, batches)
-            tree_of = lambda kind, m: layout.params.unpack(kind, newest(versions, version_of(m)))
-
-            def backward_tree(kind: int, m: jax.Array) -> StageTree:
-                if predict_backward is None:
-                    return tree_of(kind, m)
-                return predict_backward(layout.opt_state.unpack(kind, opt_state), tree_of(kind, m))
-
-            traffic, done = engine.run_slot(
-                program,
-                slot,
-                k,
-                begin if batches is None else k + 1,
-                traffic,
-                grads,
-                tree_of,
-                backward_tree,
-                lambda m: jax.tree.map(lambda ring: read(ring, m % P), feed),
-                accumulate=False,
-            )
-            if P > 1 or slot is pattern.slots[1]:
-                grads = averaged = done.grads
-                if average_gradients and D > 1:
-                    averaged = engine.vary(jax.tree.map(lambda g: jax.lax.pmean(g, "data"), grads))
-                m = done.microbatch
-                versions, opt_state = update(slot, versions, opt_state, averaged, m, done.worked_backward)
-                if data_hook is not None:
-                    info = HookInfo(jax.lax.axis_index("stage"), m, done.worked_backward)
-                    params = newest(versions, m + 1)
-                    changed, of_hook = engine.select(
-                        info.active, data_hook.apply(params, of_hook, info), (params, of_hook)
-                    )
-                    back = lambda ring, new, old: ring if new is old else write(ring, new, (m + 1) % depth)
-                    versions = jax.tree.map(back, versions, changed, params)
-                updates += done.worked_backward.astype(jnp.int32)
-            return (versions, opt_state, traffic, feed, of_hook, grads, updates), done.loss
-
-        pattern = one_forward_one_backward(P, repetitions)
-        grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), layout.params.shapes)
-        carry = (*state[:5], grads, state.updates)
-        (*rest, _, updates), (loss,) = engine.run_phases((pattern,), body, carry)
-        k = begin + jnp.arange(repetitions, dtype=jnp.int32)
-        fed = begin if batches is None else begin + repetitions
-        finished = jnp.where((k >= P // 2) & (k - P // 2 < fed), k - P // 2, -1)
-        # Equal on all devices, which a maximum says in a way that the type of the result shows.
-        losses = Losses(jax.lax.pmean(jax.lax.psum(loss, "stage"), "data"), jax.lax.pmax(finished, engine.AXES))
-        return AsynchronousState(*rest, fed, updates), losses
-
-    def step(state: AsynchronousState, inputs: PyTree, targets: PyTree) -> tuple[AsynchronousState, Losses]:
-        state, losses = run(state, (inputs, targets), len(jax.tree.leaves(inputs)[0]))
-        return expand(engine.vary(state)), losses
-
-    def drain(state: AsynchronousState) -> tuple[AsynchronousState, Losses]:
-        state, losses = run(state, None, P - 1)
-        ring = jax.tree.map(lambda ring: write(ring, read(ring, state.fed % depth), 0), state.versions)
-        return expand(engine.vary(state._replace(versions=ring, fed=jnp.zeros_like(state.fed)))), losses
-
-    def current(state: AsynchronousState) -> tuple[Packed, Packed, jax.Array]:
-        """Newest parameters, optimizer state, micro-batches in flight."""
-        state = squeeze(state)
-        made = jnp.maximum(state.fed - P + 1 + jax.lax.axis_index("stage") // 2, 0)  # B in slots before 2 fed
-        return expand(engine.vary((newest(state.versions, made), state.opt_state, state.fed)))
-
-    shard_map = lambda f, inputs, outputs: jax.shard_map(f, mesh=mesh, in_specs=inputs, out_specs=outputs)
-    feed = PartitionSpec(None, "data")
-    out = (SPEC, PartitionSpec())
-    return Pipeline(
-        layout=layout,
-        batch=batch,
-        start=jax.jit(shard_map(start, (SPEC, SPEC), SPEC)),
-        current=jax.jit(shard_map(current, (SPEC,), SPEC)),
-        step=jax.jit(shard_map(step, (SPEC, feed, feed), out), donate_argnums=0),
-        replaced=replacing(
-            layout,
-            (forward_hook, backward_hook),
-            data_hook,
-            lambda fresh, old, hooks: old._replace(
-                versions=fresh.versions, opt_state=fresh.opt_state, traffic=old.traffic._replace(hooks=hooks)
-            ),
-            lambda state: state.traffic.hooks,
-        ),
-        drain=jax.jit(shard_map(drain, (SPEC,), out), donate_argnums=0),
-    )
+    layout, hooks = Layout(mesh, stages, optimizer, repeats=1), (forward_hook, backward_hook)
+    parts = Parts(layout, model, batch, hooks, data_hook, average_gradients)
+    return AsynchronousPipeline(parts, depth=layout.num_stages if stash else 1, predict_backward=predict_backward)

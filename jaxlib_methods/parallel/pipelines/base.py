@@ -1,6 +1,6 @@
-"""What synchronous and asynchronous pipelines share: their object, and the local view of a device."""
+"""What synchronous and asynchronous pipelines share: the host's view of their state."""
 
-import dataclasses
+import abc
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,19 +8,21 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxlib_methods.parallel.pipelines import stages as stages_
-from jaxlib_methods.parallel.pipelines._engine import Program, vary
-from jaxlib_methods.parallel.pipelines.hooks import BoundaryHook, DataHook, transformed
+from jaxlib_methods.parallel.pipelines._device import expand, local_program, squeeze
+from jaxlib_methods.parallel.pipelines._engine import vary
+from jaxlib_methods.parallel.pipelines.hooks import BoundaryHook, DataHook, EndStates, HookStates, transformed
 from jaxlib_methods.parallel.pipelines.layout import SPEC, Layout, Snapshot, to_host
 from jaxlib_methods.parallel.pipelines.packing import Packed
 from jaxlib_methods.parallel.pipelines.stages import StageModel, StageTree
+from jaxlib_methods.typing import PyTree
 
 __all__ = [
     "Losses",
     "Pipeline",
 ]
 
-PyTree = Any
+FEED = PartitionSpec(None, "data")  # of micro-batches (n, B, ...)
+REPLICATED = PartitionSpec()
 
 
 class Losses(NamedTuple):
@@ -30,31 +32,41 @@ class Losses(NamedTuple):
     microbatch: jax.Array  # int32 [n]: its number since the pipe was filled; -1 where none was finished
 
 
-@dataclasses.dataclass(frozen=True)
-class Pipeline:
-    """A pipeline over a mesh, from `synchronous_pipeline` or `asynchronous_pipeline`.
-
-    Args:
-      layout: where the state lies.
-      batch: shapes of one micro-batch.
-      start: (parameters, optimizer state), packed -> state.
-      current: state -> newest (parameters, optimizer state), packed, and the micro-batches in flight.
-      step: jitted (state, inputs (n, B, ...), targets (n, B, ...)) -> (state, `Losses`); the state is donated.
-      replaced: (state, fresh state, matrices) -> the fresh one with the states of the hooks of the other.
-      drain: jitted state -> (state, `Losses`): finishes what is in flight; None for synchronous pipelines.
-      value_and_grad: jitted (state, inputs, targets) -> (`Losses`, packed gradients); None for asynchronous ones.
-
-    Example: see `asynchronous_pipeline` and `synchronous_pipeline`.
-    """
+class Parts(NamedTuple):
+    """What a pipeline of either kind is made of."""
 
     layout: Layout
-    batch: tuple[PyTree, PyTree]
-    start: Callable[..., PyTree]
-    current: Callable[..., Any]
-    step: Callable[..., Any]
-    replaced: Callable[..., PyTree]
-    drain: Callable[..., Any] | None = None
-    value_and_grad: Callable[..., Any] | None = None
+    model: StageModel
+    batch: tuple[PyTree, PyTree]  # shapes of one micro-batch of all replicas
+    hooks: tuple[BoundaryHook | None, BoundaryHook | None]  # at the boundaries, forward and backward
+    data_hook: DataHook | None
+    average_gradients: bool
+
+
+class Pipeline(abc.ABC):
+    """A pipeline over a mesh: a `SynchronousPipeline` or an `AsynchronousPipeline`.
+
+    It holds no arrays: its methods take the state of training and return the next one. Methods with an underscore run
+    on each device, on its part of the state.
+
+    Args:
+      parts: what it is made of.
+    """
+
+    def __init__(self, parts: Parts):
+        self.layout, self.data_hook = parts.layout, parts.data_hook
+        self.average_gradients = parts.average_gradients
+        self._program, self._local_batch = local_program(parts.layout, parts.model, parts.batch, parts.hooks)
+        self._start_jit = self._on_mesh(self._start, (SPEC, SPEC), SPEC)
+        self._current_jit = self._on_mesh(self._current, (SPEC,), SPEC)
+        self._step_jit = self._on_mesh(self._step, (SPEC, FEED, FEED), (SPEC, REPLICATED), donate_argnums=0)
+        self._replace_jit = self._on_mesh(self._replace, (SPEC, SPEC, PartitionSpec("stage")), SPEC)
+
+    def _on_mesh(self, function: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> Any:
+        mapped = jax.shard_map(function, mesh=self.layout.mesh, in_specs=inputs, out_specs=outputs)
+        return jax.jit(mapped, **options)
+
+    # ------------------------------------------------------------------------------------------------- on the host
 
     def init(self, stages: Sequence[StageTree]) -> PyTree:
         """State at the start of training.
@@ -69,7 +81,23 @@ class Pipeline:
         if len(stages) != layout.num_stages:
             raise ValueError(f"the pipeline has {layout.num_stages} stages, got the trees of {len(stages)}")
         opt_states = [layout.optimizer(j).init(tree) for j, tree in enumerate(stages)]
-        return self.start(layout.put(layout.params, stages), layout.put(layout.opt_state, opt_states))
+        return self._put([stages], [opt_states])
+
+    def step(self, state: PyTree, inputs: PyTree, targets: PyTree) -> tuple[PyTree, Losses]:
+        """Trains on micro-batches (n, B, ...) from `shard_batch`.
+
+        Returns:
+          (state, losses). The old state is donated: it can no longer be used.
+        """
+        return self._step_jit(state, inputs, targets)
+
+    def lower(self, state: PyTree, inputs: PyTree, targets: PyTree) -> jax.stages.Lowered:
+        """The program of `step`, to be compiled and read by `communication.link_bytes`."""
+        return self._step_jit.lower(state, inputs, targets)
+
+    def current(self, state: PyTree) -> tuple[Packed, Packed, jax.Array]:
+        """Newest parameters and optimizer state, packed [P, D, ...], and the micro-batches in flight."""
+        return self._current_jit(state)
 
     def stages(self, state: PyTree, replica: int = 0) -> list[StageTree]:
         """The newest parameters of a replica as the trees of the stages, NumPy arrays."""
@@ -89,7 +117,7 @@ class Pipeline:
             save the state itself.
         """
         params, opt_state, flight = self.current(state)
-        self._check_drained(flight)
+        _check_drained(flight)
         return self.layout.snapshot(params, opt_state, int(to_host(state.updates).max()), replica)
 
     def restore(self, snapshot: Snapshot) -> PyTree:
@@ -99,8 +127,7 @@ class Pipeline:
           ValueError: for a snapshot of another model or optimizer.
         """
         trees, opt_states = self.layout.restored(snapshot)
-        layout = self.layout
-        state = self.start(layout.put(layout.params, trees), layout.put(layout.opt_state, opt_states))
+        state = self._put([trees], [opt_states])
         return state._replace(updates=state.updates + jax.numpy.asarray(snapshot.updates))
 
     def replace(
@@ -127,17 +154,76 @@ class Pipeline:
           ValueError: for another number of snapshots, those of another model or optimizer, micro-batches in flight, and
             a hook on the data axis that cannot restart.
         """
-        layout, count = self.layout, self.layout.num_replicas
+        count = self.layout.num_replicas
         if len(snapshots) != count:
             raise ValueError(f"snapshots must be one for each of the {count} replicas, got {len(snapshots)}")
-        self._check_drained(self.current(state)[2])
-        trees, opt_states = zip(*map(layout.restored, snapshots), strict=True)
-        fresh = self.start(layout.put(layout.params, *trees), layout.put(layout.opt_state, *opt_states))
-        return self.replaced(state, fresh, None if crossing is None else _at_ends(*crossing))
+        _check_drained(self.current(state)[2])
+        if self.data_hook is not None and self.data_hook.restart is None:
+            raise ValueError(
+                "the hook on the data axis keeps what depends on the old parameters and cannot restart; "
+                "use sparse_averaging or fed_avg, or no transforms"
+            )
+        fresh = self._put(*zip(*map(self.layout.restored, snapshots), strict=True))
+        return self._replace_jit(state, fresh, None if crossing is None else _at_ends(*crossing))
 
-    def _check_drained(self, flight: jax.Array) -> None:
-        if np.any(to_host(flight)):
-            raise ValueError("micro-batches are in flight; drain the pipeline first, or save its state as it is")
+    def _put(self, trees: Sequence[Sequence[StageTree]], opt_states: Sequence[Sequence[PyTree]]) -> PyTree:
+        """The state that starts from the trees of each replica, or from one for all."""
+        layout = self.layout
+        return self._start_jit(layout.put(layout.params, *trees), layout.put(layout.opt_state, *opt_states))
+
+    # ------------------------------------------------------------------------------------------------ of each kind
+
+    @abc.abstractmethod
+    def hook_states(self, state: PyTree) -> HookStates:
+        """The states of the hooks at the boundaries, on the host or on a device."""
+
+    @abc.abstractmethod
+    def with_hook_states(self, state: PyTree, hooks: HookStates) -> PyTree:
+        """The state with those of the hooks at the boundaries replaced."""
+
+    @abc.abstractmethod
+    def _start(self, params: Packed, opt_state: Packed) -> PyTree: ...
+
+    @abc.abstractmethod
+    def _current(self, state: PyTree) -> tuple[Packed, Packed, jax.Array]: ...
+
+    @abc.abstractmethod
+    def _step(self, state: PyTree, inputs: PyTree, targets: PyTree) -> tuple[PyTree, Losses]: ...
+
+    @abc.abstractmethod
+    def _with_trained(self, state: PyTree, fresh: PyTree) -> PyTree:
+        """The state with the parameters and the optimizer state of another."""
+
+    # ------------------------------------------------------------------------------------------------- on a device
+
+    def _start_data_hook(self, params: Packed) -> PyTree:
+        return () if self.data_hook is None else self.data_hook.init(params)
+
+    def _averaged(self, grads: Packed) -> Packed:
+        if not self.average_gradients or self.layout.num_replicas == 1:
+            return grads
+        return vary(jax.tree.map(lambda g: jax.lax.pmean(g, "data"), grads))
+
+    def _replace(self, old: PyTree, fresh: PyTree, matrices: PyTree) -> PyTree:
+        old, hooks = squeeze(old), self._program.hooks
+        states = self.hook_states(old)
+        if matrices is not None:
+            of_stage = jax.tree.map(lambda leaf: leaf[0], matrices)
+            states = HookStates(
+                *(
+                    ends and EndStates(*(transformed(hook, end, M) for end, M in zip(ends, of_ends, strict=True)))
+                    for hook, ends, of_ends in zip(hooks, states, of_stage, strict=True)
+                )
+            )
+        state = self.with_hook_states(self._with_trained(old, squeeze(fresh)), states)
+        if self.data_hook is not None:
+            state = state._replace(data_hook=self.data_hook.restart(state.data_hook))
+        return expand(vary(state))
+
+
+def _check_drained(flight: jax.Array) -> None:
+    if np.any(to_host(flight)):
+        raise ValueError("micro-batches are in flight; drain the pipeline first, or save its state as it is")
 
 
 def _at_ends(forward: jax.typing.ArrayLike, backward: jax.typing.ArrayLike) -> tuple[tuple[np.ndarray, ...], ...]:
@@ -146,81 +232,3 @@ def _at_ends(forward: jax.typing.ArrayLike, backward: jax.typing.ArrayLike) -> t
     behind = lambda M: np.concatenate([M, np.eye(M.shape[-1], dtype=M.dtype)[None]])
     forward, backward = np.asarray(forward), np.asarray(backward)
     return (behind(forward), before(forward)), (before(backward), behind(backward))
-
-
-def replacing(
-    layout: Layout,
-    hooks: tuple[BoundaryHook | None, BoundaryHook | None],
-    data_hook: DataHook | None,
-    carry_over: Callable[[PyTree, PyTree, PyTree], PyTree],
-    hooks_of: Callable[[PyTree], PyTree],
-) -> Callable[..., PyTree]:
-    """`Pipeline.replaced` from (fresh, old, states of the boundaries' hooks) -> state."""
-
-    def run(old: PyTree, fresh: PyTree, matrices: PyTree) -> PyTree:
-        ends = hooks_of(squeeze(old))
-        if matrices is not None:
-            of_stage = jax.tree.map(lambda leaf: leaf[0], matrices)
-            ends = tuple(
-                state and tuple(transformed(hook, end, M) for end, M in zip(state, of_ends, strict=True))
-                for hook, state, of_ends in zip(hooks, ends, of_stage, strict=True)
-            )
-        state = carry_over(squeeze(fresh), squeeze(old), ends)
-        if data_hook is not None:
-            state = state._replace(data_hook=data_hook.restart(state.data_hook))
-        return expand(vary(state))
-
-    specs = (SPEC, SPEC, PartitionSpec("stage"))
-    jitted = jax.jit(jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=SPEC))
-
-    def replaced(old: PyTree, fresh: PyTree, matrices: PyTree) -> PyTree:
-        if data_hook is not None and data_hook.restart is None:
-            raise ValueError(
-                "the hook on the data axis keeps what depends on the old parameters and cannot restart; "
-                "use sparse_averaging or fed_avg, or no transforms"
-            )
-        return jitted(old, fresh, matrices)
-
-    return replaced
-
-
-def local_program(
-    layout: Layout,
-    model: StageModel,
-    batch: tuple[PyTree, PyTree],
-    hooks: tuple[BoundaryHook | None, BoundaryHook | None],
-) -> tuple[Program, tuple[PyTree, PyTree]]:
-    """The program of a device and the shapes of its part of a micro-batch; what does not fit is found here."""
-
-    def local(leaf: Any) -> jax.ShapeDtypeStruct:
-        if not leaf.shape or leaf.shape[0] % layout.num_replicas:
-            raise ValueError(
-                f"{layout.num_replicas} replicas must divide the examples of a micro-batch, got the shape {leaf.shape}"
-            )
-        return jax.ShapeDtypeStruct((leaf.shape[0] // layout.num_replicas, *leaf.shape[1:]), leaf.dtype)
-
-    inputs, targets = shapes = jax.tree.map(local, batch)
-    whole = {"embed": layout.shapes[0]["embed"], "blocks": ()}
-    x = jax.eval_shape(lambda params, inputs: stages_.run_stage(model, params, inputs), whole, inputs)
-    for j, stage in enumerate(layout.shapes):
-        one = lambda params, x: stages_.run_stage(model, {"blocks": params["blocks"]}, x)
-        out = jax.eval_shape(one, stage, x)
-        if jax.tree.structure(out) != jax.tree.structure(x) or any(
-            (a.shape, a.dtype) != (b.shape, b.dtype)
-            for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(x), strict=True)
-        ):
-            raise ValueError(f"blocks must keep the shapes of their input, those of stage {j} turn {x} into {out}")
-    loss = jax.eval_shape(model.head, layout.shapes[-1]["head"], x, targets)
-    if getattr(loss, "shape", None) != ():
-        raise ValueError(f"head must return a scalar loss, got {loss}")
-    return Program(model, layout.kind_of, layout.params, x, hooks), shapes
-
-
-def squeeze(tree: PyTree) -> PyTree:
-    """A device's part of arrays [P, D, ...]."""
-    return jax.tree.map(lambda leaf: leaf[0, 0], tree)
-
-
-def expand(tree: PyTree) -> PyTree:
-    """The inverse of `squeeze`."""
-    return jax.tree.map(lambda leaf: leaf[None, None], tree)

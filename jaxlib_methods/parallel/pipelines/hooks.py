@@ -9,19 +9,21 @@ The hooks of all stages run in every slot, in one program, outside of any branch
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods.typing import PyTree
+
 __all__ = [
     "BoundaryHook",
     "DataHook",
+    "EndStates",
     "HookInfo",
+    "HookStates",
     "chain_hooks",
 ]
-
-PyTree = Any
 
 
 class HookInfo(NamedTuple):
@@ -30,6 +32,20 @@ class HookInfo(NamedTuple):
     stage: jax.Array  # int32 []: j, of the device that runs the hook
     microbatch: jax.Array  # int32 []: m since the pipe was filled
     active: jax.Array  # bool []: whether the stage really sends, receives or has updated in this slot
+
+
+class EndStates(NamedTuple):
+    """States of a hook at the two ends that a device has, of boundaries in one direction."""
+
+    sending: PyTree
+    receiving: PyTree
+
+
+class HookStates(NamedTuple):
+    """States of the hooks at a pipeline's boundaries, on one device; None where there is no hook."""
+
+    forward: EndStates | None
+    backward: EndStates | None
 
 
 class BoundaryHook(NamedTuple):

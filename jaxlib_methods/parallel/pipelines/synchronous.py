@@ -9,28 +9,30 @@ The loss is the mean over the micro-batches, so loss and gradients are those of 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from jaxlib_methods.parallel.pipelines import _engine as engine, stages as stages_
-from jaxlib_methods.parallel.pipelines._engine import Program, read
-from jaxlib_methods.parallel.pipelines.base import Losses, Pipeline, expand, local_program, replacing, squeeze
-from jaxlib_methods.parallel.pipelines.hooks import BoundaryHook, DataHook, HookInfo, zeros
+from jaxlib_methods.parallel.pipelines import _engine as engine
+from jaxlib_methods.parallel.pipelines._circular import circular_loss
+from jaxlib_methods.parallel.pipelines._device import expand, squeeze
+from jaxlib_methods.parallel.pipelines._engine import read
+from jaxlib_methods.parallel.pipelines.base import FEED, REPLICATED, Losses, Parts, Pipeline
+from jaxlib_methods.parallel.pipelines.hooks import BoundaryHook, DataHook, HookInfo, HookStates, zeros
 from jaxlib_methods.parallel.pipelines.layout import SPEC, Layout, Optimizer
 from jaxlib_methods.parallel.pipelines.packing import Packed
 from jaxlib_methods.parallel.pipelines.schedules import Slot, check_schedule, phases_of
 from jaxlib_methods.parallel.pipelines.stages import StageModel, StageTree
+from jaxlib_methods.typing import PyTree, SynchronousSchedule
 
 __all__ = [
+    "SynchronousPipeline",
     "SynchronousState",
     "synchronous_pipeline",
 ]
-
-PyTree = Any
 
 
 class SynchronousState(NamedTuple):
@@ -38,9 +40,112 @@ class SynchronousState(NamedTuple):
 
     params: Packed  # [P, D, ...]
     opt_state: Packed  # [P, D, ...]
-    hooks: PyTree  # states of the hooks at the boundaries
+    hooks: HookStates  # at the boundaries
     data_hook: PyTree  # state of the hook on the data axis
     updates: jax.Array  # int32 [P, D]: optimizer steps
+
+
+class SynchronousPipeline(Pipeline):
+    """A pipeline whose `step` makes one update from M micro-batches; `synchronous_pipeline` makes it.
+
+    Args:
+      parts: what it is made of.
+      schedule: "gpipe", "1f1b" or "circular".
+      num_microbatches: M.
+      remat: whether activations are computed again in the backward pass.
+    """
+
+    def __init__(self, parts: Parts, *, schedule: SynchronousSchedule, num_microbatches: int, remat: bool):
+        self.schedule, self.num_microbatches, self.remat = schedule, num_microbatches, remat
+        super().__init__(parts)
+        inputs = (SPEC, FEED, FEED)
+        self._value_and_grad_jit = self._on_mesh(self._value_and_grad, inputs, (REPLICATED, SPEC))
+
+    def value_and_grad(self, state: SynchronousState, inputs: PyTree, targets: PyTree) -> tuple[Losses, Packed]:
+        """Losses of M micro-batches and the packed gradients of their mean, which `unpack` turns into trees."""
+        return self._value_and_grad_jit(state, inputs, targets)
+
+    def hook_states(self, state: SynchronousState) -> HookStates:
+        return state.hooks
+
+    def with_hook_states(self, state: SynchronousState, hooks: HookStates) -> SynchronousState:
+        return state._replace(hooks=hooks)
+
+    def _with_trained(self, state: SynchronousState, fresh: SynchronousState) -> SynchronousState:
+        return state._replace(params=fresh.params, opt_state=fresh.opt_state)
+
+    def _start(self, params: Packed, opt_state: Packed) -> SynchronousState:
+        params, opt_state = squeeze((params, opt_state))
+        hooks, data_hook = self._program.start(1).hooks, self._start_data_hook(params)
+        return expand(engine.vary(SynchronousState(params, opt_state, hooks, data_hook, jnp.zeros((), jnp.int32))))
+
+    def _current(self, state: SynchronousState) -> tuple[Packed, Packed, jax.Array]:
+        return state.params, state.opt_state, jnp.zeros_like(state.updates)
+
+    def _step(self, state: SynchronousState, inputs: PyTree, targets: PyTree) -> tuple[SynchronousState, Losses]:
+        state = squeeze(state)
+        losses, grads, hooks = self._gradients(state, (inputs, targets))
+        stage, layout = jax.lax.axis_index("stage"), self.layout
+
+        def update(kind: int) -> tuple[Packed, Packed]:
+            params, opt_state = engine.update_stage(
+                layout.optimizer(stage),
+                layout.params.unpack(kind, state.params),
+                layout.opt_state.unpack(kind, state.opt_state),
+                layout.params.unpack(kind, grads),
+            )
+            return engine.vary((layout.params.pack(kind, params), layout.opt_state.pack(kind, opt_state)))
+
+        branches = [functools.partial(update, kind) for kind in sorted(set(layout.kind_of))]
+        params, opt_state = jax.lax.switch(jnp.array(layout.kind_of, jnp.int32)[stage], branches)
+        data_hook = state.data_hook
+        if self.data_hook is not None:
+            info = HookInfo(stage, state.updates, jnp.bool_(True))
+            params, data_hook = self.data_hook.apply(params, data_hook, info)
+        return expand(engine.vary(SynchronousState(params, opt_state, hooks, data_hook, state.updates + 1))), losses
+
+    def _value_and_grad(self, state: SynchronousState, inputs: PyTree, targets: PyTree) -> tuple[Losses, Packed]:
+        losses, grads, _ = self._gradients(squeeze(state), (inputs, targets))
+        return losses, expand(engine.vary(grads))
+
+    def _gradients(self, state: SynchronousState, batches: tuple[PyTree, PyTree]) -> tuple[Losses, Packed, HookStates]:
+        """Losses, gradients of their mean and the states of the hooks."""
+        found, M = len(jax.tree.leaves(batches)[0]), self.num_microbatches
+        if found != M:
+            raise ValueError(f"this pipeline takes {M} micro-batches per update, got {found}")
+        if self.schedule == "circular" or not self.remat:
+            forward = lambda params: circular_loss(
+                self._program, self.layout, params, batches, num_microbatches=M, remat=self.remat
+            )
+            grads, losses = jax.grad(forward, has_aux=True)(state.params)
+            hooks = state.hooks
+        else:
+            losses, grads, hooks = self._by_slots(state, batches)
+        grads = self._averaged(grads)
+        losses = jax.lax.pmean(jax.lax.psum(losses, "stage"), "data")
+        return Losses(losses, jnp.arange(M, dtype=jnp.int32)), grads, hooks
+
+    def _by_slots(
+        self, state: SynchronousState, batches: tuple[PyTree, PyTree]
+    ) -> tuple[jax.Array, Packed, HookStates]:
+        """The same of "gpipe" and "1f1b", before anything is averaged over the replicas; losses [M]."""
+        P, M, program = self.layout.num_stages, self.num_microbatches, self._program
+        tree_of = lambda kind, m: self.layout.params.unpack(kind, state.params)
+        feed = lambda m: jax.tree.map(lambda leaf: read(leaf, m), batches)
+
+        def body(slot: Slot, k: jax.Array, carry: Any) -> tuple[Any, jax.Array]:
+            traffic, grads = carry
+            limit = jnp.int32(M)
+            traffic, done = engine.run_slot(
+                program, slot, k, limit, traffic, grads, tree_of, tree_of, feed, accumulate=True
+            )
+            return (traffic, grads if done.grads is None else done.grads), done.loss
+
+        depth = M if self.schedule == "gpipe" else min(P, M)
+        carry = (program.start(depth)._replace(hooks=state.hooks), zeros(self.layout.params.shapes))
+        (traffic, grads), losses = engine.run_phases(phases_of(self.schedule, P, M), body, carry)
+        of_microbatch = losses[0][P // 2 : P // 2 + M] if self.schedule == "1f1b" else losses[1][M - 1 :: -1]
+        return of_microbatch, jax.tree.map(lambda g: g / M, grads), traffic.hooks
 
 
 def synchronous_pipeline(
@@ -51,14 +156,14 @@ def synchronous_pipeline(
     batch: tuple[PyTree, PyTree],
     num_microbatches: int,
     *,
-    schedule: str = "1f1b",
+    schedule: SynchronousSchedule = "1f1b",
     repeats: int = 1,
     remat: bool = True,
     average_gradients: bool = True,
     forward_hook: BoundaryHook | None = None,
     backward_hook: BoundaryHook | None = None,
     data_hook: DataHook | None = None,
-) -> Pipeline:
+) -> SynchronousPipeline:
     """GPipe, 1F1B or a circular pipeline: `step` makes one update from M micro-batches.
 
     Args:
@@ -103,161 +208,11 @@ def synchronous_pipeline(
       [narayanan2021efficient].
     """
     layout = Layout(mesh, stages, optimizer, repeats)
-    P, D, M = layout.num_stages, layout.num_replicas, num_microbatches
-    check_schedule(schedule, P, M, repeats)
-    by_autodiff = schedule == "circular" or not remat
+    check_schedule(schedule, layout.num_stages, num_microbatches, repeats)
+    hooks = forward_hook, backward_hook
     if schedule == "1f1b" and not remat:
         raise ValueError("1f1b recomputes: remat=False is there for 'gpipe' and 'circular'")
-    if by_autodiff and (forward_hook is not None or backward_hook is not None):
+    if (schedule == "circular" or not remat) and hooks != (None, None):
         raise ValueError("hooks at boundaries run in the schedules 'gpipe' and '1f1b' with remat=True")
-    program, _ = local_program(layout, model, batch, (forward_hook, backward_hook))
-    depth = M if schedule == "gpipe" else min(P, M)
-
-    def start(params: Packed, opt_state: Packed) -> SynchronousState:
-        params, opt_state = squeeze((params, opt_state))
-        of_hook = () if data_hook is None else data_hook.init(params)
-        state = SynchronousState(params, opt_state, program.start(1).hooks, of_hook, jnp.zeros((), jnp.int32))
-        return expand(engine.vary(state))
-
-    def by_slots(params: Packed, hooks: PyTree, batches: tuple[PyTree, PyTree]) -> tuple[jax.Array, Packed, PyTree]:
-        """(losses [M], gradients of their mean on this replica, states of the hooks)."""
-        tree_of = lambda kind, m: layout.params.unpack(kind, params)
-        feed = lambda m: jax.tree.map(lambda leaf: read(leaf, m), batches)
-
-        def body(slot: Slot, k: jax.Array, carry: Any) -> tuple[Any, jax.Array]:
-            traffic, grads = carry
-            limit = jnp.int32(M)
-            traffic, done = engine.run_slot(
-                program, slot, k, limit, traffic, grads, tree_of, tree_of, feed, accumulate=True
-            )
-            return (traffic, grads if done.grads is None else done.grads), done.loss
-
-        carry = (program.start(depth)._replace(hooks=hooks), zeros(layout.params.shapes))
-        (traffic, grads), losses = engine.run_phases(phases_of(schedule, P, M), body, carry)
-        of_microbatch = losses[0][P // 2 : P // 2 + M] if schedule == "1f1b" else losses[1][M - 1 :: -1]
-        return of_microbatch, jax.tree.map(lambda g: g / M, grads), traffic.hooks
-
-    def differentiated(
-        params: Packed, hooks: PyTree, batches: tuple[PyTree, PyTree]
-    ) -> tuple[jax.Array, Packed, PyTree]:
-        function = lambda params: _circular(program, layout, params, batches, M, repeats, remat)
-        grads, losses = jax.grad(function, has_aux=True)(params)
-        return losses, grads, hooks
-
-    def gradients(state: SynchronousState, batches: tuple[PyTree, PyTree]) -> tuple[Losses, Packed, PyTree]:
-        found = len(jax.tree.leaves(batches)[0])
-        if found != M:
-            raise ValueError(f"this pipeline takes {M} micro-batches per update, got {found}")
-        losses, grads, hooks = (differentiated if by_autodiff else by_slots)(state.params, state.hooks, batches)
-        if average_gradients and D > 1:
-            grads = engine.vary(jax.tree.map(lambda g: jax.lax.pmean(g, "data"), grads))
-        losses = jax.lax.pmean(jax.lax.psum(losses, "stage"), "data")
-        return Losses(losses, jnp.arange(M, dtype=jnp.int32)), grads, hooks
-
-    def step(state: SynchronousState, inputs: PyTree, targets: PyTree) -> tuple[SynchronousState, Losses]:
-        state = squeeze(state)
-        losses, grads, hooks = gradients(state, (inputs, targets))
-        stage = jax.lax.axis_index("stage")
-
-        def update(kind: int) -> tuple[Packed, Packed]:
-            params, opt_state = engine.update_stage(
-                layout.optimizer(stage),
-                layout.params.unpack(kind, state.params),
-                layout.opt_state.unpack(kind, state.opt_state),
-                layout.params.unpack(kind, grads),
-            )
-            return engine.vary((layout.params.pack(kind, params), layout.opt_state.pack(kind, opt_state)))
-
-        branches = [lambda kind=kind: update(kind) for kind in sorted(set(layout.kind_of))]
-        params, opt_state = jax.lax.switch(jnp.array(layout.kind_of, jnp.int32)[stage], branches)
-        of_hook = state.data_hook
-        if data_hook is not None:
-            params, of_hook = data_hook.apply(params, of_hook, HookInfo(stage, state.updates, jnp.bool_(True)))
-        return expand(engine.vary(SynchronousState(params, opt_state, hooks, of_hook, state.updates + 1))), losses
-
-    def value_and_grad(state: SynchronousState, inputs: PyTree, targets: PyTree) -> tuple[Losses, Packed]:
-        losses, grads, _ = gradients(squeeze(state), (inputs, targets))
-        return losses, expand(engine.vary(grads))
-
-    def current(state: SynchronousState) -> tuple[Packed, Packed, jax.Array]:
-        return state.params, state.opt_state, jnp.zeros_like(state.updates)
-
-    shard_map = lambda f, inputs, outputs: jax.shard_map(f, mesh=mesh, in_specs=inputs, out_specs=outputs)
-    feed = PartitionSpec(None, "data")
-    return Pipeline(
-        layout=layout,
-        batch=batch,
-        start=jax.jit(shard_map(start, (SPEC, SPEC), SPEC)),
-        current=jax.jit(shard_map(current, (SPEC,), SPEC)),
-        step=jax.jit(shard_map(step, (SPEC, feed, feed), (SPEC, PartitionSpec())), donate_argnums=0),
-        replaced=replacing(
-            layout,
-            (forward_hook, backward_hook),
-            data_hook,
-            lambda fresh, old, hooks: old._replace(params=fresh.params, opt_state=fresh.opt_state, hooks=hooks),
-            lambda state: state.hooks,
-        ),
-        value_and_grad=jax.jit(shard_map(value_and_grad, (SPEC, feed, feed), (PartitionSpec(), SPEC))),
-    )
-
-
-def _circular(
-    program: Program,
-    layout: Layout,
-    params: Packed,
-    batches: tuple[PyTree, PyTree],
-    num_microbatches: int,
-    repeats: int,
-    remat: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """(mean loss, losses [M]), not zero on the last stage: the forward pass, to be differentiated on every device.
-
-    Item u = 0, 1, ..., M R - 1 of a stage is round (u mod P R) div P of micro-batch (u div P R) P + u mod P; stage j
-    works on item t - j in slot t. What leaves the last stage enters the first one in the next slot, one round later.
-    """
-    P, M, R = program.num_stages, num_microbatches, repeats
-    stage = jax.lax.axis_index("stage")
-    first, last = program.kind_of[0], program.kind_of[-1]
-    blocks = layout.params.unpack(first, params)["blocks"]  # every kind has them
-    n = len(blocks) // R
-    rounds = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks[i::n]) for i in range(n)]
-    # Around the branches and not in them: there the parameters would be kept once per slot.
-    policy = None if remat else jax.checkpoint_policies.dots_saveable
-
-    def work(starts: bool, ends: bool) -> Callable[..., tuple[PyTree, jax.Array]]:
-        def run(params: Packed, x: PyTree, rounds: list[PyTree], r: jax.Array, m: jax.Array) -> Any:
-            inputs, targets = jax.tree.map(lambda leaf: read(leaf, m), batches)
-            tree = {"blocks": tuple(jax.tree.map(lambda leaf: read(leaf, r), block) for block in rounds)}
-            if starts:
-                tree["embed"] = layout.params.unpack(first, params)["embed"]
-            if ends:
-                tree["head"] = layout.params.unpack(last, params)["head"]
-            out = stages_.run_stage(program.model, tree, inputs if starts else x, targets)
-            return engine.vary((x, out) if ends else (out, jnp.zeros(())))
-
-        return run
-
-    idle = lambda params, x, rounds, r, m: engine.vary((x, jnp.zeros(())))
-    kinds = [(False, False), (True, False), (False, True)] if P * R > 1 else [(True, True)]
-    branches = [idle, *[work(*kind) for kind in kinds]]
-
-    @functools.partial(jax.checkpoint, policy=policy)
-    def run(index: jax.Array, *operands: Any) -> tuple[PyTree, jax.Array]:
-        return jax.lax.switch(index, branches, *operands)
-
-    def slot(x: PyTree, t: jax.Array) -> tuple[PyTree, jax.Array]:
-        u = t - stage
-        safe = jnp.clip(u, 0, M * R - 1)
-        r, m = (safe % (P * R) // P, safe // (P * R) * P + safe % P) if R > 1 else (jnp.zeros_like(safe), safe)
-        starts, ends = (stage == 0) & (r == 0), (stage == P - 1) & (r == R - 1)
-        index = 1 + jnp.where(starts, 1, 0) + jnp.where(ends, 2, 0) if P * R > 1 else 1
-        x, loss = run(jnp.where(u == safe, index, 0), params, x, rounds, r, m)
-        if P > 1:
-            pairs = [(j, (j + 1) % P) for j in range(P if R > 1 else P - 1)]
-            x = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, "stage", pairs), x)
-        return engine.vary(x), loss
-
-    _, losses = jax.lax.scan(slot, engine.vary(zeros(program.x)), jnp.arange(M * R + P - 1, dtype=jnp.int32))
-    m = jnp.arange(M)
-    losses = losses[(m // P * P * R + (R - 1) * P + m % P if R > 1 else m) + P - 1]
-    return jnp.sum(losses) / M, losses
+    parts = Parts(layout, model, batch, hooks, data_hook, average_gradients)
+    return SynchronousPipeline(parts, schedule=schedule, num_microbatches=num_microbatches, remat=remat)

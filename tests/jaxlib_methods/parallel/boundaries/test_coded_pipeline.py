@@ -67,7 +67,7 @@ def coded():
     codecs = boundaries.subspace_codec(SUBSPACE), boundaries.subspace_gradient_codec(SUBSPACE)
     pipe = pipeline(model, stages, batch, *codecs, optax.sgd(0.1))
     placed = parallel.shard_batch(parallel.make_mesh(P), batch)
-    compiled = pipe.value_and_grad.lower(pipe.init(stages), *placed).compile()
+    compiled = jax.jit(pipe.value_and_grad).lower(pipe.init(stages), *placed).compile()
     return model, stages, batch, codecs, pipe, placed, compiled
 
 

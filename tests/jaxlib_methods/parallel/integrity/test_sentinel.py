@@ -10,26 +10,23 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlib_methods import trees
 from jaxlib_methods.parallel import make_mesh, shard_batch, split_stages, synchronous_pipeline
 from jaxlib_methods.parallel.boundaries import cast_codec, codec_hook
 from jaxlib_methods.parallel.integrity import (
     Attack,
     VerifiedPipeline,
     VerifierConfig,
-    VerifierState,
+    find_verifiers,
     guard_model,
-    init_verifier,
     share_bans,
     verification_hook,
 )
-from jaxlib_methods.parallel.pipelines.hooks import chain_hooks
+from jaxlib_methods.parallel.pipelines.hooks import HookStates, chain_hooks
 from tests.jaxlib_methods.parallel.pipeline_problems import assert_trees_equal, chain, tokens
 
 S, R = 6, 5
-OPTIONS = VerifierConfig(
-    warmup_steps=30, window=20, directions=8, fence_factor=6.0
-)  # wide: no false alarms in short tests
+# Wide fences: no false alarms in short tests.
+OPTIONS = VerifierConfig(warmup_steps=30, window=20, directions=8, fence_factor=6.0)
 MODEL, PARAMS = chain(layers=S)
 STAGES = split_stages(PARAMS, S)
 
@@ -145,7 +142,7 @@ def mesh_run(attacks=(), options=OPTIONS, guard=True, steps=36, codec=None):
     for step in range(steps):
         state, out = pipe.step(state, *shard_batch(mesh, (x[2 * step : 2 * step + 2], y[2 * step : 2 * step + 2])))
         losses.append(np.asarray(out.loss))
-    return np.array(losses), pipe.stages(state), trees.find_states(state, VerifierState)
+    return np.array(losses), pipe.stages(state), find_verifiers(pipe, state)
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +161,10 @@ def test_on_a_mesh_attackers_of_both_directions_are_banned_and_training_goes_on_
         Attack("scale", stage=0, replica=2, direction="forward", value=-1.0, start=50),
         Attack("constant", stage=1, replica=0, direction="backward", value=float("nan"), start=52),
     ]
-    losses, stages, states = mesh_run(attacks, codec=cast_codec("bfloat16"))
-    bans = [np.asarray(state.bans) for state in states]  # ends x [P, D, R]: the forward boundary's, then the backward's
-    assert [b.any() for b in bans] == [False, True, False, True]
-    np.testing.assert_array_equal(bans[1][1], np.tile([0, 0, 1, 0], (4, 1)))  # all replicas of stage 1 agree
-    np.testing.assert_array_equal(bans[3][0], np.tile([1, 0, 0, 0], (4, 1)))
+    losses, stages, found = mesh_run(attacks, codec=cast_codec("bfloat16"))
+    bans = {direction: np.asarray(verifier.bans) for direction, verifier in found.items()}  # [P, D, R]
+    np.testing.assert_array_equal(bans["forward"][1], np.tile([0, 0, 1, 0], (4, 1)))  # all replicas of stage 1 agree
+    np.testing.assert_array_equal(bans["backward"][0], np.tile([1, 0, 0, 0], (4, 1)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stages))
     np.testing.assert_allclose(losses[:25], unguarded[0][:25], rtol=0.01)  # bfloat16
     np.testing.assert_allclose(losses[-2:], unguarded[0][-2:], rtol=0.05)
@@ -176,19 +172,29 @@ def test_on_a_mesh_attackers_of_both_directions_are_banned_and_training_goes_on_
 
 def test_bans_are_known_on_both_sides_of_a_worker():
     """Stage j verifies activations of stage j - 1 and gradients of stage j + 1; 4 stages of 2 workers."""
-    rng, mesh = np.random.default_rng(0), make_mesh(4, 2)
-    state = init_verifier(VerifierConfig(window=2), 2, (2, 3, 4), KEY)
+    rng, mesh, (model, params) = np.random.default_rng(0), make_mesh(4, 2), chain(layers=4)
+    hook = lambda direction: verification_hook(VerifierConfig(window=2), mesh, direction, key=KEY)
+    x, y = tokens(1)
+    of_all = guard_model(model), (stages := split_stages(params, 4)), optax.sgd(0.1), mesh, (x[0], y[0]), 1
+    pipe = synchronous_pipeline(*of_all, forward_hook=hook("forward"), backward_hook=hook("backward"))
+    state = pipe.init(stages)
     seen = rng.integers(3, size=(2, 4, 2))  # by direction, stage of the verifier and replica
     everywhere = lambda bans: jnp.asarray(np.repeat(bans[:, None], 2, axis=1), jnp.int32)
-    ends = [state._replace(bans=everywhere(bans)) for bans in (seen[0], seen[0], seen[1], seen[1])]
-    shared = share_bans({"hooks": ends, "other": 1}, mesh)
+
+    def banned(end, bans):
+        return end._replace(verifier=end.verifier._replace(bans=everywhere(bans)))
+
+    hooks = pipe.hook_states(state)
+    known = [ends._replace(receiving=banned(ends.receiving, bans)) for ends, bans in zip(hooks, seen, strict=True)]
+    shared = share_bans(pipe, pipe.with_hook_states(state, HookStates(*known)))
     expected = seen.copy()
     for worker in (1, 2):
         expected[0, worker + 1] = expected[1, worker - 1] = np.maximum(seen[0, worker + 1], seen[1, worker - 1])
-    for end, bans in enumerate((seen[0], expected[0], seen[1], expected[1])):
-        np.testing.assert_array_equal(shared["hooks"][end].bans, np.repeat(bans[:, None], 2, axis=1))
-    with pytest.raises(ValueError, match="the state has 1 ends of boundaries, not 4"):
-        share_bans(ends[:1], mesh)
+    for verifier, bans in zip(find_verifiers(pipe, shared).values(), expected, strict=True):
+        np.testing.assert_array_equal(verifier.bans, everywhere(bans))
+    one_sided = synchronous_pipeline(*of_all, forward_hook=hook("forward"))
+    with pytest.raises(ValueError, match=r"between verifiers of both directions, the pipeline has \['forward'\]"):
+        share_bans(one_sided, one_sided.init(stages))
 
 
 def test_wrong_hooks_are_refused():

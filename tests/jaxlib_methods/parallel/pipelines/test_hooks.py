@@ -41,7 +41,7 @@ def counting(encode, decode):
 def program_of(pipe, problem):
     _, stages, inputs, targets = problem
     state = pipe.init(stages)
-    return pipe.step.lower(state, *shard_batch(pipe.layout.mesh, (inputs, targets))).compile()
+    return pipe.lower(state, *shard_batch(pipe.layout.mesh, (inputs, targets))).compile()
 
 
 def test_no_op_hooks_leave_the_compiled_program_as_it_is(problem):

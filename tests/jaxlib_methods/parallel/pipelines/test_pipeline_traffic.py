@@ -17,7 +17,7 @@ MESSAGE = EXAMPLES * LENGTH * WIDTH * 4  # bytes of the activations of a micro-b
 
 def lowered(pipe, stages, mesh):
     state = pipe.init(stages)
-    return state, pipe.step.lower(state, *parallel.shard_batch(mesh, tokens(COUNT, EXAMPLES, LENGTH)))
+    return state, pipe.lower(state, *parallel.shard_batch(mesh, tokens(COUNT, EXAMPLES, LENGTH)))
 
 
 @pytest.mark.parametrize(("schedule", "slots"), [("gpipe", COUNT + 3), ("1f1b", COUNT + 3), ("async", COUNT)])

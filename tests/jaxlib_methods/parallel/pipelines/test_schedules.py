@@ -91,7 +91,7 @@ def instructions(P, M, kind):
         pipe = asynchronous_pipeline(model, stages, optax.sgd(0.1), mesh, batch)
     else:
         pipe = synchronous_pipeline(model, stages, optax.sgd(0.1), mesh, batch, M, schedule=kind)
-    text = pipe.step.lower(pipe.init(stages), *shard_batch(mesh, (inputs, targets))).as_text()
+    text = pipe.lower(pipe.init(stages), *shard_batch(mesh, (inputs, targets))).as_text()
     return len(re.findall(r"stablehlo\.\w+", text))
 
 

@@ -74,7 +74,7 @@ def test_what_is_kept_is_not_computed_again():
         pipe = synchronous_pipeline(
             model, stages, optax.sgd(0.1), mesh, (inputs[0], targets[0]), 2, schedule="circular", remat=remat
         )
-        lowered = pipe.value_and_grad.lower(pipe.init(stages), *shard_batch(mesh, (inputs, targets)))
+        lowered = jax.jit(pipe.value_and_grad).lower(pipe.init(stages), *shard_batch(mesh, (inputs, targets)))
         products[remat] = lowered.as_text().count("stablehlo.dot_general")
     forward = 1 + 1 + 2  # a block between, a block after the embedding, a block before the head and the head
     assert products == {True: (1 + 1 + 2) * forward, False: (1 + 2) * forward}

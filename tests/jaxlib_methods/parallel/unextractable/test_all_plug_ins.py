@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxlib_methods import models, optimizers, trees
+from jaxlib_methods import models, optimizers
 from jaxlib_methods.parallel import (
     StageModel,
     asynchronous_pipeline,
@@ -20,10 +20,10 @@ from jaxlib_methods.parallel import (
     unextractable,
 )
 from jaxlib_methods.parallel.boundaries import fixed_embedding, random_subspace
-from jaxlib_methods.parallel.integrity import Attack, VerifierConfig, VerifierState, guard_model, verification_hook
+from jaxlib_methods.parallel.integrity import Attack, VerifierConfig, find_verifiers, guard_model, verification_hook
 from jaxlib_methods.parallel.replicas import diloco, sparse_averaging
 from jaxlib_methods.parallel.unextractable import draw_transform, draw_transforms, morph_pipeline
-from tests.jaxlib_methods.parallel.pipeline_problems import tokens
+from tests.jaxlib_methods.parallel.pipeline_problems import assert_trees_close, tokens
 
 P, R, RANK = 2, 2, 4
 GPT = dataclasses.replace(
@@ -97,9 +97,9 @@ def train(pipe, stages, transform=True, parts=3):
     return np.array(losses), state
 
 
-def verifiers(state, field="reference"):
-    """Of the (sending, receiving) ends forward, and backward; [P, R, ...]."""
-    return [np.asarray(getattr(end, field)) for end in trees.find_states(state.traffic.hooks, VerifierState)]
+def verifiers(pipe, state, field="reference"):
+    """A field of the verifiers by direction, [P, R, ...]."""
+    return {name: np.asarray(getattr(v, field)) for name, v in find_verifiers(pipe, state).items()}
 
 
 def test_with_all_plug_ins_training_is_the_same_whatever_the_coordinates(pipe, problem):
@@ -108,9 +108,10 @@ def test_with_all_plug_ins_training_is_the_same_whatever_the_coordinates(pipe, p
     assert len(plain) == 3 * COUNT and plain[-COUNT:].mean() < plain[:COUNT].mean() - 0.05
     np.testing.assert_allclose(moved, plain, rtol=1e-4)
     for one in (state, other):
-        assert not np.any(verifiers(one, "bans")) and np.asarray(one.updates).tolist() == P * [R * [3 * COUNT]]
+        assert not any(map(np.any, verifiers(pipe, one, "bans").values()))
+        assert np.asarray(one.updates).tolist() == P * [R * [3 * COUNT]]
         assert np.asarray(one.data_hook.steps).tolist() == P * [R * [3 * COUNT]]
-    np.testing.assert_allclose(verifiers(other, "window"), verifiers(state, "window"), rtol=2e-3, atol=1e-5)
+    assert_trees_close(verifiers(pipe, other, "window"), verifiers(pipe, state, "window"), rtol=2e-3, atol=1e-5)
     same, turned = (np.asarray(pipe.stages(one)[0]["blocks"][0]["transforms"]["Q2"]) for one in (state, other))
     np.testing.assert_array_equal(same, np.eye(RANK))
     assert np.abs(turned - same).max() > 0.3
@@ -122,24 +123,24 @@ def test_replicas_keep_their_own_functions_and_references_follow(pipe, problem):
     x, y = (jnp.asarray(np.asarray(array)[0]) for array in batches(pipe, 9))
     loss = jax.jit(lambda stages: sequential_loss(model, stages, x, y))
     losses = lambda state: [float(loss(pipe.stages(state, replica))) for replica in range(R)]
-    before, references = losses(state), verifiers(state)
+    before, references = losses(state), verifiers(pipe, state)
     transforms = draw_transforms(jax.random.key(0), NAMES, RANK, spread=0.3)
     state = morph_pipeline(pipe, state, transforms, RULES, BETWEEN, second_moments="keep")
     np.testing.assert_allclose(losses(state), before, rtol=2e-5)
     assert abs(before[0] - before[1]) > 1e-4
     T = transforms["boundary", 1]
-    sent, received, of_gradients_sent, of_gradients = verifiers(state)
-    expected = references[1][1, 0] @ T.matrix, references[3][0, 0] @ T.inverse.T
-    np.testing.assert_allclose(received[1, 0], expected[0], rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(of_gradients[0, 1], expected[1], rtol=1e-4, atol=1e-7)
-    assert np.abs(references[1][1]).max() > 0.1 and not sent.any() and not of_gradients_sent.any()
+    moved = verifiers(pipe, state)
+    expected = references["forward"][1, 0] @ T.matrix, references["backward"][0, 0] @ T.inverse.T
+    np.testing.assert_allclose(moved["forward"][1, 0], expected[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(moved["backward"][0, 1], expected[1], rtol=1e-4, atol=1e-7)
+    assert np.abs(references["forward"][1]).max() > 0.1
 
 
 def test_an_attacker_is_banned_across_a_change_of_coordinates(pipe, problem):
     losses, state = train(pipe, problem[1], parts=5)
-    bans = verifiers(state, "bans")
-    np.testing.assert_array_equal(bans[1][1], [[0, 1], [0, 1]])
-    assert not any(np.any(bans[end]) for end in (0, 2, 3)) and np.isfinite(losses).all()
+    bans = verifiers(pipe, state, "bans")
+    np.testing.assert_array_equal(bans["forward"][1], [[0, 1], [0, 1]])
+    assert not bans["backward"].any() and np.isfinite(losses).all()
 
 
 def test_what_cannot_be_replaced_is_named(pipe, problem):
