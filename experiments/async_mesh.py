@@ -154,12 +154,12 @@ def averaging(config: Config, method: str) -> hooks.DataHook | None:
     if method == "diloco":
         return parallel.replicas.diloco(config.local_steps)
     if method == "dp":
-        return parallel.replicas.sparse_averaging(1.0, key=key, tau=0, rule="avg")
+        return parallel.replicas.sparse_averaging(1.0, key=key, delay=0, method="avg")
     return parallel.replicas.sparse_averaging(
         config.fraction,
         key=key,
-        tau=0 if method == "sparta" else config.tau,
-        rule=method if method in ("ema", "weight_update") else "avg",
+        delay=0 if method == "sparta" else config.tau,
+        method=method if method in ("ema", "weight_update") else "avg",
         ema_weight=ema_weight(config.steps),
         redraw=config.redraw,
     )
@@ -191,9 +191,9 @@ class Runs(pipeline.Runs):
         optimizer = pipeline.make_optimizer(dataclasses.replace(config, b1=b1), "nesterov", config.stages)
         of_all = self.model.parts, stages, optimizer, parallel.make_mesh(config.stages, config.replicas)
         if synchronous:
-            return parallel.synchronous_pipeline(*of_all, (tokens, tokens), 1, schedule="gpipe")
+            return parallel.synchronous_pipeline(*of_all, batch=(tokens, tokens), num_microbatches=1, schedule="gpipe")
         return parallel.asynchronous_pipeline(
-            *of_all, (tokens, tokens), average_gradients=False, data_hook=averaging(config, self.method)
+            *of_all, batch=(tokens, tokens), average_gradients=False, data_hook=averaging(config, self.method)
         )
 
     def evaluate(self, state: PyTree) -> dict[str, float]:

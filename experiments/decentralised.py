@@ -157,7 +157,7 @@ class CoordinateModel(pipeline.Model):
         self.shared_basis = config.shared_basis
         dense = dataclasses.replace(config.model(vocab_size), full_rank_blocks=0)  # all blocks are between boundaries
         self.subspace = boundaries.random_subspace(
-            jax.random.key(0), vocab_size=vocab_size, width=dense.width, rank=config.rank
+            key=jax.random.key(0), vocab_size=vocab_size, width=dense.width, rank=config.rank
         )
         return language_model.subspace_network(dense, config.rank)
 
@@ -195,15 +195,19 @@ class _Runs(async_mesh.Runs):
         model, hooks = self.model.parts, {}
         if self.malicious or "verification" in self.plug_ins:
             model, hooks = integrity.guard_model(model), self._verification(mesh)
-        of_all = model, stages, make_optimizer(config, self.model.config.subspace), mesh, (tokens, tokens)
+        of_all = model, stages, make_optimizer(config, self.model.config.subspace), mesh
         averaging = "averaging" in self.plug_ins
         weight = async_mesh.ema_weight(config.steps)
         average = parallel.replicas.sparse_averaging(
-            config.fraction, key=jax.random.key(1), tau=config.tau, ema_weight=weight
+            config.fraction, key=jax.random.key(1), delay=config.tau, ema_weight=weight
         )
-        hooks |= {"average_gradients": not averaging, "data_hook": average if averaging else None}
+        hooks |= {
+            "batch": (tokens, tokens),
+            "average_gradients": not averaging,
+            "data_hook": average if averaging else None,
+        }
         if self.synchronous:
-            return parallel.synchronous_pipeline(*of_all, 1, schedule="gpipe", **hooks)
+            return parallel.synchronous_pipeline(*of_all, num_microbatches=1, schedule="gpipe", **hooks)
         return parallel.asynchronous_pipeline(*of_all, **hooks)
 
     def _verification(self, mesh: jax.sharding.Mesh) -> dict[str, parallel.pipelines.hooks.BoundaryHook]:
@@ -260,10 +264,10 @@ class _Runs(async_mesh.Runs):
         """The state with new coordinates before each block, in the middle of each, and before the head."""
         config, L = self.config, self.model.config.layers
         names = [("boundary", i) for i in range(L + 1)] + [("middle", i) for i in range(L)]
-        transforms = unextractable.draw_transforms(key, names, config.rank)
-        rules = unextractable.gpt_coordinates.coordinate_gpt_rules(L, embed="^embed/", blocks="^blocks/", head="^head/")
+        transforms = unextractable.draw_transforms(names, config.rank, key=key)
+        rules = unextractable.gpt_coordinates.coordinate_gpt_rules(L, patterns=unextractable.gpt.STAGE_PATTERNS)
         between = [("boundary", j * L // config.stages) for j in range(1, config.stages)]
-        return unextractable.morph_pipeline(self.pipe, state, transforms, rules, between)
+        return unextractable.morph_pipeline(self.pipe, state, transforms, rules, boundaries=between)
 
 
 def make_optimizer(config: Config, rank: int | None) -> optax.GradientTransformation:

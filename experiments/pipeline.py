@@ -237,7 +237,7 @@ class Runs:
                 stages,
                 optimizer,
                 mesh,
-                (tokens, tokens),
+                batch=(tokens, tokens),
                 schedule="gpipe",
                 num_microbatches=MICROBATCHES,
             )
@@ -246,7 +246,7 @@ class Runs:
             stages,
             optimizer,
             mesh,
-            (tokens, tokens),
+            batch=(tokens, tokens),
             stash=self.method in ("pipedream", "nesterov"),
             predict_backward=optimizers.no_stash.discrepancy_corrected if self.method == "pipemare" else None,
         )

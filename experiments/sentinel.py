@@ -97,8 +97,8 @@ class Config(language_model.Options):
 
     def verifiers(self) -> dict[str, integrity.VerifierConfig]:
         """Options of the verifiers by direction."""
-        names = ("votes", "window", "reduce_axes", "distances")
-        options = {name: getattr(self, name) for name in names} | {"warmup_steps": self.warmup}
+        names = ("window", "reduce_axes", "distances")
+        options = {name: getattr(self, name) for name in names} | {"warmup_steps": self.warmup, "num_votes": self.votes}
         return {
             "forward": integrity.VerifierConfig(decay=self.decay, **options),
             "backward": integrity.VerifierConfig(decay=self.gradient_decay, **options),
@@ -210,7 +210,7 @@ class _Task:
             stages, opt_state, verified = carry
             batch_key, attack_key = jax.random.split(jax.random.fold_in(self.key, step))
             batch = self.batch(batch_key)
-            losses, gradients, verified, verdicts = pipeline.value_and_grad(stages, *batch, verified, attack_key)
+            losses, gradients, verified, verdicts = pipeline.value_and_grad(stages, *batch, verified, key=attack_key)
             gradients = jax.tree.map(lambda g: jnp.mean(g, axis=0), tuple(gradients))
             updates, opt_state = self.optimizer.update(gradients, opt_state, stages)
             bans = [jnp.zeros_like(verdicts.forward, jnp.int32) if v is None else v.bans for v in verified[:2]]
@@ -225,7 +225,7 @@ class _Task:
         if self._start is None:
             pipeline = self.pipeline()
             inputs = jax.ShapeDtypeStruct((self.config.batch_size, self.config.model().block_size), jnp.int32)
-            verified = pipeline.init(self.stages, inputs, jax.random.fold_in(self.key, 2**31 - 1))
+            verified = pipeline.init(self.stages, inputs, key=jax.random.fold_in(self.key, 2**31 - 1))
             carry = (self.stages, self.optimizer.init(self.stages), verified)
             carry, seen = self.run(pipeline, carry, 0, self.config.warmup)
             self._start = carry, seen
@@ -272,7 +272,7 @@ def _attacked(task: _Task, attack: str, protected: bool, case_dir: pathlib.Path)
             **{name: dataclasses.replace(options, warmup_steps=2**30) for name, options in config.verifiers().items()}
         )
     inputs = jax.ShapeDtypeStruct((config.batch_size, config.model().block_size), jnp.int32)
-    fresh = pipeline.init(stages, inputs, task.key)
+    fresh = pipeline.init(stages, inputs, key=task.key)
     verified = fresh._replace(
         forward=None if fresh.forward is None else verified.forward,
         backward=None if fresh.backward is None else verified.backward,

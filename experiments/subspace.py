@@ -168,7 +168,7 @@ class Network(NamedTuple):
         head = lambda params, x, targets: language_model.cross_entropy(fns.head(params, x), targets)
         if constrained or method == "unconstrained":
             drawn = parallel.boundaries.random_subspace(
-                jax.random.key(0),
+                key=jax.random.key(0),
                 vocab_size=V,
                 width=decoder.width,
                 rank=config.rank,
@@ -180,7 +180,7 @@ class Network(NamedTuple):
             def coded(U: jax.Array) -> tuple[parallel.StageModel, tuple[parallel.boundaries.Codec, ...]]:
                 subspace = drawn._replace(U=U)
                 return parallel.boundaries.subspace_model(embed, block, head, subspace), (
-                    parallel.boundaries.subspace_codec(subspace, activations=decoder.dtype),
+                    parallel.boundaries.subspace_codec(subspace, activation_dtype=decoder.dtype),
                     parallel.boundaries.subspace_gradient_codec(subspace),
                 )
 

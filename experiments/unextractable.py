@@ -143,14 +143,14 @@ class _Task:
         init = lambda key: nnx.to_pure_dict(nnx.state(models.GPT(self.gpt, rngs=nnx.Rngs(key)), nnx.Param))
         params = models.split_gpt_params(self.gpt, jax.jit(init)(self.key))
         rotations = [
-            unextractable.draw_transform(jax.random.fold_in(self.key, i), self.gpt.width).matrix
+            unextractable.draw_transform(self.gpt.width, key=jax.random.fold_in(self.key, i)).matrix
             for i in range(2 * self.gpt.layers + 1)
         ]
         return unextractable.gpt.transformable_gpt_params(self.gpt, params, rotations)
 
     def transforms(self, time: int, spread: float | None = None) -> dict[Any, unextractable.Transform]:
         key = jax.random.fold_in(self.key, 10**6 + time)
-        return unextractable.draw_transforms(key, self.names, self.gpt.width, spread=spread)
+        return unextractable.draw_transforms(self.names, self.gpt.width, key=key, spread=spread)
 
     @functools.cache  # noqa: B019 - a task lives as long as its run
     def forward(self, dtype: str = "float32", blocks: int | None = None) -> Any:

@@ -14,20 +14,27 @@ import jax
 __all__ = [
     "ActivationRoot",
     "ApplyFn",
+    "AttackDirection",
+    "AttackKind",
     "AttackNorm",
+    "AveragingMethod",
     "AxisName",
     "ChannelTies",
     "ClassAverage",
     "Direction",
+    "Fold",
     "GateGradients",
     "Implementation",
+    "Incompatibility",
     "InitializerKind",
     "IsometryObjective",
     "Key",
     "KrylovMethod",
     "LossFn",
     "LowRankMethod",
+    "MessageDistance",
     "MessagePassingMethod",
+    "MorphPrecision",
     "NesterovDiscount",
     "NeuronReduction",
     "OrthogonalRetraction",
@@ -42,7 +49,9 @@ __all__ = [
     "Rounding",
     "SGMVariant",
     "Schedule",
+    "SecondMoments",
     "ShapeScaling",
+    "Subsets",
     "SynchronousSchedule",
     "UnseenClasses",
     "WeightProjection",
@@ -56,19 +65,28 @@ LossFn: TypeAlias = Callable[[PyTree, Any], jax.Array]  # (params, batch) -> a s
 
 # String options, by name.
 ActivationRoot: TypeAlias = Literal["minus", "plus"]
+AttackDirection: TypeAlias = Literal["forward", "backward", "both"]
+AttackKind: TypeAlias = Literal[
+    "constant", "random", "scale", "random_sign", "delay", "bias", "invisible_noise", "adaptive"
+]
 AttackNorm: TypeAlias = Literal["linf", "l2", "l2_per_channel"]
+AveragingMethod: TypeAlias = Literal["avg", "weight_update", "ema"]
 ChannelTies: TypeAlias = Literal["max", "min", "union"]
 ClassAverage: TypeAlias = Literal["ema", "cumulative"]
 Direction: TypeAlias = Literal["forward", "backward"]  # of what crosses a boundary between stages
+Fold: TypeAlias = Literal["in place", "each", "master"]  # of a transform into a parameter
 GateGradients: TypeAlias = Literal["mpmg", "mnmg"]
 Implementation: TypeAlias = Literal["xla", "pallas_gpu", "pallas_tpu"]
+Incompatibility: TypeAlias = Literal["none", "partial", "full"]  # of stages from different times
 InitializerKind: TypeAlias = Literal[
     "orthogonal", "conv_orthogonal", "delta_orthogonal", "lecun_normal", "glorot_normal", "he_normal"
 ]
 IsometryObjective: TypeAlias = Literal["frobenius", "squared"]
 KrylovMethod: TypeAlias = Literal["cholesky", "householder"]
 LowRankMethod: TypeAlias = Literal["svd", "asvd", "svd_llm"]
+MessageDistance: TypeAlias = Literal["absolute", "euclidean", "sign", "wasserstein"]
 MessagePassingMethod: TypeAlias = Literal["trwp", "isgmr", "mean_field"]
+MorphPrecision: TypeAlias = Literal["float64", "parameter"]
 NesterovDiscount: TypeAlias = Literal["both", "momentum", "none"]
 NeuronReduction: TypeAlias = Literal["sum", "mean", "max"]
 OrthogonalRetraction: TypeAlias = Literal["qr", "bjorck"]
@@ -82,7 +100,9 @@ ReductionSolver: TypeAlias = Literal["cg", "woodbury", "projection"]
 Rounding: TypeAlias = Literal["argmin", "sequential"]
 SGMVariant: TypeAlias = Literal["messages", "path_costs"]
 Schedule: TypeAlias = Literal["gpipe", "1f1b", "circular", "async"]
+SecondMoments: TypeAlias = Literal["error", "keep", "reset"]  # what becomes of squared gradients
 ShapeScaling: TypeAlias = Literal["width", "spectral", "rms"]
+Subsets: TypeAlias = Literal["partition", "strided", "bernoulli"]  # of parameters
 SynchronousSchedule: TypeAlias = Literal["gpipe", "1f1b", "circular"]
 UnseenClasses: TypeAlias = Literal["global_mean", "zero"]
 WeightProjection: TypeAlias = Literal["softmax", "sparsemax", "argmax", "tanh", "round"]

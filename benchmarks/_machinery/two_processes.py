@@ -100,12 +100,14 @@ class _Worker:
         n = count if schedule == "async" else M
         if schedule not in self.running:
             batch = tuple(of_all[0] for of_all in self.tokens)
-            common = (self.model, self.stages, self.optimizer, self.mesh, batch)
+            common, shapes = (self.model, self.stages, self.optimizer, self.mesh), {"batch": batch}
             if schedule == "async":
-                pipe = parallel.asynchronous_pipeline(*common)
+                pipe = parallel.asynchronous_pipeline(*common, **shapes)
             else:
                 name, _, keep = schedule.partition(" ")
-                pipe = parallel.synchronous_pipeline(*common, M, schedule=name, remat=not keep)
+                pipe = parallel.synchronous_pipeline(
+                    *common, batch=batch, num_microbatches=M, schedule=name, remat=not keep
+                )
             put = lambda at: parallel.shard_batch(self.mesh, tuple(of_all[at : at + n] for of_all in self.tokens))
             state, batches = pipe.init(self.stages), [put(at) for at in range(0, count, n)]
             hlo = pipe.lower(state, *batches[0]).compile().as_text()

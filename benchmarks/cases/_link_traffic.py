@@ -31,7 +31,7 @@ class Coding(NamedTuple):
 def codings(vocab_size: int, width: int, rank: int) -> dict[str, Coding]:
     """By name; top-k keeps as many entries as the subspace has coordinates."""
     codecs = parallel.boundaries
-    subspace = codecs.random_subspace(jax.random.key(0), vocab_size=vocab_size, width=width, rank=rank)
+    subspace = codecs.random_subspace(key=jax.random.key(0), vocab_size=vocab_size, width=width, rank=rank)
     both = lambda codec: Coding(codec, codec)
     constrained = lambda dtype: Coding(
         codecs.subspace_codec(subspace, dtype), codecs.subspace_gradient_codec(subspace, dtype), subspace
@@ -60,7 +60,7 @@ def coded_pipeline(
         stages,
         optax.sgd(1e-3),
         mesh,
-        (inputs[0], targets[0]),
+        batch=(inputs[0], targets[0]),
         forward_hook=parallel.boundaries.codec_hook(coding.forward),
         backward_hook=parallel.boundaries.codec_hook(coding.backward),
     )
@@ -145,7 +145,7 @@ def shapes_of(setting: Setting, flops_per_s: float = FLOPS_PER_S) -> Shapes:
     params, functions = models.split_gpt_params(config, jax.eval_shape(init)), models.gpt_stages(config)
     X = jax.ShapeDtypeStruct((*tokens, config.width), config.dtype)
     blocks = config.layers // setting.stages
-    costs = links.stage_costs(functions.block, params[1][0], X, flops_per_second=flops_per_s, blocks=blocks)
+    costs = links.stage_costs(functions.block, params[1][0], X, flops_per_second=flops_per_s, num_blocks=blocks)
 
     def head(params: PyTree, X: jax.Array) -> Any:
         logits, pull_back = jax.vjp(functions.head, params, X)
@@ -175,7 +175,7 @@ def messages_of(setting: Setting) -> dict[str, tuple[int, int]]:
 
     def traced(key: jax.Array) -> None:
         codecs = parallel.boundaries
-        subspace = codecs.random_subspace(key, vocab_size=config.vocab_size, width=config.width, rank=setting.rank)
+        subspace = codecs.random_subspace(key=key, vocab_size=config.vocab_size, width=config.width, rank=setting.rank)
         forward = codecs.subspace_codec(subspace, "bfloat16")
         coding = Coding(forward, codecs.subspace_gradient_codec(subspace, "bfloat16"), subspace)
         found["subspace"] = message_bytes(coding, tokens, config.width)

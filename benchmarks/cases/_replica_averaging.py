@@ -38,9 +38,9 @@ def exchanges(packed: PyTree) -> dict[str, Exchange]:
     return {
         "nothing": Exchange(None, False, 1, 0, 0),
         "gradients": Exchange(None, True, 1, N, 0),
-        "sparse avg, tau 0": Exchange(sparse(tau=0, rule="avg"), False, 1, K, 2 * K),
-        "sparse avg": Exchange(sparse(tau=TAU, rule="avg"), False, 1, K, 2 * TAU * K),
-        "sparse ema": Exchange(sparse(tau=TAU), False, 1, K, 2 * TAU * K + N),
+        "sparse avg, tau 0": Exchange(sparse(delay=0, method="avg"), False, 1, K, 2 * K),
+        "sparse avg": Exchange(sparse(delay=TAU, method="avg"), False, 1, K, 2 * TAU * K),
+        "sparse ema": Exchange(sparse(delay=TAU), False, 1, K, 2 * TAU * K + N),
         "fed_avg": Exchange(parallel.replicas.fed_avg(COUNT), False, COUNT, N, 0),
         "diloco": Exchange(parallel.replicas.diloco(COUNT), False, COUNT, N, 2 * N),
         "streaming_diloco": Exchange(parallel.replicas.streaming_diloco(COUNT, fragments), False, COUNT, N, 2 * N),
@@ -59,7 +59,7 @@ def mesh_pipeline(
         stages,
         optax.adamw(1e-3),
         mesh,
-        (inputs[0], targets[0]),
+        batch=(inputs[0], targets[0]),
         average_gradients=exchange.gradients,
         data_hook=exchange.hook,
     )
@@ -72,7 +72,9 @@ def packed_shapes(config: models.GPTConfig, P: int) -> PyTree:
     tokens = jax.ShapeDtypeStruct((1, config.block_size), jnp.int32)
     stages = parallel.split_stages(params, P)
     mesh = staged_decoder.mesh(P)
-    return parallel.asynchronous_pipeline(model, stages, optax.sgd(1.0), mesh, (tokens, tokens)).layout.params.shapes
+    return parallel.asynchronous_pipeline(
+        model, stages, optax.sgd(1.0), mesh, batch=(tokens, tokens)
+    ).layout.params.shapes
 
 
 def reduced_bytes(program: jax.stages.Compiled, P: int, D: int) -> int:

@@ -28,7 +28,7 @@ def transforms_case(width: int) -> Case:
     """Forward passes and steps of a model with and without its matrices, and morphs of all its blocks."""
     config = models.GPTConfig(256, BLOCK, LAYERS, width, max(1, width // 64), **DESIGN)
     plain = models.split_gpt_params(config, nnx.to_pure_dict(staged_decoder.initial(config)))
-    draw = lambda names: unextractable.draw_transforms(jax.random.key(1), names, width)
+    draw = lambda names: unextractable.draw_transforms(names, width, key=jax.random.key(1))
     rotations = [T.matrix for T in draw(range(2 * LAYERS + 1)).values()]
     params = unextractable.gpt.transformable_gpt_params(config, plain, rotations)
     names = [("boundary", i) for i in range(LAYERS + 1)] + [("middle", i) for i in range(LAYERS)]

@@ -62,7 +62,7 @@ def run(options: Options) -> Iterator[Record]:
 
 def activations(d: int, k: int) -> tuple[boundaries.Subspace, dict[str, jax.Array]]:
     """A subspace and what would cross a boundary."""
-    subspace = boundaries.random_subspace(jax.random.key(0), vocab_size=VOCABULARY, width=d, rank=k)
+    subspace = boundaries.random_subspace(key=jax.random.key(0), vocab_size=VOCABULARY, width=d, rank=k)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, TOKENS), jnp.int32)
     C = jax.random.normal(jax.random.key(1), (*TOKENS, k))
     return subspace, {"x": boundaries.subspaces.subspace_reconstruct(C, ids, subspace), "ids": ids}
@@ -155,7 +155,8 @@ def _verifiers(message: jax.Array, others: jax.Array, **options) -> Implementati
     summaries = jax.vmap(lambda other: integrity.distances.message_summary(other, axes))(others)
     started = {"count": jnp.int32(1), "started": jnp.bool_(True), "reference": summaries.mean(axis=0)}
     states = [
-        integrity.init_verifier(v, len(others), message.shape, jax.random.key(4))._replace(**started) for v in verifiers
+        integrity.init_verifier(v, len(others), message.shape, key=jax.random.key(4))._replace(**started)
+        for v in verifiers
     ]
 
     def receive(verifier, state, message, summaries):

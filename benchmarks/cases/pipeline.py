@@ -70,11 +70,11 @@ def make_pipeline(schedule: str, P: int, n: int) -> tuple[parallel.pipelines.Pip
     model, params = _model()
     stages, mesh = parallel.split_stages(params, P), parallel.make_mesh(P)
     inputs, targets = staged_decoder.tokens(_config(), n, BATCH)
-    common = (model, stages, optax.adamw(1e-3), mesh, (inputs[0], targets[0]))
+    common, batch = (model, stages, optax.adamw(1e-3), mesh), {"batch": (inputs[0], targets[0])}
     if schedule == "async":
-        pipe = parallel.asynchronous_pipeline(*common)
+        pipe = parallel.asynchronous_pipeline(*common, **batch)
     else:
-        pipe = parallel.synchronous_pipeline(*common, n, schedule=schedule)
+        pipe = parallel.synchronous_pipeline(*common, **batch, num_microbatches=n, schedule=schedule)
     return pipe, (pipe.init(stages), *parallel.shard_batch(mesh, (inputs, targets)))
 
 

@@ -51,7 +51,7 @@ def test_a_move_projects_the_constrained_weights_onto_the_new_subspace_and_chang
 
     decoder = dataclasses.replace(config.subspace_model(task.config.vocab_size), subspace=None)
     fns = models.gpt_stages(decoder)
-    fixed = boundaries.random_subspace(jax.random.key(0), vocab_size=256, width=16, rank=4).T_fixed
+    fixed = boundaries.random_subspace(key=jax.random.key(0), vocab_size=256, width=16, rank=4).T_fixed
 
     def dense_loss(params, windows):
         of_embed, of_blocks, of_head = models.split_gpt_params(decoder, params)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxlib_methods.parallel.pipelines.hooks import BoundaryHook
 from jaxlib_methods.parallel.pipelines.stages import differentiable
+from jaxlib_methods.typing import PyTree
 
 __all__ = [
     "Codec",
@@ -26,8 +27,6 @@ __all__ = [
     "identity_codec",
     "payload_bytes",
 ]
-
-PyTree = Any
 
 
 class Codec(NamedTuple):

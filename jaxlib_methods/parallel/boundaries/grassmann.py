@@ -1,15 +1,19 @@
 r"""Moving the subspace of a subspace network towards its gradients, between optimizer steps; off in all released code.
 
-Symbols as in `_subspace.py`. Sigma (d, d) is the mean over tokens of g^T g for gradients g of the residual stream. The
+Symbols as in `subspaces`. Sigma (d, d) is the mean over tokens of g^T g for gradients g of the residual stream. The
 codec of gradients sums up Y = Sigma U (`subspace_gradient_codec(track=True)`), all stages average it, take the same
 `grassmann_step`, and express their weights and first moments in the new basis with `change_basis`. U and T_fixed are
 constants of a compiled pipeline, so that a move builds it anew.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jaxlib_methods._core.dtypes import compute_dtype
+from jaxlib_methods._core.linalg import orthonormal
+from jaxlib_methods.typing import PyTree
 
 __all__ = [
     "MomentState",
@@ -17,8 +21,6 @@ __all__ = [
     "gradient_moment",
     "grassmann_step",
 ]
-
-PyTree = Any
 
 
 class MomentState(NamedTuple):
@@ -46,7 +48,7 @@ def gradient_moment(G: jax.Array, U: jax.Array) -> jax.Array:
     [ramasinghe2025protocol].
     """
     g = G.reshape(-1, G.shape[-1])
-    g = g.astype(accumulator(g.dtype))
+    g = g.astype(compute_dtype(g.dtype))
     return times(g.T, times(g, U.astype(g.dtype))) / len(g)
 
 
@@ -113,14 +115,4 @@ def times(a: jax.Array, B: jax.Array) -> jax.Array:
 
 def product(a: jax.Array, B: jax.Array) -> jax.Array:
     """a @ B in float32 at least; in full precision, since a default of bfloat16 or TF32 passes would leave span(U)."""
-    return jnp.matmul(a, B.astype(a.dtype), precision="highest", preferred_element_type=accumulator(a.dtype))
-
-
-def orthonormal(A: jax.Array) -> jax.Array:
-    """The Q factor whose R has a positive diagonal."""
-    Q, R = jnp.linalg.qr(A)
-    return Q * jnp.where(jnp.diagonal(R) < 0, -1, 1).astype(A.dtype)[None, :]
-
-
-def accumulator(dtype: Any) -> Any:
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+    return jnp.matmul(a, B.astype(a.dtype), precision="highest", preferred_element_type=compute_dtype(a.dtype))

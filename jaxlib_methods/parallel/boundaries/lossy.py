@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods._core import checks
 from jaxlib_methods.parallel.boundaries.codecs import Codec, leafwise, smallest_unsigned
+from jaxlib_methods.typing import PyTree
 
 __all__ = [
     "DeltaState",
@@ -19,8 +21,6 @@ __all__ = [
     "int8_codec",
     "top_k_codec",
 ]
-
-PyTree = Any
 
 
 class DeltaState(NamedTuple):
@@ -30,17 +30,17 @@ class DeltaState(NamedTuple):
     count: jax.Array  # int32 []: messages so far
 
 
-def int8_codec(block: int | None = None) -> Codec:
+def int8_codec(block_size: int | None = None) -> Codec:
     r"""Blocks of the last axis in eight bits, $q = \mathrm{round}(127 x / s)$ with s = max |x| of the block.
 
     Args:
-      block: entries that share s, a divisor of the last axis; None: all of it, which is one s per token.
+      block_size: entries that share s, a divisor of the last axis; None: all of it, which is one s per token.
 
     Returns:
-      The codec; a token takes d + 4 d / block bytes.
+      The codec; a token takes d + 4 d / block_size bytes.
 
     Raises:
-      ValueError: for a block below 1 and, by its encode, for one that does not divide the last axis.
+      ValueError: for a size below 1 and, by its encode, for one that does not divide the last axis.
 
     Example:
       >>> codec, x = int8_codec(), jnp.array([[127.0, -2.2]])
@@ -51,13 +51,12 @@ def int8_codec(block: int | None = None) -> Codec:
     Source: Dettmers et al. (ICLR 2022), arXiv:2110.02861, with a linear in place of a dynamic code
     [dettmers2022eight].
     """
-    if block is not None and block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
+    checks.at_least(1, block_size=block_size)
 
     def encode(x: jax.Array, state: PyTree) -> tuple[dict[str, jax.Array], PyTree]:
-        width = block or x.shape[-1]
+        width = block_size or x.shape[-1]
         if x.shape[-1] % width:
-            raise ValueError(f"block must divide the last axis, got {width} and {x.shape[-1]}")
+            raise ValueError(f"block_size must divide the last axis, got {width} and {x.shape[-1]}")
         q, scale = _quantize(x.reshape(*x.shape[:-1], -1, width), 127)
         return {"q": q.reshape(x.shape), "scale": scale[..., 0]}, state
 
@@ -93,8 +92,7 @@ def top_k_codec(k: int, *, error_feedback: bool = True) -> Codec:
 
     Source: Stich, Cordonnier, Jaggi (NeurIPS 2018), arXiv:1809.07599, Algorithm 1 [stich2018sparsified].
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    checks.at_least(1, k=k)
 
     def encode(x: jax.Array, state: PyTree) -> tuple[dict[str, jax.Array], PyTree]:
         if k > x.shape[-1]:
@@ -112,17 +110,17 @@ def top_k_codec(k: int, *, error_feedback: bool = True) -> Codec:
     return leafwise(lambda x: jnp.zeros(x.shape, x.dtype) if error_feedback else (), encode, decode)
 
 
-def delta_codec(bits: int | None, slots: int) -> Codec:
+def delta_codec(bits: int | None, num_slots: int) -> Codec:
     r"""The change of a sample's activations since its last visit, in few bits (AQ-SGD).
 
     Both ends keep what the receiver rebuilt, c; the message is Q(x - c) with one scale per token, and both add it:
     as training converges, the changes shrink and with them the error. Micro-batches must return in the same order,
-    micro-batch m using slot m mod `slots`. The method starts with an epoch of `delta_codec(None, slots)`, whose
+    micro-batch m using slot m mod `num_slots`. The method starts with an epoch of `delta_codec(None, num_slots)`, whose
     messages are exact and whose state is the same.
 
     Args:
       bits: 2, 4 or 8 of each entry; None sends x itself and fills the caches.
-      slots: micro-batches of an epoch.
+      num_slots: micro-batches of an epoch.
 
     Returns:
       The codec; its state is `slots` times as large as x, at both ends.
@@ -141,14 +139,12 @@ def delta_codec(bits: int | None, slots: int) -> Codec:
 
     Source: Wang et al. (NeurIPS 2022), arXiv:2206.01299, Algorithm 1, rounding to the nearest [wang2022fine].
     """
-    if bits not in (None, 2, 4, 8):
-        raise ValueError(f"bits must be 2, 4, 8 or None, got {bits}")
-    if slots < 1:
-        raise ValueError(f"slots must be at least 1, got {slots}")
+    checks.one_of((2, 4, 8, None), bits=bits)
+    checks.at_least(1, num_slots=num_slots)
     levels = 2 ** (bits - 1) - 1 if bits else 0
 
     def init(x: jax.Array | jax.ShapeDtypeStruct) -> DeltaState:
-        return DeltaState(jnp.zeros((slots, *x.shape), x.dtype), jnp.zeros((), jnp.int32))
+        return DeltaState(jnp.zeros((num_slots, *x.shape), x.dtype), jnp.zeros((), jnp.int32))
 
     def rebuild(arrays: dict[str, jax.Array], cached: jax.Array) -> jax.Array:
         if bits is None:
@@ -157,7 +153,7 @@ def delta_codec(bits: int | None, slots: int) -> Codec:
         return cached + _dequantize(q, arrays["scale"], levels, cached.dtype)
 
     def update(state: DeltaState, arrays: dict[str, jax.Array]) -> tuple[jax.Array, DeltaState]:
-        slot = state.count % slots
+        slot = state.count % num_slots
         x = rebuild(arrays, state.cache[slot])
         return x, DeltaState(state.cache.at[slot].set(x), state.count + 1)
 
@@ -165,7 +161,7 @@ def delta_codec(bits: int | None, slots: int) -> Codec:
         if bits is None:
             arrays = {"x": x}
         else:
-            q, scale = _quantize(x - state.cache[state.count % slots], levels)
+            q, scale = _quantize(x - state.cache[state.count % num_slots], levels)
             arrays = {"q": _pack((q.astype(jnp.int32) + levels).astype(jnp.uint8), bits), "scale": scale}
         return arrays, update(state, arrays)[1]
 

@@ -21,16 +21,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import compute_dtype
+from jaxlib_methods._core.linalg import haar
 from jaxlib_methods.parallel.boundaries.codecs import Codec, Payload, linear_codec, smallest_unsigned
 from jaxlib_methods.parallel.boundaries.grassmann import (
     MomentState,
-    accumulator,
     gradient_moment,
-    orthonormal,
     product,
     times,
 )
 from jaxlib_methods.parallel.pipelines.stages import StageModel
+from jaxlib_methods.typing import PyTree
 
 __all__ = [
     "Subspace",
@@ -42,8 +44,6 @@ __all__ = [
     "subspace_model",
     "subspace_reconstruct",
 ]
-
-PyTree = Any
 
 
 class Subspace(NamedTuple):
@@ -66,8 +66,8 @@ class Subspace(NamedTuple):
 
 
 def random_subspace(
-    key: jax.Array,
     *,
+    key: jax.Array,
     vocab_size: int,
     width: int,
     rank: int,
@@ -96,16 +96,15 @@ def random_subspace(
 
     Example:
       >>> import numpy as np
-      >>> subspace = random_subspace(jax.random.key(0), vocab_size=10, width=6, rank=2)
+      >>> subspace = random_subspace(key=jax.random.key(0), vocab_size=10, width=6, rank=2)
       >>> subspace.T_fixed.shape, bool(np.allclose(subspace.U.T @ subspace.U, np.eye(2), atol=1e-6))
       ((10, 6), True)
 
     Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260, official code [ramasinghe2025protocol].
     """
-    if not 1 <= rank <= width:
-        raise ValueError(f"rank must lie between 1 and the width {width}, got {rank}")
+    checks.within(f"[1, {width}]", rank=rank, remedy="the basis has width rows")
     basis_key, table_key = jax.random.split(key)
-    U = orthonormal(jax.random.normal(basis_key, (width, rank)))
+    U = haar(basis_key, (width, rank))
     keys = Subspace(U, jax.random.split(table_key, vocab_size), embedding_std=embedding_std)
     return keys._replace(T_fixed=_rows(jnp.arange(vocab_size), keys).astype(dtype)) if stored else keys
 
@@ -151,7 +150,7 @@ def subspace_coordinates(X: jax.Array, ids: jax.Array, subspace: Subspace) -> ja
       (b, n, k) in the dtype of X, summed in float32 at least.
 
     Example:
-      >>> subspace = random_subspace(jax.random.key(0), vocab_size=10, width=6, rank=2)
+      >>> subspace = random_subspace(key=jax.random.key(0), vocab_size=10, width=6, rank=2)
       >>> ids, C = jnp.array([[4, 7]]), jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
       >>> bool(jnp.allclose(subspace_coordinates(subspace_reconstruct(C, ids, subspace), ids, subspace), C, atol=1e-5))
       True
@@ -182,13 +181,13 @@ def subspace_reconstruct(C: jax.Array, ids: jax.Array, subspace: Subspace) -> ja
     return X if fixed is None else X + jax.lax.stop_gradient(fixed).astype(X.dtype)
 
 
-def subspace_codec(subspace: Subspace, dtype: str | None = None, *, activations: str = "float32") -> Codec:
+def subspace_codec(subspace: Subspace, dtype: str | None = None, *, activation_dtype: str = "float32") -> Codec:
     """Forward boundaries of a subspace network: k values of a token and its id. Lossless to rounding.
 
     Args:
       subspace: of the network.
       dtype: of the coordinates on the link; None: that of the activations.
-      activations: dtype of the residual stream; T_fixed U is made with U rounded to it.
+      activation_dtype: of the residual stream; T_fixed U is made with U rounded to it.
 
     Returns:
       A codec of {"x": residual stream (b, n, d), "ids": integers (b, n)}, as `subspace_model` makes it; whatever else
@@ -198,7 +197,7 @@ def subspace_codec(subspace: Subspace, dtype: str | None = None, *, activations:
       TypeError: by its init, for anything else, and for a residual stream of another dtype.
 
     Example:
-      >>> subspace = random_subspace(jax.random.key(0), vocab_size=300, width=64, rank=10)
+      >>> subspace = random_subspace(key=jax.random.key(0), vocab_size=300, width=64, rank=10)
       >>> x = {"x": jnp.ones((1, 8, 64)), "ids": jnp.ones((1, 8), jnp.int32)}
       >>> message, _ = subspace_codec(subspace, "bfloat16").encode(x, ())
       >>> message["x"].arrays["C"].shape, message["ids"].arrays["ids"].dtype.name
@@ -206,7 +205,7 @@ def subspace_codec(subspace: Subspace, dtype: str | None = None, *, activations:
 
     Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260 [ramasinghe2025protocol].
     """
-    U, like = subspace.U, jnp.dtype(activations)
+    U, like = subspace.U, jnp.dtype(activation_dtype)
     project = lambda rows: product(rows.astype(like), U)
     ids_dtype, table, PE = jnp.uint32, None, None if subspace.PE is None else project(subspace.PE)
     if subspace.T_fixed is not None:
@@ -223,7 +222,7 @@ def subspace_codec(subspace: Subspace, dtype: str | None = None, *, activations:
                 "build the model with subspace_model"
             )
         if x["x"].dtype != like:
-            raise TypeError(f"the codec is made for activations of {like}, got {x['x'].dtype}; pass activations=")
+            raise TypeError(f"the codec is made for activations of {like}, got {x['x'].dtype}; pass activation_dtype=")
         return ()
 
     def encode(x: dict[str, Any], state: PyTree) -> tuple[dict[str, Any], PyTree]:
@@ -268,7 +267,7 @@ def subspace_gradient_codec(subspace: Subspace, dtype: str | None = None, *, tra
         return codec
 
     def init(G: PyTree) -> MomentState:
-        return MomentState(jnp.zeros(U.shape, accumulator(U.dtype)), jnp.zeros((), jnp.int32))
+        return MomentState(jnp.zeros(U.shape, compute_dtype(U.dtype)), jnp.zeros((), jnp.int32))
 
     def encode(G: PyTree, state: MomentState) -> tuple[PyTree, MomentState]:
         coded = [leaf for leaf in jax.tree.leaves(G) if leaf.shape[-1:] == (len(U),)]
@@ -296,7 +295,7 @@ def subspace_model(
       The model; use it with `subspace_codec` forwards and `subspace_gradient_codec` backwards, or with neither.
 
     Example:
-      >>> subspace = random_subspace(jax.random.key(0), vocab_size=5, width=4, rank=2)
+      >>> subspace = random_subspace(key=jax.random.key(0), vocab_size=5, width=4, rank=2)
       >>> model = subspace_model(
       ...     embed=lambda E, ids, U, fixed: E[ids] @ U.T + fixed,
       ...     block=lambda Z, X, U: X + jnp.tanh(X) @ Z @ U.T,

@@ -5,10 +5,12 @@ vector that is not finite as infinitely far away. A rule may stand in for the me
 `jax.shard_map` after an all-gather over the data axis.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+
+from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import widen
+from jaxlib_methods.typing import PyTree
 
 __all__ = [
     "centered_clip",
@@ -18,8 +20,6 @@ __all__ = [
     "multi_krum",
     "trimmed_mean",
 ]
-
-PyTree = Any
 
 
 def coordinate_median(gradients: PyTree) -> PyTree:
@@ -38,15 +38,15 @@ def coordinate_median(gradients: PyTree) -> PyTree:
     Source: Yin et al. (ICML 2018), arXiv:1803.01498, Definition 1 [yin2018byzantine].
     """
     n = _count(gradients)
-    return trimmed_mean(gradients, trim=(n - 1) // 2)
+    return trimmed_mean(gradients, num_trimmed=(n - 1) // 2)
 
 
-def trimmed_mean(gradients: PyTree, *, trim: int) -> PyTree:
-    """The mean of each coordinate without its `trim` smallest and `trim` largest values.
+def trimmed_mean(gradients: PyTree, *, num_trimmed: int) -> PyTree:
+    """The mean of each coordinate without its `num_trimmed` smallest and as many largest values.
 
     Args:
       gradients: arrays (n, ...).
-      trim: at least the number f of malicious replicas. Static.
+      num_trimmed: at least the number f of malicious replicas. Static.
 
     Returns:
       Arrays (...). An entry that is not a number is sorted last, as the largest.
@@ -55,23 +55,22 @@ def trimmed_mean(gradients: PyTree, *, trim: int) -> PyTree:
       ValueError: if nothing would be left.
 
     Example:
-      >>> trimmed_mean(jnp.array([[1.0], [2.0], [3.0], [1e9]]), trim=1).tolist()
+      >>> trimmed_mean(jnp.array([[1.0], [2.0], [3.0], [1e9]]), num_trimmed=1).tolist()
       [2.5]
 
     Source: Yin et al. (ICML 2018), arXiv:1803.01498, Definition 2 [yin2018byzantine].
     """
     n = _count(gradients)
-    if not 0 <= trim < n / 2:
-        raise ValueError(f"trim must leave something of {n} replicas: 0 <= trim < {n / 2:g}, got {trim}")
-    return jax.tree.map(lambda g: jnp.mean(jnp.sort(g, axis=0)[trim : n - trim], axis=0), gradients)
+    checks.within(f"[0, {n / 2:g})", num_trimmed=num_trimmed, remedy=f"something of {n} replicas must be left")
+    return jax.tree.map(lambda g: jnp.mean(jnp.sort(g, axis=0)[num_trimmed : n - num_trimmed], axis=0), gradients)
 
 
-def krum_scores(gradients: PyTree, *, malicious: int) -> jax.Array:
+def krum_scores(gradients: PyTree, *, num_malicious: int) -> jax.Array:
     r"""$s_i = \sum_{j \in N_i} \|g_i - g_j\|^2$ over the n - f - 2 nearest others.
 
     Args:
       gradients: arrays (n, ...).
-      malicious: f, the number of malicious replicas that is to be survived. Static.
+      num_malicious: f, the number of malicious replicas that is to be survived. Static.
 
     Returns:
       float32 (n,); infinity for vectors that are not finite.
@@ -80,27 +79,27 @@ def krum_scores(gradients: PyTree, *, malicious: int) -> jax.Array:
       ValueError: for n < 2 f + 3, where Krum guarantees nothing.
 
     Example:
-      >>> krum_scores(jnp.array([[0.0], [1.0], [2.0], [9.0], [1.0]]), malicious=1).tolist()
+      >>> krum_scores(jnp.array([[0.0], [1.0], [2.0], [9.0], [1.0]]), num_malicious=1).tolist()
       [2.0, 1.0, 2.0, 113.0, 1.0]
 
     Source: Blanchard et al. (NeurIPS 2017), arXiv:1703.02757, Section 4 [blanchard2017machine].
     """
     n = _count(gradients)
-    if not 0 <= malicious <= (n - 3) / 2:
-        raise ValueError(f"Krum needs n >= 2 f + 3 replicas, got n={n} and f={malicious}")
+    if not 0 <= num_malicious <= (n - 3) / 2:
+        raise ValueError(f"Krum needs n >= 2 f + 3 replicas, got n={n} and f={num_malicious}")
     finite, rows = _rows(gradients)
     squares = jnp.sum((rows[:, None] - rows[None]) ** 2, axis=-1)
     apart = jnp.where(finite[:, None] & finite[None] & ~jnp.eye(n, dtype=bool), squares, jnp.inf)
-    return jnp.sum(jnp.sort(apart, axis=1)[:, : n - malicious - 2], axis=1)
+    return jnp.sum(jnp.sort(apart, axis=1)[:, : n - num_malicious - 2], axis=1)
 
 
-def multi_krum(gradients: PyTree, *, malicious: int, keep: int | None = None) -> PyTree:
-    """The mean of the `keep` vectors with the smallest Krum scores; `keep=1` is Krum.
+def multi_krum(gradients: PyTree, *, num_malicious: int, num_keep: int | None = None) -> PyTree:
+    """The mean of the `num_keep` vectors with the smallest Krum scores; `num_keep=1` is Krum.
 
     Args:
       gradients: arrays (n, ...).
-      malicious: f. Static.
-      keep: m; None: n - f. Static.
+      num_malicious: f. Static.
+      num_keep: m; None: n - f. Static.
 
     Returns:
       Arrays (...).
@@ -109,74 +108,71 @@ def multi_krum(gradients: PyTree, *, malicious: int, keep: int | None = None) ->
       ValueError: as `krum_scores`, and for m outside of [1, n].
 
     Example:
-      >>> multi_krum(jnp.array([[0.0], [1.0], [2.0], [9.0], [1.0]]), malicious=1, keep=1).tolist()
+      >>> multi_krum(jnp.array([[0.0], [1.0], [2.0], [9.0], [1.0]]), num_malicious=1, num_keep=1).tolist()
       [1.0]
 
     Source: Blanchard et al. (NeurIPS 2017), arXiv:1703.02757, Sections 4 and 6 [blanchard2017machine].
     """
     n = _count(gradients)
-    keep = n - malicious if keep is None else keep
-    if not 1 <= keep <= n:
-        raise ValueError(f"keep must lie between 1 and the {n} replicas, got {keep}")
-    chosen = jnp.argsort(krum_scores(gradients, malicious=malicious), stable=True)[:keep]
+    num_keep = n - num_malicious if num_keep is None else num_keep
+    checks.within(f"[1, {n}]", num_keep=num_keep)
+    chosen = jnp.argsort(krum_scores(gradients, num_malicious=num_malicious), stable=True)[:num_keep]
     return jax.tree.map(lambda g: jnp.mean(g[chosen], axis=0), gradients)
 
 
-def geometric_median(gradients: PyTree, *, steps: int = 8, eps: float = 1e-6) -> PyTree:
+def geometric_median(gradients: PyTree, *, num_steps: int = 8, eps: float = 1e-6) -> PyTree:
     r"""$\arg\min_v \sum_i \|g_i - v\|$ by the smoothed Weiszfeld iteration, from the coordinates' medians.
 
     Args:
       gradients: arrays (n, ...).
-      steps: iterations. Static.
+      num_steps: iterations. Static.
       eps: least distance by which a vector is weighted, $1 / \max(\|g_i - v\|, \epsilon)$.
 
     Returns:
       Arrays (...).
 
     Raises:
-      ValueError: for negative steps.
+      ValueError: for negative num_steps.
 
     Example:
-      >>> v = geometric_median(jnp.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [100.0, 100.0]]), steps=100)
+      >>> v = geometric_median(jnp.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [100.0, 100.0]]), num_steps=100)
       >>> [round(float(c), 2) for c in v]  # where the diagonals of the four points cross
       [0.5, 0.5]
 
     Source: Pillutla, Kakade, Harchaoui (IEEE TSP 2022), arXiv:1912.13445, Algorithm 2 [pillutla2022robust].
     """
-    if steps < 0:
-        raise ValueError(f"steps must not be negative, got {steps}")
+    checks.not_negative(num_steps=num_steps)
     finite, rows = _rows(gradients)
 
     def step(v: jax.Array, _: None) -> tuple[jax.Array, None]:
         weights = jnp.where(finite, 1 / jnp.maximum(jnp.linalg.norm(rows - v[None], axis=1), eps), 0.0)
         return weights @ rows / jnp.maximum(jnp.sum(weights), eps), None
 
-    return _unravel(jax.lax.scan(step, _row(coordinate_median(gradients)), None, length=steps)[0], gradients)
+    return _unravel(jax.lax.scan(step, _row(coordinate_median(gradients)), None, length=num_steps)[0], gradients)
 
 
-def centered_clip(gradients: PyTree, centre: PyTree, *, radius: jax.typing.ArrayLike, steps: int = 3) -> PyTree:
+def centered_clip(gradients: PyTree, centre: PyTree, *, radius: jax.typing.ArrayLike, num_steps: int = 3) -> PyTree:
     r"""$v \leftarrow v + \frac1n \sum_i (g_i - v) \min(1, \rho / \|g_i - v\|)$, from a trusted centre.
 
     Args:
       gradients: arrays (n, ...).
       centre: arrays (...), for example the last step's result.
       radius: rho.
-      steps: iterations. Static.
+      num_steps: iterations. Static.
 
     Returns:
       Arrays (...). A vector that is not finite moves nothing.
 
     Raises:
-      ValueError: for negative steps.
+      ValueError: for negative num_steps.
 
     Example:
-      >>> centered_clip(jnp.array([[1.0], [-1.0], [50.0]]), jnp.zeros(1), radius=3.0, steps=1).tolist()
+      >>> centered_clip(jnp.array([[1.0], [-1.0], [50.0]]), jnp.zeros(1), radius=3.0, num_steps=1).tolist()
       [1.0]
 
     Source: Karimireddy, He, Jaggi (ICML 2021), arXiv:2012.10333, Algorithm 2 [karimireddy2021learning].
     """
-    if steps < 0:
-        raise ValueError(f"steps must not be negative, got {steps}")
+    checks.not_negative(num_steps=num_steps)
     finite, rows = _rows(gradients)
 
     def step(v: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -185,7 +181,7 @@ def centered_clip(gradients: PyTree, centre: PyTree, *, radius: jax.typing.Array
         shrink = jnp.where(finite, jnp.minimum(1.0, radius / jnp.maximum(norms, jnp.finfo(rows.dtype).tiny)), 0.0)
         return v + shrink @ apart / rows.shape[0], None
 
-    return _unravel(jax.lax.scan(step, _row(centre), None, length=steps)[0], gradients)
+    return _unravel(jax.lax.scan(step, _row(centre), None, length=num_steps)[0], gradients)
 
 
 # ------------------------------------------------------------------------------ trees as rows
@@ -201,17 +197,13 @@ def _count(gradients: PyTree) -> int:
 def _rows(gradients: PyTree) -> tuple[jax.Array, jax.Array]:
     """(which vectors are finite (n,), the vectors (n, d) in float32 at least, with zeros for the others)."""
     n = _count(gradients)
-    rows = jnp.concatenate([_wide(leaf).reshape(n, -1) for leaf in jax.tree.leaves(gradients)], axis=1)
+    rows = jnp.concatenate([widen(leaf).reshape(n, -1) for leaf in jax.tree.leaves(gradients)], axis=1)
     finite = jnp.all(jnp.isfinite(rows), axis=1)
     return finite, jnp.where(finite[:, None], rows, 0.0)
 
 
 def _row(tree: PyTree) -> jax.Array:
-    return jnp.concatenate([_wide(leaf).reshape(-1) for leaf in jax.tree.leaves(tree)])
-
-
-def _wide(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32)
+    return jnp.concatenate([widen(leaf).reshape(-1) for leaf in jax.tree.leaves(tree)])
 
 
 def _unravel(row: jax.Array, gradients: PyTree) -> PyTree:

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods._core import checks
 from jaxlib_methods.parallel.integrity.distances import expand_reference, message_distances
 from jaxlib_methods.parallel.integrity.verification import VerifierState
+from jaxlib_methods.typing import AttackDirection, AttackKind, Direction
 
 __all__ = [
     "ATTACKS",
@@ -35,7 +37,6 @@ ATTACKS = {
     "invisible_noise": ("the level p of the normal quantile", 0.99),
     "adaptive": ("the share of the fences that is used", 0.9),
 }
-DIRECTIONS = ("forward", "backward", "both")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +62,17 @@ class Attack:
     Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
     """
 
-    kind: str
+    kind: AttackKind
     stage: int
     replica: int
-    direction: str = "both"
+    direction: AttackDirection = "both"
     value: float | int | None = None
     start: int = 0
     stop: int | None = None
 
     def __post_init__(self):
-        if self.kind not in ATTACKS:
-            raise ValueError(f"unknown attack {self.kind!r}; known are {', '.join(ATTACKS)}")
-        if self.direction not in DIRECTIONS:
-            raise ValueError(f"direction must be one of {DIRECTIONS}, got {self.direction!r}")
+        checks.one_of(AttackKind, kind=self.kind)
+        checks.one_of(AttackDirection, direction=self.direction)
         if self.start < 0 or (self.stop is not None and self.stop <= self.start):
             raise ValueError(f"an attack needs steps 0 <= start < stop, got start={self.start}, stop={self.stop}")
         value, ok = self.strength, True
@@ -107,19 +106,19 @@ class AttackState(NamedTuple):
 # ------------------------------------------------------------------------------ the attacks
 
 
-def random_values(key: jax.Array, x: jax.Array, *, matched: bool = False) -> jax.Array:
+def random_values(x: jax.Array, *, key: jax.Array, matched: bool = False) -> jax.Array:
     """Normal numbers: N(0, 1), or with the mean and deviation of the tensor.
 
     Args:
-      key: typed key.
       x: the honest tensor.
+      key: typed key.
       matched: whether to imitate it.
 
     Returns:
       An array like `x`.
 
     Example:
-      >>> random_values(jax.random.key(0), jnp.zeros((2, 3))).shape
+      >>> random_values(jnp.zeros((2, 3)), key=jax.random.key(0)).shape
       (2, 3)
 
     Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
@@ -128,19 +127,19 @@ def random_values(key: jax.Array, x: jax.Array, *, matched: bool = False) -> jax
     return jnp.mean(x) + jnp.std(x) * z if matched else z
 
 
-def random_sign(key: jax.Array, x: jax.Array, probability: float | int = 0.5) -> jax.Array:
+def random_sign(x: jax.Array, probability: float | int = 0.5, *, key: jax.Array) -> jax.Array:
     """Flips the sign of each entry with a probability.
 
     Args:
-      key: typed key.
       x: the honest tensor.
       probability: p.
+      key: typed key.
 
     Returns:
       An array like `x`.
 
     Example:
-      >>> random_sign(jax.random.key(0), jnp.ones(3), 1.0).tolist()
+      >>> random_sign(jnp.ones(3), 1.0, key=jax.random.key(0)).tolist()
       [-1.0, -1.0, -1.0]
 
     Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
@@ -170,19 +169,19 @@ def invisible_noise(x: jax.Array, level: float | int = 0.99) -> jax.Array:
 
 
 def adaptive(
-    key: jax.Array,
     x: jax.Array,
     verifier: VerifierState,
     *,
+    key: jax.Array,
     share: float | int = 0.9,
     reduce_axes: Sequence[int] = (0,),
 ) -> jax.Array:
     """The reference plus the largest random perturbation that stays within a share of all fences.
 
     Args:
-      key: typed key of the perturbation's direction.
       x: the honest tensor; only its shape matters.
       verifier: state of the verifier that will test the message.
+      key: typed key of the perturbation's direction.
       share: of the fences.
       reduce_axes: the verifier's.
 
@@ -192,8 +191,8 @@ def adaptive(
 
     Example:
       >>> from jaxlib_methods.parallel.integrity import VerifierConfig, init_verifier
-      >>> state = init_verifier(VerifierConfig(threshold=0.5), 2, (2, 3, 5), jax.random.key(0))
-      >>> adaptive(jax.random.key(1), jnp.zeros((2, 3, 5)), state).shape
+      >>> state = init_verifier(VerifierConfig(threshold=0.5), 2, (2, 3, 5), key=jax.random.key(0))
+      >>> adaptive(jnp.zeros((2, 3, 5)), state, key=jax.random.key(1)).shape
       (2, 3, 5)
 
     Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
@@ -233,13 +232,13 @@ def collude(messages: jax.Array, malicious: jax.Array, share: float | int) -> ja
 # ------------------------------------------------------------------------------ plans
 
 
-def check_attacks(attacks: Sequence[Attack], stages: int, replicas: int) -> tuple[Attack, ...]:
+def check_attacks(attacks: Sequence[Attack], num_stages: int, num_replicas: int) -> tuple[Attack, ...]:
     """The attacks, if the pipeline has the workers and the boundaries that they name.
 
     Args:
       attacks: the plan.
-      stages: S.
-      replicas: R.
+      num_stages: S.
+      num_replicas: R.
 
     Returns:
       The plan as a tuple.
@@ -249,16 +248,16 @@ def check_attacks(attacks: Sequence[Attack], stages: int, replicas: int) -> tupl
         first: they cross no boundary. "both" on these means the one that does.
 
     Example:
-      >>> len(check_attacks([Attack("bias", stage=1, replica=3)], stages=4, replicas=8))
+      >>> len(check_attacks([Attack("bias", stage=1, replica=3)], num_stages=4, num_replicas=8))
       1
     """
     for attack in attacks:
-        for name, size in (("stage", stages), ("replica", replicas)):
+        for name, size in (("stage", num_stages), ("replica", num_replicas)):
             if not 0 <= getattr(attack, name) < size:
                 raise ValueError(
                     f"{attack} is on a {name} that does not exist: the pipeline has {size}, numbered from 0"
                 )
-        if attack.direction == "forward" and attack.stage == stages - 1:
+        if attack.direction == "forward" and attack.stage == num_stages - 1:
             raise ValueError(f"{attack}: the last stage sends no activations; attack 'backward', or an earlier stage")
         if attack.direction == "backward" and attack.stage == 0:
             raise ValueError(f"{attack}: the first stage sends no gradients; attack 'forward', or a later stage")
@@ -287,11 +286,11 @@ def tamper(
     attacks: Sequence[Attack],
     state: AttackState,
     x: jax.Array,
-    key: jax.Array,
     *,
+    key: jax.Array,
     stage: int | jax.Array,
     replica: int | jax.Array,
-    direction: str,
+    direction: Direction,
     banned: bool | jax.Array = False,
     verifier: VerifierState | None = None,
     reduce_axes: Sequence[int] = (0,),
@@ -319,9 +318,9 @@ def tamper(
       ValueError: for an adaptive attack without a verifier.
 
     Example:
-      >>> plan = [Attack("scale", stage=1, replica=0, value=-1.0)]
-      >>> x = jnp.ones(3)
-      >>> _, sent = tamper(plan, init_attacks(plan, x), x, jax.random.key(0), stage=1, replica=0, direction="forward")
+      >>> plan, x = [Attack("scale", stage=1, replica=0, value=-1.0)], jnp.ones(3)
+      >>> worker = {"stage": 1, "replica": 0, "direction": "forward"}
+      >>> _, sent = tamper(plan, init_attacks(plan, x), x, key=jax.random.key(0), **worker)
       >>> sent.tolist()
       [-1.0, -1.0, -1.0]
 
@@ -353,11 +352,11 @@ def _tampered(
         case "constant":
             return jnp.full_like(x, value)
         case "random":
-            return random_values(key, x, matched=bool(value))
+            return random_values(x, key=key, matched=bool(value))
         case "scale":
             return x * value
         case "random_sign":
-            return random_sign(key, x, value)
+            return random_sign(x, value, key=key)
         case "delay":
             return state.past[(state.count - int(value)) % state.past.shape[0]]
         case "bias":
@@ -366,4 +365,4 @@ def _tampered(
             return invisible_noise(x, value)
     if verifier is None:
         raise ValueError("an adaptive attack needs the verifier it adapts to; pass verifier=")
-    return adaptive(key, x, verifier, share=value, reduce_axes=reduce_axes)
+    return adaptive(x, verifier, key=key, share=value, reduce_axes=reduce_axes)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods.typing import MessageDistance
+
 __all__ = [
     "DISTANCES",
     "expand_reference",
@@ -15,7 +17,7 @@ __all__ = [
     "tukey_fence",
 ]
 
-DISTANCES = ("absolute", "euclidean", "sign", "wasserstein")
+DISTANCES: tuple[MessageDistance, ...] = ("absolute", "euclidean", "sign", "wasserstein")
 _EPS = 1e-8
 
 
@@ -72,24 +74,24 @@ def expand_reference(reference: jax.Array, shape: Sequence[int], reduce_axes: Se
     return jnp.broadcast_to(reference.reshape(kept), tuple(shape))
 
 
-def random_directions(key: jax.Array, width: int, count: int = 64) -> jax.Array:
+def random_directions(width: int, num_directions: int = 64, *, key: jax.Array) -> jax.Array:
     """Unit vectors, uniform on the sphere: the projections that all verifiers of a run share.
 
     Args:
-      key: typed key.
       width: D.
-      count: L.
+      num_directions: L.
+      key: typed key.
 
     Returns:
       float32 (D, L).
 
     Example:
-      >>> random_directions(jax.random.key(0), 8, 3).shape
+      >>> random_directions(8, 3, key=jax.random.key(0)).shape
       (8, 3)
 
     Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
     """
-    w = jax.random.normal(key, (width, count), jnp.float32)
+    w = jax.random.normal(key, (width, num_directions), jnp.float32)
     return w / jnp.linalg.norm(w, axis=0, keepdims=True)
 
 
@@ -141,7 +143,7 @@ def sorting_network(y: jax.Array) -> jax.Array:
 
 
 def message_distances(
-    x: jax.Array, m: jax.Array, projections: jax.Array, names: Sequence[str] = DISTANCES
+    x: jax.Array, m: jax.Array, projections: jax.Array, names: Sequence[MessageDistance] = DISTANCES
 ) -> jax.Array:
     r"""The four distances of summaries x to the reference m.
 

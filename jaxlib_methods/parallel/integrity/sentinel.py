@@ -137,7 +137,7 @@ def verification_hook(
 
     def init(shapes: PyTree) -> VerificationState:
         (x, _), _ = _pair(shapes)
-        verifier = None if config is None else init_verifier(config, replicas, x.shape, key)
+        verifier = None if config is None else init_verifier(config, replicas, x.shape, key=key)
         return VerificationState(verifier, init_attacks(attacks, x))
 
     def send(x: PyTree, state: VerificationState, info: HookInfo) -> tuple[PyTree, VerificationState]:
@@ -153,7 +153,7 @@ def verification_hook(
             attacks,
             attack,
             x,
-            worker,
+            key=worker,
             stage=sender,
             replica=replica,
             direction=direction,
@@ -231,7 +231,7 @@ def share_bans(pipe: Pipeline, state: PyTree) -> PyTree:
         return ends._replace(receiving=jax.tree.map(tell, ends.receiving, is_leaf=_is_verifier))
 
     hooks = pipe.hook_states(state)
-    return pipe.with_hook_states(state, HookStates(told(hooks.forward, forward), told(hooks.backward, backward)))
+    return pipe.replace_hook_states(state, HookStates(told(hooks.forward, forward), told(hooks.backward, backward)))
 
 
 def _is_verifier(node: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,13 @@ from jaxlib_methods.parallel.integrity.verification import (
     learn,
 )
 from jaxlib_methods.parallel.pipelines.stages import StageModel, StageTree, run_stage, stage_vjp
+from jaxlib_methods.typing import Direction, PyTree
 
 __all__ = [
     "Verdicts",
     "VerifiedPipeline",
     "VerifiedState",
 ]
-
-PyTree = Any
 
 
 class VerifiedState(NamedTuple):
@@ -50,26 +49,26 @@ class VerifiedPipeline(NamedTuple):
 
     Args:
       model: the plain one.
-      replicas: R.
-      forward: options of the verifiers of activations; None: there are none.
+      num_replicas: R.
+      forward: of the verifiers of activations; None: there are none.
       backward: of gradients.
       attacks: what malicious workers do.
       cascade: whether what is rejected is replaced and its taint handed on. Without, it goes on as it is, and the
-        workers who are fed with it are blamed.
-      collusion: share q of a stage's malicious workers who all send what the first of them sends, see `collude`.
+        workers that are fed with it are blamed.
+      collusion: share q of a stage's malicious workers that all send what the first of them sends, see `collude`.
 
     Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
     """
 
     model: StageModel
-    replicas: int
+    num_replicas: int
     forward: VerifierConfig | None = VerifierConfig()
     backward: VerifierConfig | None = VerifierConfig(decay=0.8)
     attacks: tuple[Attack, ...] = ()
     cascade: bool = True
     collusion: float | int = 0
 
-    def init(self, stages: Sequence[StageTree], inputs: PyTree, key: jax.Array) -> VerifiedState:
+    def init(self, stages: Sequence[StageTree], inputs: PyTree, *, key: jax.Array) -> VerifiedState:
         """The state before the first step.
 
         Args:
@@ -80,13 +79,13 @@ class VerifiedPipeline(NamedTuple):
         Raises:
           ValueError: for attacks on workers that do not exist.
         """
-        check_attacks(self.attacks, len(stages), self.replicas)
+        check_attacks(self.attacks, len(stages), self.num_replicas)
         whole = {"embed": stages[0]["embed"], "blocks": ()}
         x = jax.eval_shape(lambda inputs: run_stage(self.model, whole, inputs), inputs)
         stack = lambda tree, *sizes: jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*sizes, *leaf.shape)), tree)
         count = len(stages) - 1
-        verifiers = lambda options: (
-            None if options is None else stack(init_verifier(options, self.replicas, x.shape, key), count)
+        verifiers = lambda config: (
+            None if config is None else stack(init_verifier(config, self.num_replicas, x.shape, key=key), count)
         )
         attackers = lambda direction, first: tuple(
             tuple(init_attacks(plan, x) for plan in self.plans(s + first, direction).values()) for s in range(count)
@@ -95,13 +94,13 @@ class VerifiedPipeline(NamedTuple):
             verifiers(self.forward), verifiers(self.backward), attackers("forward", 0), attackers("backward", 1)
         )
 
-    def plans(self, stage: int, direction: str) -> dict[int, list[Attack]]:
+    def plans(self, stage: int, direction: Direction) -> dict[int, list[Attack]]:
         """What each malicious worker of a stage does to what it sends in a direction, by replica."""
         here = [a for a in self.attacks if a.stage == stage and a.direction in ("both", direction)]
         return {r: [a for a in here if a.replica == r] for r in sorted({a.replica for a in here})}
 
     def value_and_grad(
-        self, stages: Sequence[StageTree], inputs: PyTree, targets: PyTree, state: VerifiedState, key: jax.Array
+        self, stages: Sequence[StageTree], inputs: PyTree, targets: PyTree, state: VerifiedState, *, key: jax.Array
     ) -> tuple[jax.Array, list[StageTree], VerifiedState, Verdicts]:
         """Losses and gradients of one micro-batch a replica; to be jitted.
 
@@ -142,7 +141,7 @@ class VerifiedPipeline(NamedTuple):
 
     def _banned(self, state: VerifiedState, stage: int) -> jax.Array:
         """Whether the verifier behind or before a stage has banned its worker: a newcomer is honest."""
-        bans = jnp.zeros(self.replicas, jnp.int32)
+        bans = jnp.zeros(self.num_replicas, jnp.int32)
         if state.forward is not None and stage < state.forward.bans.shape[0]:
             bans += state.forward.bans[stage]
         if state.backward is not None and stage > 0:
@@ -156,13 +155,13 @@ class _Boundaries:
     def __init__(
         self,
         pipeline: VerifiedPipeline,
-        direction: str,
+        direction: Direction,
         verifiers: VerifierState | None,
         attacks: tuple[tuple[AttackState, ...], ...],
         key: jax.Array,
     ):
         self.pipeline, self.direction, self.verifiers, self.attacks = pipeline, direction, verifiers, attacks
-        self.options = getattr(pipeline, direction)
+        self.config = getattr(pipeline, direction)
         self.key = jax.random.fold_in(key, direction == "backward")
         self.seen: dict[int, tuple[tuple[AttackState, ...], Judged, jax.Array]] = {}
 
@@ -172,8 +171,8 @@ class _Boundaries:
         """Messages (R, B, ...) as they leave a boundary, and the taint of their micro-batches."""
         at = functools.partial(jax.tree.map, lambda leaf: leaf[boundary])
         verifier, key = at(self.verifiers), jax.random.fold_in(self.key, boundary)
-        axes = (0,) if self.options is None else self.options.reduce_axes
-        attackers, acting = [], jnp.zeros(self.pipeline.replicas, bool)
+        axes = (0,) if self.config is None else self.config.reduce_axes
+        attackers, acting = [], jnp.zeros(self.pipeline.num_replicas, bool)
         for (replica, plan), attacker in zip(
             self.pipeline.plans(sender, self.direction).items(), self.attacks[boundary], strict=True
         ):
@@ -183,7 +182,7 @@ class _Boundaries:
                 self.pipeline.attacks,
                 attacker,
                 x[replica],
-                jax.random.fold_in(key, replica),
+                key=jax.random.fold_in(key, replica),
                 stage=sender,
                 replica=replica,
                 direction=self.direction,
@@ -196,11 +195,11 @@ class _Boundaries:
         if self.pipeline.collusion:
             x = collude(x, acting & ~banned, self.pipeline.collusion)
         if verifier is None:
-            accept = jnp.ones(self.pipeline.replicas, bool)
+            accept = jnp.ones(self.pipeline.num_replicas, bool)
             judged = Judged(x, x, ~accept)
         else:
             summaries = jax.vmap(lambda message: message_summary(message, axes))(x)
-            judged = judge(verifier, summaries, taint, self.options)
+            judged = judge(verifier, summaries, taint, self.config)
         self.seen[boundary] = tuple(attackers), judged, taint
         if verifier is None or not self.pipeline.cascade:
             return x, jnp.zeros_like(taint)
@@ -218,7 +217,7 @@ class _Boundaries:
         if self.verifiers is None:
             return None
         judged, taint = _stack([self.seen[s][1:] for s in range(len(self.seen))])
-        return jax.vmap(lambda state, judged, taint: learn(state, judged, taint, self.options))(
+        return jax.vmap(lambda state, judged, taint: learn(state, judged, taint, self.config))(
             self.verifiers, judged, taint
         )
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods._core import checks
 from jaxlib_methods.parallel.integrity.distances import (
     DISTANCES,
     check_axes,
@@ -27,6 +28,7 @@ from jaxlib_methods.parallel.integrity.distances import (
     random_directions,
     tukey_fence,
 )
+from jaxlib_methods.typing import MessageDistance
 
 __all__ = [
     "VerifierConfig",
@@ -49,8 +51,8 @@ class VerifierConfig:
       warmup_steps: steps in which all finite messages are accepted.
       reduce_axes: axes of a message (B, N, D) over which it is averaged: (0,) keeps the tokens, (0, 1) does not.
       distances: which of `DISTANCES` are computed and compared.
-      votes: how many of them must lie beyond their fence; 1 is any.
-      directions: random projections of the sliced Wasserstein distance, L.
+      num_votes: how many of them must lie beyond their fence; 1 is any.
+      num_directions: random projections of the sliced Wasserstein distance, L.
       window: steps whose accepted distances make the fences, W.
       fence_factor: c at the start, in tau = Q3 + c (Q3 - Q1).
       fence_range: bounds of c.
@@ -59,14 +61,14 @@ class VerifierConfig:
       growth: factor of c then.
       shrink: factor of c while they would reject none; in the warm-up only, since later the window has no tail.
       threshold: a fixed tau in place of the fences; infinity accepts every finite message, 0 none after the warm-up.
-      violations: rejected messages within `horizon` after which a worker is banned, V.
+      num_violations: rejected messages within `horizon` after which a worker is banned, V.
       horizon: steps.
 
     Raises:
       ValueError: for a value out of its range.
 
     Example:
-      >>> VerifierConfig(decay=0.8, warmup_steps=100).votes
+      >>> VerifierConfig(decay=0.8, warmup_steps=100).num_votes
       1
 
     Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
@@ -75,9 +77,9 @@ class VerifierConfig:
     decay: float | int = 0.9
     warmup_steps: int = 1000
     reduce_axes: tuple[int, ...] = (0,)
-    distances: tuple[str, ...] = DISTANCES
-    votes: int = 1
-    directions: int = 64
+    distances: tuple[MessageDistance, ...] = DISTANCES
+    num_votes: int = 1
+    num_directions: int = 64
     window: int = 100
     fence_factor: float | int = 1.5
     fence_range: tuple[float | int, float | int] = (1.5, 10.0)
@@ -86,32 +88,27 @@ class VerifierConfig:
     growth: float | int = 1.1
     shrink: float | int = 0.99
     threshold: float | int | None = None
-    violations: int = 5
+    num_violations: int = 5
     horizon: int = 20
 
     def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
-        for name in ("directions", "window", "adapt_every", "violations", "horizon"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        checks.within("[0, 1)", decay=self.decay)
+        checks.not_negative(warmup_steps=self.warmup_steps, threshold=self.threshold)
+        counts = ("num_directions", "window", "adapt_every", "num_violations", "horizon")
+        checks.at_least(1, **{name: getattr(self, name) for name in counts})
         unknown = [name for name in self.distances if name not in DISTANCES]
         if unknown or not self.distances:
             raise ValueError(f"distances must be some of {DISTANCES}, got {self.distances}")
-        if not 1 <= self.votes <= len(self.distances):
-            raise ValueError(f"votes must lie between 1 and the {len(self.distances)} distances, got {self.votes}")
+        checks.within(f"[1, {len(self.distances)}]", num_votes=self.num_votes)
         low, high = self.fence_range
         if not 0 <= low <= self.fence_factor <= high:
             raise ValueError(f"fence_factor must lie in fence_range, got {self.fence_factor} and {self.fence_range}")
         if not 0 < self.shrink <= 1 <= self.growth:
             raise ValueError(f"shrink must lie in (0, 1] and growth above 1, got {self.shrink} and {self.growth}")
-        if self.threshold is not None and not self.threshold >= 0:
-            raise ValueError(f"threshold must not be negative, got {self.threshold}; None takes adaptive fences")
-        if self.violations > self.horizon:
+        if self.num_violations > self.horizon:
             raise ValueError(
-                f"violations must fit into the horizon of {self.horizon} steps, got {self.violations}; nobody is banned"
+                f"num_violations must fit into the horizon of {self.horizon} steps, got {self.num_violations}; "
+                "nobody is banned"
             )
 
 
@@ -133,12 +130,12 @@ class VerifierState(NamedTuple):
     bans: jax.Array  # int32 [R]: workers banned from this slot so far
 
 
-def init_verifier(options: VerifierConfig, replicas: int, shape: Sequence[int], key: jax.Array) -> VerifierState:
+def init_verifier(config: VerifierConfig, num_replicas: int, shape: Sequence[int], *, key: jax.Array) -> VerifierState:
     """The state of a verifier before its first message.
 
     Args:
-      options: of the verifier.
-      replicas: R.
+      config: of the verifier.
+      num_replicas: R.
       shape: of one worker's message, for example (B, N, D).
       key: typed key of the projections; the same for all verifiers of a run.
 
@@ -149,27 +146,26 @@ def init_verifier(options: VerifierConfig, replicas: int, shape: Sequence[int], 
       ValueError: for no replica, or `reduce_axes` that the message does not have.
 
     Example:
-      >>> init_verifier(VerifierConfig(window=10), 4, (2, 8, 16), jax.random.key(0)).window.shape
+      >>> init_verifier(VerifierConfig(window=10), 4, (2, 8, 16), key=jax.random.key(0)).window.shape
       (10, 4, 4)
 
     Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
     """
-    if replicas < 1:
-        raise ValueError(f"replicas must be at least 1, got {replicas}")
-    check_axes(tuple(shape), options.reduce_axes)
-    points = math.prod(size for axis, size in enumerate(shape[:-1]) if axis not in options.reduce_axes)
-    start = jnp.inf if options.threshold is None else options.threshold
+    checks.at_least(1, num_replicas=num_replicas)
+    check_axes(tuple(shape), config.reduce_axes)
+    points = math.prod(size for axis, size in enumerate(shape[:-1]) if axis not in config.reduce_axes)
+    start = jnp.inf if config.threshold is None else config.threshold
     return VerifierState(
         count=jnp.zeros((), jnp.int32),
         reference=jnp.zeros((points, shape[-1]), jnp.float32),
         started=jnp.zeros((), bool),
-        projections=random_directions(key, shape[-1], options.directions),
-        window=jnp.full((options.window, replicas, len(DISTANCES)), jnp.nan, jnp.float32),
-        fence_factor=jnp.asarray(options.fence_factor, jnp.float32),
+        projections=random_directions(shape[-1], config.num_directions, key=key),
+        window=jnp.full((config.window, num_replicas, len(DISTANCES)), jnp.nan, jnp.float32),
+        fence_factor=jnp.asarray(config.fence_factor, jnp.float32),
         fences=jnp.full(len(DISTANCES), start, jnp.float32),
-        flags=jnp.zeros((options.horizon, replicas), bool),
-        violations=jnp.zeros(replicas, jnp.int32),
-        bans=jnp.zeros(replicas, jnp.int32),
+        flags=jnp.zeros((config.horizon, num_replicas), bool),
+        violations=jnp.zeros(num_replicas, jnp.int32),
+        bans=jnp.zeros(num_replicas, jnp.int32),
     )
 
 
@@ -177,7 +173,7 @@ def verify(
     state: VerifierState,
     messages: jax.Array,
     taint: jax.Array,
-    options: VerifierConfig = VerifierConfig(),
+    config: VerifierConfig = VerifierConfig(),
 ) -> tuple[VerifierState, jax.Array, jax.Array]:
     """Tests the messages of one step, and learns from those that pass.
 
@@ -189,26 +185,26 @@ def verify(
       state: of `init_verifier`.
       messages: (R, B, N, D), of all replicas.
       taint: bool (R,): messages that follow from a rejected one. They are not tested and nothing is learned from them.
-      options: the verifier's.
+      config: the verifier's.
 
     Returns:
       (state, accept bool (R,), replacement (B, N, D): the reference before this step, repeated over the averaged axes).
 
     Example:
-      >>> options = VerifierConfig(warmup_steps=20, window=20, fence_factor=5.0)
-      >>> state = init_verifier(options, 4, (2, 3, 5), jax.random.key(0))
+      >>> config = VerifierConfig(warmup_steps=20, window=20, fence_factor=5.0)
+      >>> state = init_verifier(config, 4, (2, 3, 5), key=jax.random.key(0))
       >>> for step in range(30):
       ...     messages = 1.0 + 0.1 * jax.random.normal(jax.random.key(step), (4, 2, 3, 5))
       ...     state, accept, replacement = verify(state, messages.at[2].multiply(-1 if step == 29 else 1),
-      ...                                         jnp.zeros(4, bool), options)
+      ...                                         jnp.zeros(4, bool), config)
       >>> accept.tolist(), state.violations.tolist()
       ([True, True, False, True], [0, 0, 1, 0])
 
     Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
     """
-    summaries = jax.vmap(lambda message: message_summary(message, options.reduce_axes))(messages)
-    replacement = expand_reference(state.reference, messages.shape[1:], options.reduce_axes).astype(messages.dtype)
-    state, accept = verify_summaries(state, summaries, taint, options)
+    summaries = jax.vmap(lambda message: message_summary(message, config.reduce_axes))(messages)
+    replacement = expand_reference(state.reference, messages.shape[1:], config.reduce_axes).astype(messages.dtype)
+    state, accept = verify_summaries(state, summaries, taint, config)
     return state, accept, replacement
 
 
@@ -216,7 +212,7 @@ def verify_summaries(
     state: VerifierState,
     summaries: jax.Array,
     taint: jax.Array,
-    options: VerifierConfig = VerifierConfig(),
+    config: VerifierConfig = VerifierConfig(),
 ) -> tuple[VerifierState, jax.Array]:
     """`verify` from the summaries of the messages: what verifiers of different replicas have to exchange.
 
@@ -227,15 +223,15 @@ def verify_summaries(
       state: of `init_verifier`.
       summaries: (R, N', D).
       taint: bool (R,).
-      options: the verifier's.
+      config: the verifier's.
 
     Returns:
       (state, accept bool (R,)).
 
     Source: Dolatabadi et al. (2026), arXiv:2603.03592 [dolatabadi2026sentinel].
     """
-    judged = judge(state, summaries, taint, options)
-    return learn(state, judged, taint, options), ~judged.rejected
+    judged = judge(state, summaries, taint, config)
+    return learn(state, judged, taint, config), ~judged.rejected
 
 
 class Judged(NamedTuple):
@@ -246,31 +242,31 @@ class Judged(NamedTuple):
     rejected: jax.Array  # bool (R,)
 
 
-def judge(state: VerifierState, summaries: jax.Array, taint: jax.Array, options: VerifierConfig) -> Judged:
+def judge(state: VerifierState, summaries: jax.Array, taint: jax.Array, config: VerifierConfig) -> Judged:
     """The decision alone: it is all that the next stage waits for."""
     finite = jnp.all(jnp.isfinite(summaries), axis=(1, 2))
     summaries = jnp.where(finite[:, None, None], summaries, 0.0)
-    distances = message_distances(summaries, state.reference, state.projections, options.distances)
-    armed = (state.count >= options.warmup_steps) & state.started
-    return Judged(summaries, distances, ~finite | (armed & ~taint & _outvoted(distances, state.fences, options)))
+    distances = message_distances(summaries, state.reference, state.projections, config.distances)
+    armed = (state.count >= config.warmup_steps) & state.started
+    return Judged(summaries, distances, ~finite | (armed & ~taint & _outvoted(distances, state.fences, config)))
 
 
-def learn(state: VerifierState, judged: Judged, taint: jax.Array, options: VerifierConfig) -> VerifierState:
+def learn(state: VerifierState, judged: Judged, taint: jax.Array, config: VerifierConfig) -> VerifierState:
     """The state after the step: reference, window and fences from accepted messages, violations from the others."""
     t, (summaries, distances, rejected) = state.count, judged
     accepted = ~rejected & ~taint
     total = jnp.sum(jnp.where(accepted[:, None, None], summaries, 0.0), axis=0)
     mean = total / jnp.maximum(jnp.sum(accepted.astype(jnp.float32)), 1)
-    beta = jnp.where(state.started, options.decay, 0.0).astype(jnp.float32)
+    beta = jnp.where(state.started, config.decay, 0.0).astype(jnp.float32)
     reference = jnp.where(jnp.any(accepted), beta * state.reference + (1 - beta) * mean, state.reference)
 
     kept = jnp.where((accepted & state.started)[:, None], distances, jnp.nan)
-    window = state.window.at[t % options.window].set(kept)
-    factor, fences = _fences(state, window, options)
+    window = state.window.at[t % config.window].set(kept)
+    factor, fences = _fences(state, window, config)
 
-    violation = rejected & ~taint & (t >= options.warmup_steps)
-    flags = state.flags.at[t % options.horizon].set(violation)
-    banned = jnp.sum(flags, axis=0) >= options.violations
+    violation = rejected & ~taint & (t >= config.warmup_steps)
+    flags = state.flags.at[t % config.horizon].set(violation)
+    banned = jnp.sum(flags, axis=0) >= config.num_violations
     return state._replace(
         count=t + 1,
         reference=reference,
@@ -284,28 +280,28 @@ def learn(state: VerifierState, judged: Judged, taint: jax.Array, options: Verif
     )
 
 
-def _outvoted(distances: jax.Array, fences: jax.Array, options: VerifierConfig) -> jax.Array:
+def _outvoted(distances: jax.Array, fences: jax.Array, config: VerifierConfig) -> jax.Array:
     """Which messages lie beyond enough fences; a distance that is not a number does, NaN in place of a message no."""
-    if options.threshold is not None:
-        fences = jnp.full_like(fences, options.threshold)
-    compared = jnp.array([name in options.distances for name in DISTANCES])
+    if config.threshold is not None:
+        fences = jnp.full_like(fences, config.threshold)
+    compared = jnp.array([name in config.distances for name in DISTANCES])
     beyond = ~(distances <= fences[(None,) * (distances.ndim - 1)]) & compared[(None,) * (distances.ndim - 1)]
-    return jnp.sum(beyond, axis=-1) >= options.votes
+    return jnp.sum(beyond, axis=-1) >= config.num_votes
 
 
-def _fences(state: VerifierState, window: jax.Array, options: VerifierConfig) -> tuple[jax.Array, jax.Array]:
+def _fences(state: VerifierState, window: jax.Array, config: VerifierConfig) -> tuple[jax.Array, jax.Array]:
     """c and tau for the next step."""
     samples = window.reshape(-1, window.shape[-1])
     fences = tukey_fence(samples, state.fence_factor)
     fences = jnp.where(jnp.isnan(fences), state.fences, fences)
     count = lambda which: jnp.sum(which.astype(jnp.float32))
     there = ~jnp.all(jnp.isnan(samples), axis=1)
-    share = count(there & _outvoted(samples, fences, options)) / jnp.maximum(count(there), 1)
+    share = count(there & _outvoted(samples, fences, config)) / jnp.maximum(count(there), 1)
     # Later, the window no longer holds what lies beyond the fence, and an empty tail is no reason to go lower.
-    shrink = jnp.where(state.count < options.warmup_steps, options.shrink, 1.0)
-    change = jnp.where(share > options.target_rate, options.growth, jnp.where(share > 0, 1.0, shrink))
-    adapt = (state.count + 1) % options.adapt_every == 0
-    factor = jnp.clip(state.fence_factor * change, *options.fence_range)
+    shrink = jnp.where(state.count < config.warmup_steps, config.shrink, 1.0)
+    change = jnp.where(share > config.target_rate, config.growth, jnp.where(share > 0, 1.0, shrink))
+    adapt = (state.count + 1) % config.adapt_every == 0
+    factor = jnp.clip(state.fence_factor * change, *config.fence_range)
     return jnp.where(adapt, factor, state.fence_factor), fences
 
 

@@ -29,7 +29,7 @@ def circular_loss(
     Item u = 0, 1, ..., M R - 1 of a stage is round (u mod P R) div P of micro-batch (u div P R) P + u mod P; stage j
     works on item t - j in slot t. What leaves the last stage enters the first one in the next slot, one round later.
     """
-    P, M, R = program.num_stages, num_microbatches, layout.repeats
+    P, M, R = program.num_stages, num_microbatches, layout.num_rounds
     stage = jax.lax.axis_index("stage")
     first, last = program.kind_of[0], program.kind_of[-1]
     blocks = layout.params.unpack(first, params)["blocks"]  # every kind has them

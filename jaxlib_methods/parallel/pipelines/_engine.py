@@ -23,8 +23,7 @@ from jaxlib_methods.parallel.pipelines.mesh import AXES
 from jaxlib_methods.parallel.pipelines.packing import Packed, Packing
 from jaxlib_methods.parallel.pipelines.schedules import Phase, Slot
 from jaxlib_methods.parallel.pipelines.stages import StageModel, StageTree
-
-PyTree = Any
+from jaxlib_methods.typing import PyTree
 
 
 class Traffic(NamedTuple):

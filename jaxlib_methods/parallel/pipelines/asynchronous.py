@@ -87,7 +87,7 @@ class AsynchronousPipeline(Pipeline):
     def hook_states(self, state: AsynchronousState) -> HookStates:
         return state.traffic.hooks
 
-    def with_hook_states(self, state: AsynchronousState, hooks: HookStates) -> AsynchronousState:
+    def replace_hook_states(self, state: AsynchronousState, hooks: HookStates) -> AsynchronousState:
         return state._replace(traffic=state.traffic._replace(hooks=hooks))
 
     def _with_trained(self, state: AsynchronousState, fresh: AsynchronousState) -> AsynchronousState:
@@ -202,8 +202,8 @@ def asynchronous_pipeline(
     stages: Sequence[StageTree],
     optimizer: Optimizer,
     mesh: Mesh,
-    batch: tuple[PyTree, PyTree],
     *,
+    batch: tuple[PyTree, PyTree],
     stash: bool = True,
     predict_backward: Callable[[PyTree, StageTree], StageTree] | None = None,
     average_gradients: bool = True,
@@ -249,7 +249,7 @@ def asynchronous_pipeline(
       ... )
       >>> stages = ({"embed": jnp.ones((5, 2)), "blocks": (jnp.eye(2),), "head": jnp.ones(2)},)  # one, for any machine
       >>> mesh, ids, y = make_mesh(1), np.zeros((6, 4), np.int32), np.zeros((6, 4), np.float32)
-      >>> pipe = asynchronous_pipeline(model, stages, optax.sgd(0.1), mesh, (ids[0], y[0]))
+      >>> pipe = asynchronous_pipeline(model, stages, optax.sgd(0.1), mesh, batch=(ids[0], y[0]))
       >>> state, out = pipe.step(pipe.init(stages), *shard_batch(mesh, (ids, y)))
       >>> bool(out.loss[5] < out.loss[0]), out.microbatch.tolist()
       (True, [0, 1, 2, 3, 4, 5])
@@ -259,6 +259,6 @@ def asynchronous_pipeline(
     """
     if stash and predict_backward is not None:
         raise ValueError("predict_backward replaces the stash; pass stash=False, or leave it out")
-    layout, hooks = Layout(mesh, stages, optimizer, repeats=1), (forward_hook, backward_hook)
+    layout, hooks = Layout(mesh, stages, optimizer, num_rounds=1), (forward_hook, backward_hook)
     parts = Parts(layout, model, batch, hooks, data_hook, average_gradients)
     return AsynchronousPipeline(parts, depth=layout.num_stages if stash else 1, predict_backward=predict_backward)

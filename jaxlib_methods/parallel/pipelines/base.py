@@ -178,7 +178,7 @@ class Pipeline(abc.ABC):
         """The states of the hooks at the boundaries, on the host or on a device."""
 
     @abc.abstractmethod
-    def with_hook_states(self, state: PyTree, hooks: HookStates) -> PyTree:
+    def replace_hook_states(self, state: PyTree, hooks: HookStates) -> PyTree:
         """The state with those of the hooks at the boundaries replaced."""
 
     @abc.abstractmethod
@@ -215,7 +215,7 @@ class Pipeline(abc.ABC):
                     for hook, ends, of_ends in zip(hooks, states, of_stage, strict=True)
                 )
             )
-        state = self.with_hook_states(self._with_trained(old, squeeze(fresh)), states)
+        state = self.replace_hook_states(self._with_trained(old, squeeze(fresh)), states)
         if self.data_hook is not None:
             state = state._replace(data_hook=self.data_hook.restart(state.data_hook))
         return expand(vary(state))

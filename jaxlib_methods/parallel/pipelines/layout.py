@@ -18,12 +18,12 @@ from jaxlib_methods.parallel.pipelines._engine import kinds_of
 from jaxlib_methods.parallel.pipelines.mesh import mesh_sizes
 from jaxlib_methods.parallel.pipelines.packing import Packed, Packing, words
 from jaxlib_methods.parallel.pipelines.stages import StageTree, layers_of
+from jaxlib_methods.typing import PyTree
 
 __all__ = [
     "Snapshot",
 ]
 
-PyTree = Any
 SPEC = PartitionSpec("stage", "data")
 Optimizer = optax.GradientTransformation | Callable[[jax.Array], optax.GradientTransformation]
 
@@ -47,10 +47,10 @@ class Layout:
       mesh: with the axes "stage" and "data".
       stages: trees of the stages, of arrays or `jax.ShapeDtypeStruct`s.
       optimizer: one for all stages, or a function of a stage's delay.
-      repeats: rounds of the schedule.
+      num_rounds: rounds of the schedule.
     """
 
-    def __init__(self, mesh: Mesh, stages: Sequence[StageTree], optimizer: Optimizer, repeats: int):
+    def __init__(self, mesh: Mesh, stages: Sequence[StageTree], optimizer: Optimizer, num_rounds: int):
         self.mesh = mesh
         self.num_stages, self.num_replicas = mesh_sizes(mesh)
         if len(stages) != self.num_stages:
@@ -58,7 +58,7 @@ class Layout:
                 f"the mesh has {self.num_stages} stages and the parameters {len(stages)}; "
                 f"cut them with split_stages(params, {self.num_stages})"
             )
-        self.repeats = repeats
+        self.num_rounds = num_rounds
         self.kind_of = kinds_of(self.num_stages)
         self.shapes = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stage) for stage in stages]
         self._optimizer = optimizer
@@ -159,7 +159,7 @@ class Layout:
 
     def _names(self, stage: int) -> dict[tuple[Any, ...], str]:
         """Path in the tree of a stage -> path in the model, with the blocks numbered through."""
-        layers = layers_of(stage, sum(len(tree["blocks"]) for tree in self.shapes), self.num_stages, self.repeats)
+        layers = layers_of(stage, sum(len(tree["blocks"]) for tree in self.shapes), self.num_stages, self.num_rounds)
         names = {}
         for path, _ in jax.tree_util.tree_flatten_with_path(self.shapes[stage])[0]:
             keys = [_text(key) for key in path]

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxlib_methods._core import checks
 from jaxlib_methods.parallel.pipelines._link_queues import finish_blocking, finish_queued, period
 from jaxlib_methods.parallel.pipelines.schedules import check_schedule, schedule_table
+from jaxlib_methods.typing import PyTree, Schedule
 
 __all__ = [
     "LINKS",
@@ -27,9 +29,7 @@ __all__ = [
     "stage_costs",
 ]
 
-PyTree = Any
 Seconds = float | int | Sequence[float | int]
-SCHEDULES = ("gpipe", "1f1b", "circular", "async")
 
 
 class Link(NamedTuple):
@@ -93,12 +93,12 @@ class StepTime(NamedTuple):
     utilisation: float
 
 
-def all_reduce_time(size: float | int, devices: int, link: Link) -> float:
+def all_reduce_time(size: float | int, num_devices: int, link: Link) -> float:
     r"""Seconds of a ring all-reduce, $2 (n - 1) (8 s / (n \cdot \mathrm{bandwidth}) + \ell)$.
 
     Args:
       size: bytes s that each device contributes.
-      devices: n.
+      num_devices: n.
       link: between neighbours of the ring.
 
     Returns:
@@ -108,11 +108,11 @@ def all_reduce_time(size: float | int, devices: int, link: Link) -> float:
       >>> round(all_reduce_time(100e6, 2, Link(1e9, 0.01)), 3)
       0.82
     """
-    return 2.0 * (devices - 1) * (link.seconds(size) / devices + link.latency)
+    return 2.0 * (num_devices - 1) * (link.seconds(size) / num_devices + link.latency)
 
 
 def blocking_floor(
-    tokens: int, forward_bytes: float | int, backward_bytes: float | int, microbatches: int, link: Link
+    link: Link, *, num_tokens: int, forward_bytes: float | int, backward_bytes: float | int, num_microbatches: int
 ) -> float:
     r"""Least seconds of a step whose boundary sends one message at a time and waits until it has arrived.
 
@@ -120,23 +120,24 @@ def blocking_floor(
     records, where a transfer in either direction blocks the boundary.
 
     Args:
-      tokens: of the whole step.
+      link: of the boundary.
+      num_tokens: of the whole step.
       forward_bytes: of one token over a boundary, towards the last stage.
       backward_bytes: of one token back.
-      microbatches: messages of the step in each direction.
-      link: of the boundary.
+      num_microbatches: messages of the step in each direction.
 
     Returns:
       The seconds, whatever the stages compute.
 
     Example:
-      >>> round(blocking_floor(524_288, 2048, 2048, 64, LINKS["200 Mbit/s + 50 ms"]), 1)
+      >>> step = {"num_tokens": 524_288, "num_microbatches": 64}
+      >>> round(blocking_floor(LINKS["200 Mbit/s + 50 ms"], **step, forward_bytes=2048, backward_bytes=2048), 1)
       92.3
 
     Source: Ramasinghe, Ajanthan, Avraham, Zuo, Long (NeurIPS 2025), arXiv:2506.01260, official records
     [ramasinghe2025protocol].
     """
-    return link.seconds(tokens * (forward_bytes + backward_bytes)) + 2 * microbatches * link.latency
+    return link.seconds(num_tokens * (forward_bytes + backward_bytes)) + 2 * num_microbatches * link.latency
 
 
 def predict_step(
@@ -144,9 +145,9 @@ def predict_step(
     link: Link,
     *,
     num_stages: int,
-    schedule: str = "gpipe",
+    schedule: Schedule = "gpipe",
     num_microbatches: int = 1,
-    repeats: int = 1,
+    num_rounds: int = 1,
     num_replicas: int = 1,
     blocking: bool = False,
 ) -> StepTime:
@@ -171,10 +172,10 @@ def predict_step(
       link: of every boundary; "circular" closes the ring with another one.
       num_stages: P.
       schedule: "gpipe" (all forward, then all backward in the reverse order), "1f1b", "circular" (GPipe in which every
-        device holds `repeats` parts of its layers and the microbatches go round so many times) or "async" (1F1B with
+        device holds `num_rounds` parts of its layers and the microbatches go round so many times) or "async" (1F1B with
         an update for each microbatch).
       num_microbatches: M, of one update; 1 for "async".
-      repeats: R, of "circular".
+      num_rounds: R, of "circular".
       num_replicas: pipelines side by side, whose gradients a ring all-reduce over the same kind of link sums up;
         nothing overlaps with it.
       blocking: whether transfers wait for each other and computation waits for them.
@@ -200,12 +201,10 @@ def predict_step(
         raise ValueError(
             f"the asynchronous schedule updates after every microbatch, got num_microbatches={num_microbatches}"
         )
-    if num_replicas < 1:
-        raise ValueError(f"num_replicas must be at least 1, got {num_replicas}")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}")
+    checks.at_least(1, num_replicas=num_replicas)
+    checks.one_of(Schedule, schedule=schedule)
     slots = "1f1b" if asynchronous else schedule
-    check_schedule(slots, num_stages, num_microbatches, repeats)
+    check_schedule(slots, num_stages, num_microbatches, num_rounds)
     forward, backward, update = (
         _per_stage(value, num_stages, name)
         for name, value in (("forward", costs.forward), ("backward", costs.backward), ("update", costs.update))
@@ -227,9 +226,9 @@ def predict_step(
         else:
             step = period(forward, backward, sent, link.latency)
     else:
-        ends = finish(schedule_table(slots, P, M, repeats), forward, backward, sent, link.latency, repeats)
+        ends = finish(schedule_table(slots, P, M, num_rounds), forward, backward, sent, link.latency, num_rounds)
         step = max(end + u for end, u in zip(ends, after, strict=True))
-    return StepTime(step, compute, max(sent) * M * repeats, compute / step if step > 0 else 1.0)
+    return StepTime(step, compute, max(sent) * M * num_rounds, compute / step if step > 0 else 1.0)
 
 
 _SETTLED = 120  # updates after which a period has settled, a multiple of the lengths of short cycles
@@ -239,11 +238,13 @@ def largest_pipeline(
     costs: StageCosts,
     link: Link,
     *,
-    schedule: str = "async",
+    schedule: Schedule = "async",
     num_microbatches: int = 1,
     utilisation: float | int = 0.9,
-    most: int = 1024,
-    **options: Any,
+    num_rounds: int = 1,
+    num_replicas: int = 1,
+    blocking: bool = False,
+    max_stages: int = 1024,
 ) -> int:
     """The most equal stages that keep utilisation at or above a bound; the model grows with them.
 
@@ -255,11 +256,13 @@ def largest_pipeline(
       schedule: as for `predict_step`.
       num_microbatches: M, of one update.
       utilisation: the bound, in (0, 1].
-      most: where the search ends.
-      **options: further options of `predict_step`.
+      num_rounds: as for `predict_step`.
+      num_replicas: as for `predict_step`.
+      blocking: as for `predict_step`.
+      max_stages: where the search ends.
 
     Returns:
-      P; 0 if even one stage is below the bound (the replicas' all-reduce waits), and `most` if more stages might do.
+      P; 0 if even one stage is below the bound (the replicas' all-reduce waits), `max_stages` if more might do.
 
     Raises:
       ValueError: as `predict_step`, and for a bound outside (0, 1].
@@ -271,21 +274,27 @@ def largest_pipeline(
       >>> largest_pipeline(costs, Link(80e6)), largest_pipeline(costs, Link(40e6))
       (1024, 6)
     """
-    if not 0 < utilisation <= 1:
-        raise ValueError(f"utilisation must lie in (0, 1], got {utilisation}")
+    checks.within("(0, 1]", utilisation=utilisation)
 
     def enough(num_stages: int) -> bool:
         found = predict_step(
-            costs, link, num_stages=num_stages, schedule=schedule, num_microbatches=num_microbatches, **options
+            costs,
+            link,
+            num_stages=num_stages,
+            schedule=schedule,
+            num_microbatches=num_microbatches,
+            num_rounds=num_rounds,
+            num_replicas=num_replicas,
+            blocking=blocking,
         )
         return found.utilisation >= utilisation - 1e-12
 
     if not enough(1):
         return 0
     low, high = 1, 2  # utilisation never grows with P
-    while high <= most and enough(high):
+    while high <= max_stages and enough(high):
         low, high = high, 2 * high
-    high = min(high, most + 1)
+    high = min(high, max_stages + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if enough(middle) else (low, middle)
@@ -298,7 +307,7 @@ def stage_costs(
     x: jax.Array | jax.ShapeDtypeStruct,
     *,
     flops_per_second: float | int,
-    blocks: int = 1,
+    num_blocks: int = 1,
     rematerialise: bool = True,
     forward_bytes: float | int | None = None,
     backward_bytes: float | int | None = None,
@@ -312,7 +321,7 @@ def stage_costs(
       params: of one block; arrays or `jax.ShapeDtypeStruct`s.
       x: a microbatch at a boundary.
       flops_per_second: that a device sustains on such blocks.
-      blocks: per stage.
+      num_blocks: per stage.
       rematerialise: whether the backward pass runs the forward pass again.
       forward_bytes: per microbatch over a boundary, as `link_bytes` reads it; None: those of x.
       backward_bytes: likewise, towards the first stage.
@@ -330,8 +339,7 @@ def stage_costs(
       >>> costs.forward * 1e9 == 2 * 8 * 64 * 64, costs.backward / costs.forward, costs.gradient_bytes
       (True, 3.0, 16384)
     """
-    if not flops_per_second > 0:
-        raise ValueError(f"flops_per_second must be positive, got {flops_per_second}")
+    checks.positive(flops_per_second=flops_per_second)
 
     def with_vjp(params: PyTree, x: jax.Array) -> Any:
         y, pull_back = jax.vjp(block, params, x)
@@ -343,11 +351,11 @@ def stage_costs(
     size = math.prod(x.shape) * x.dtype.itemsize
     gradient = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     return StageCosts(
-        blocks * forward / flops_per_second,
-        blocks * backward / flops_per_second,
+        num_blocks * forward / flops_per_second,
+        num_blocks * backward / flops_per_second,
         size if forward_bytes is None else forward_bytes,
         size if backward_bytes is None else backward_bytes,
-        gradient_bytes=blocks * gradient,
+        gradient_bytes=num_blocks * gradient,
     )
 
 

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlib_methods._core import checks
+
 __all__ = [
     "make_mesh",
     "shard_batch",
@@ -37,9 +39,7 @@ def make_mesh(num_stages: int, num_replicas: int = 1, *, devices: Sequence[Any] 
       >>> make_mesh(1).axis_names
       ('stage', 'data')
     """
-    for name, size in (("num_stages", num_stages), ("num_replicas", num_replicas)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+    checks.at_least(1, num_stages=num_stages, num_replicas=num_replicas)
     devices = jax.devices() if devices is None else list(devices)
     if len(devices) < num_stages * num_replicas:
         raise ValueError(

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods.typing import PyTree
+
 __all__ = [
     "Packed",
 ]
-
-PyTree = Any
 
 
 class Packed(NamedTuple):

@@ -18,12 +18,14 @@ import dataclasses
 
 import numpy as np
 
+from jaxlib_methods._core import checks
+from jaxlib_methods.typing import SynchronousSchedule
+
 __all__ = [
     "bubble_fraction",
     "schedule_table",
 ]
 
-SYNCHRONOUS = ("gpipe", "1f1b", "circular")
 IDLE, FORWARD, BACKWARD = 0, 1, 2
 
 
@@ -55,7 +57,7 @@ def one_forward_one_backward(num_stages: int, repetitions: int) -> Phase:
     return Phase(tuple(slots), repetitions)
 
 
-def phases_of(schedule: str, num_stages: int, num_microbatches: int) -> tuple[Phase, ...]:
+def phases_of(schedule: SynchronousSchedule, num_stages: int, num_microbatches: int) -> tuple[Phase, ...]:
     """The phases of a synchronous step."""
     P, M = num_stages, num_microbatches
     if schedule == "1f1b":
@@ -65,14 +67,16 @@ def phases_of(schedule: str, num_stages: int, num_microbatches: int) -> tuple[Ph
     return Phase((forward,), M + P - 1), Phase((backward,), M + P - 1)
 
 
-def schedule_table(schedule: str, num_stages: int, num_microbatches: int, repeats: int = 1) -> np.ndarray:
+def schedule_table(
+    schedule: SynchronousSchedule, num_stages: int, num_microbatches: int, num_rounds: int = 1
+) -> np.ndarray:
     """The slots of a schedule, from the start of an empty pipe until it is empty again.
 
     Args:
       schedule: "gpipe", "1f1b" (also the asynchronous one, which has the same slots) or "circular".
       num_stages: P.
       num_microbatches: M.
-      repeats: R, rounds of the circular schedule; its slots are as many times shorter.
+      num_rounds: R, rounds of the circular schedule; its slots are as many times shorter.
 
     Returns:
       int [slots, P, 2]: the work (0 none, 1 F, 2 B) and the micro-batch (-1 where there is none).
@@ -91,8 +95,8 @@ def schedule_table(schedule: str, num_stages: int, num_microbatches: int, repeat
     arXiv:1806.03377 [narayanan2019pipedream]; Narayanan et al. (SC 2021), arXiv:2104.04473 [narayanan2021efficient];
     Ajanthan et al. (ICML 2025), arXiv:2505.01099 [ajanthan2025nesterov].
     """
-    check_schedule(schedule, num_stages, num_microbatches, repeats)
-    P, M, R = num_stages, num_microbatches, repeats
+    check_schedule(schedule, num_stages, num_microbatches, num_rounds)
+    P, M, R = num_stages, num_microbatches, num_rounds
     rows = []
     if schedule == "circular":
         slots = M * R + P - 1
@@ -114,7 +118,9 @@ def schedule_table(schedule: str, num_stages: int, num_microbatches: int, repeat
     return np.array(rows)
 
 
-def bubble_fraction(schedule: str, num_stages: int, num_microbatches: int, repeats: int = 1) -> float:
+def bubble_fraction(
+    schedule: SynchronousSchedule, num_stages: int, num_microbatches: int, num_rounds: int = 1
+) -> float:
     """The share of the slots of all stages in which nothing is done: (P - 1) / (M R + P - 1).
 
     The asynchronous pipeline has that of "1f1b" with the micro-batches of the whole training, M to infinity.
@@ -123,7 +129,7 @@ def bubble_fraction(schedule: str, num_stages: int, num_microbatches: int, repea
       schedule: as for `schedule_table`.
       num_stages: P.
       num_microbatches: M.
-      repeats: R.
+      num_rounds: R.
 
     Returns:
       The fraction, in [0, 1).
@@ -132,29 +138,22 @@ def bubble_fraction(schedule: str, num_stages: int, num_microbatches: int, repea
       ValueError: as `schedule_table`.
 
     Example:
-      >>> bubble_fraction("gpipe", 4, 12), bubble_fraction("circular", 4, 12, repeats=3)
+      >>> bubble_fraction("gpipe", 4, 12), bubble_fraction("circular", 4, 12, num_rounds=3)
       (0.2, 0.07692307692307693)
 
     Source: Narayanan et al. (SC 2021), arXiv:2104.04473, Section 2.2 [narayanan2021efficient].
     """
-    check_schedule(schedule, num_stages, num_microbatches, repeats)
-    return (num_stages - 1) / (num_microbatches * repeats + num_stages - 1)
+    check_schedule(schedule, num_stages, num_microbatches, num_rounds)
+    return (num_stages - 1) / (num_microbatches * num_rounds + num_stages - 1)
 
 
-def check_schedule(schedule: str, num_stages: int, num_microbatches: int, repeats: int) -> None:
+def check_schedule(schedule: SynchronousSchedule, num_stages: int, num_microbatches: int, num_rounds: int) -> None:
     """Raises ValueError for what does not exist."""
-    if schedule not in SYNCHRONOUS:
-        raise ValueError(f"schedule must be one of {', '.join(map(repr, SYNCHRONOUS))}, got {schedule!r}")
-    for name, value in (
-        ("num_stages", num_stages),
-        ("num_microbatches", num_microbatches),
-        ("repeats", repeats),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if repeats > 1 and schedule != "circular":
-        raise ValueError(f"only the circular schedule has several rounds, got repeats={repeats} for {schedule!r}")
-    if repeats > 1 and num_microbatches % num_stages:
+    checks.one_of(SynchronousSchedule, schedule=schedule)
+    checks.at_least(1, num_stages=num_stages, num_microbatches=num_microbatches, num_rounds=num_rounds)
+    if num_rounds > 1 and schedule != "circular":
+        raise ValueError(f"only the circular schedule has several rounds, got num_rounds={num_rounds} for {schedule!r}")
+    if num_rounds > 1 and num_microbatches % num_stages:
         raise ValueError(
             f"several rounds need micro-batches in groups of the stages, got {num_microbatches} for {num_stages} "
             f"stages; take a multiple of {num_stages}"

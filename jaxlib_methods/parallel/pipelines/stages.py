@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods._core import checks
+from jaxlib_methods.typing import PyTree
+
 __all__ = [
     "StageModel",
     "join_stages",
@@ -18,32 +21,34 @@ __all__ = [
     "split_stages",
 ]
 
-PyTree = Any
 StageTree = dict[str, Any]  # {"embed": ..., "blocks": (...), "head": ...}, the ends only where the stage has them
 
 
 class StageModel(NamedTuple):
     """The three parts of a model as pure functions of their parameters, which are any trees of arrays.
 
-    The activations x may be a tree too; its integer leaves, such as token ids, are sent along and have no gradient.
+        The activations x may be a tree too; its integer leaves, such as token ids, are sent along and have no gradient.
 
-    Args:
-      embed: (parameters, inputs) -> x.
-      block: (parameters, x) -> x, of the same shapes; the same function for every block.
-      head: (parameters, x, targets) -> the loss, a scalar: the mean over the examples of the micro-batch.
+        Args:
+          embed: (parameters, inputs) -> x.
+          block: (parameters, x) -> x, of the same shapes; the same function for every block.
+          head: (parameters, x, targets) -> the loss, a scalar: the mean over the examples of the micro-batch.
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> model = StageModel(
-      ...     embed=lambda table, ids: table[ids],
-      ...     block=lambda w, x: x + jnp.tanh(x @ w),
-      ...     head=lambda w, x, y: jnp.mean((x @ w - y) ** 2),
-      ... )
-      >>> stages = split_stages((jnp.ones((5, 2)), [jnp.eye(2)] * 4, jnp.ones(2)), num_stages=2)
-      >>> [sorted(stage) for stage in stages], len(stages[0]["blocks"])
-      ([['blocks', 'embed'], ['blocks', 'head']], 2)
-      >>> float(sequential_loss(model, stages, jnp.array([0, 3]), jnp.zeros(2))) > 0
-      True
+        Example:
+          >>> import jax.numpy as jnp
+
+    from jaxlib_methods._core import checks
+    from jaxlib_methods.typing import PyTree
+          >>> model = StageModel(
+          ...     embed=lambda table, ids: table[ids],
+          ...     block=lambda w, x: x + jnp.tanh(x @ w),
+          ...     head=lambda w, x, y: jnp.mean((x @ w - y) ** 2),
+          ... )
+          >>> stages = split_stages((jnp.ones((5, 2)), [jnp.eye(2)] * 4, jnp.ones(2)), num_stages=2)
+          >>> [sorted(stage) for stage in stages], len(stages[0]["blocks"])
+          ([['blocks', 'embed'], ['blocks', 'head']], 2)
+          >>> float(sequential_loss(model, stages, jnp.array([0, 3]), jnp.zeros(2))) > 0
+          True
     """
 
     embed: Callable[[PyTree, PyTree], PyTree]
@@ -52,14 +57,14 @@ class StageModel(NamedTuple):
 
 
 def split_stages(
-    params: tuple[PyTree, Sequence[PyTree], PyTree], num_stages: int, repeats: int = 1
+    params: tuple[PyTree, Sequence[PyTree], PyTree], num_stages: int, num_rounds: int = 1
 ) -> tuple[StageTree, ...]:
     """Deals the parameters of a model to stages.
 
     Args:
       params: (of the embedding, one tree per block, of the head), as `models.split_gpt_params` gives them.
       num_stages: P.
-      repeats: R, the rounds of a circular schedule.
+      num_rounds: R, the rounds of a circular schedule.
 
     Returns:
       P trees {"embed": ..., "blocks": (block, ...), "head": ...}; "embed" only in the first and "head" only in the
@@ -69,7 +74,7 @@ def split_stages(
       ValueError: if P R does not divide the blocks, and for blocks of different structures.
 
     Example:
-      >>> first, last = split_stages(("E", ["b0", "b1", "b2", "b3"], "H"), num_stages=2, repeats=2)
+      >>> first, last = split_stages(("E", ["b0", "b1", "b2", "b3"], "H"), num_stages=2, num_rounds=2)
       >>> first, last
       ({'blocks': ('b0', 'b2'), 'embed': 'E'}, {'blocks': ('b1', 'b3'), 'head': 'H'})
 
@@ -77,11 +82,10 @@ def split_stages(
     """
     embed, blocks, head = params
     blocks = tuple(blocks)
-    if num_stages < 1 or repeats < 1:
-        raise ValueError(f"num_stages and repeats must be at least 1, got {num_stages} and {repeats}")
-    if not blocks or len(blocks) % (num_stages * repeats):
+    checks.at_least(1, num_stages=num_stages, num_rounds=num_rounds)
+    if not blocks or len(blocks) % (num_stages * num_rounds):
         raise ValueError(
-            f"{num_stages} stages of {repeats} round(s) must divide the {len(blocks)} blocks of the model; "
+            f"{num_stages} stages of {num_rounds} round(s) must divide the {len(blocks)} blocks of the model; "
             f"take a divisor of {len(blocks)}, or another number of layers"
         )
     for i, block in enumerate(blocks):
@@ -89,42 +93,42 @@ def split_stages(
             raise ValueError(f"all blocks must have one structure, but that of block {i} differs from that of block 0")
     stages: list[StageTree] = []
     for j in range(num_stages):
-        stages.append({"blocks": tuple(blocks[i] for i in layers_of(j, len(blocks), num_stages, repeats))})
+        stages.append({"blocks": tuple(blocks[i] for i in layers_of(j, len(blocks), num_stages, num_rounds))})
     stages[0] = {"blocks": stages[0]["blocks"], "embed": embed}
     stages[-1]["head"] = head
     return tuple(stages)
 
 
-def join_stages(stages: Sequence[StageTree], repeats: int = 1) -> tuple[PyTree, list[PyTree], PyTree]:
+def join_stages(stages: Sequence[StageTree], *, num_rounds: int = 1) -> tuple[PyTree, list[PyTree], PyTree]:
     """The parameters of the model again: the inverse of `split_stages`.
 
     Args:
       stages: its result, or trees of that form.
-      repeats: R.
+      num_rounds: R.
 
     Returns:
       (of the embedding, one tree per block, of the head).
 
     Example:
-      >>> join_stages(split_stages(("E", ["b0", "b1", "b2", "b3"], "H"), 2, repeats=2), repeats=2)
+      >>> join_stages(split_stages(("E", ["b0", "b1", "b2", "b3"], "H"), 2, num_rounds=2), num_rounds=2)
       ('E', ['b0', 'b1', 'b2', 'b3'], 'H')
     """
     count = sum(len(stage["blocks"]) for stage in stages)
     blocks: list[PyTree] = [None] * count
     for j, stage in enumerate(stages):
-        for i, block in zip(layers_of(j, count, len(stages), repeats), stage["blocks"], strict=True):
+        for i, block in zip(layers_of(j, count, len(stages), num_rounds), stage["blocks"], strict=True):
             blocks[i] = block
     return stages[0]["embed"], blocks, stages[-1]["head"]
 
 
-def layers_of(stage: int, layers: int, num_stages: int, repeats: int) -> list[int]:
+def layers_of(stage: int, layers: int, num_stages: int, num_rounds: int) -> list[int]:
     """The numbers of the blocks of a stage, in its order."""
-    n = layers // (num_stages * repeats)
-    return [(r * num_stages + stage) * n + i for r in range(repeats) for i in range(n)]
+    n = layers // (num_stages * num_rounds)
+    return [(r * num_stages + stage) * n + i for r in range(num_rounds) for i in range(n)]
 
 
 def sequential_loss(
-    model: StageModel, stages: Sequence[StageTree], inputs: PyTree, targets: PyTree, repeats: int = 1
+    model: StageModel, stages: Sequence[StageTree], inputs: PyTree, targets: PyTree, *, num_rounds: int = 1
 ) -> jax.Array:
     """The loss of the model without a pipeline: what every schedule is tested against, and what to evaluate with.
 
@@ -133,14 +137,14 @@ def sequential_loss(
       stages: its parameters, from `split_stages`.
       inputs: one micro-batch.
       targets: one micro-batch.
-      repeats: R.
+      num_rounds: R.
 
     Returns:
       The loss, a scalar.
 
     Example: see `StageModel`.
     """
-    embed, blocks, head = join_stages(stages, repeats)
+    embed, blocks, head = join_stages(stages, num_rounds=num_rounds)
     return run_stage(model, {"embed": embed, "blocks": tuple(blocks), "head": head}, inputs, targets)
 
 

@@ -68,7 +68,7 @@ class SynchronousPipeline(Pipeline):
     def hook_states(self, state: SynchronousState) -> HookStates:
         return state.hooks
 
-    def with_hook_states(self, state: SynchronousState, hooks: HookStates) -> SynchronousState:
+    def replace_hook_states(self, state: SynchronousState, hooks: HookStates) -> SynchronousState:
         return state._replace(hooks=hooks)
 
     def _with_trained(self, state: SynchronousState, fresh: SynchronousState) -> SynchronousState:
@@ -153,11 +153,11 @@ def synchronous_pipeline(
     stages: Sequence[StageTree],
     optimizer: Optimizer,
     mesh: Mesh,
+    *,
     batch: tuple[PyTree, PyTree],
     num_microbatches: int,
-    *,
     schedule: SynchronousSchedule = "1f1b",
-    repeats: int = 1,
+    num_rounds: int = 1,
     remat: bool = True,
     average_gradients: bool = True,
     forward_hook: BoundaryHook | None = None,
@@ -174,7 +174,7 @@ def synchronous_pipeline(
       batch: one micro-batch (inputs, targets) of all replicas, or its shapes: arrays (B, ...).
       num_microbatches: M.
       schedule: "gpipe", "1f1b" or "circular".
-      repeats: R, the rounds of "circular"; the stages must have been split with it.
+      num_rounds: R, the rounds of "circular"; the stages must have been split with it.
       remat: whether stages recompute their activations from their inputs in the backward pass. False, for "gpipe" and
         "circular" without hooks, keeps the results of matrix products and recomputes what is elementwise.
       average_gradients: whether the gradients of the replicas are averaged; False leaves them to `data_hook`.
@@ -198,7 +198,7 @@ def synchronous_pipeline(
       ... )
       >>> stages = ({"embed": jnp.ones((5, 2)), "blocks": (jnp.eye(2),), "head": jnp.ones(2)},)  # one, for any machine
       >>> mesh, ids, y = make_mesh(1), np.zeros((3, 4), np.int32), np.zeros((3, 4), np.float32)
-      >>> pipe = synchronous_pipeline(model, stages, optax.sgd(0.1), mesh, (ids[0], y[0]), 3)
+      >>> pipe = synchronous_pipeline(model, stages, optax.sgd(0.1), mesh, batch=(ids[0], y[0]), num_microbatches=3)
       >>> losses, grads = pipe.value_and_grad(pipe.init(stages), *shard_batch(mesh, (ids, y)))
       >>> bool(losses.loss.mean() == sequential_loss(model, stages, ids[0], y[0]))
       True
@@ -207,8 +207,8 @@ def synchronous_pipeline(
       arXiv:1806.03377 (1F1B) [narayanan2019pipedream]; Narayanan et al. (SC 2021), arXiv:2104.04473 (rounds)
       [narayanan2021efficient].
     """
-    layout = Layout(mesh, stages, optimizer, repeats)
-    check_schedule(schedule, layout.num_stages, num_microbatches, repeats)
+    layout = Layout(mesh, stages, optimizer, num_rounds)
+    check_schedule(schedule, layout.num_stages, num_microbatches, num_rounds)
     hooks = forward_hook, backward_hook
     if schedule == "1f1b" and not remat:
         raise ValueError("1f1b recomputes: remat=False is there for 'gpipe' and 'circular'")

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlib_methods._core import checks
 from jaxlib_methods.parallel.pipelines.hooks import DataHook
 from jaxlib_methods.parallel.replicas import _subsets
-from jaxlib_methods.parallel.replicas._subsets import SUBSETS
+from jaxlib_methods.typing import AveragingMethod, PyTree, Subsets
 
 __all__ = [
     "SparseAveragingState",
@@ -33,8 +34,6 @@ __all__ = [
     "sparse_averaging",
 ]
 
-PyTree = Any
-RULES = ("avg", "weight_update", "ema")
 SMALL = 1 << 16  # entries of an array that is worth an operation of its own
 
 
@@ -45,7 +44,7 @@ class SparseAveragingState(NamedTuple):
     restarted: jax.Array  # int32 (): first round since the parameters were transformed; before it, nothing arrives
     means: jax.Array  # float32 (max(tau, 1), K): round s in row s mod tau
     snapshots: jax.Array  # float32 (max(tau, 1), K): likewise, the replica's own
-    drift: PyTree  # float32, like the parameters: the average e_j; () for the other rules
+    drift: PyTree  # float32, like the parameters: the average e_j; () for the other methods
 
 
 def ema_weight_schedule(
@@ -85,11 +84,11 @@ def sparse_averaging(
     fraction: float | int = 0.05,
     *,
     key: jax.Array,
-    tau: int = 10,
-    rule: str = "ema",
+    delay: int = 10,
+    method: AveragingMethod = "ema",
     ema_weight: optax.ScalarOrSchedule = 0.5,
     correction: float | int = 1.0,
-    subsets: str = "partition",
+    subsets: Subsets = "partition",
     redraw: bool = True,
     interval: int = 1,
     axis_name: str = "data",
@@ -104,8 +103,8 @@ def sparse_averaging(
     Args:
       fraction: p in (0, 1]. Static.
       key: typed key of the subsets, the same on all replicas.
-      tau: rounds between a snapshot and its use. Static.
-      rule: "avg", "weight_update" or "ema".
+      delay: tau, the rounds between a snapshot and its use. Static.
+      method: "avg", "weight_update" or "ema".
       ema_weight: lambda, in (0, 1], a number or a function of the round. The first correction takes the drift itself.
       correction: c.
       subsets: "partition", "strided" or "bernoulli".
@@ -119,11 +118,11 @@ def sparse_averaging(
       optimizer step where `axis_name` is bound, inside `jax.shard_map` or `jax.vmap(..., axis_name=...)`.
 
     Raises:
-      ValueError: for a fraction outside (0, 1], tau < 0, interval < 1, or an unknown rule or kind of subsets.
+      ValueError: for a fraction outside (0, 1], a delay < 0, an interval < 1, or an unknown method or kind of subsets.
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> averaging = sparse_averaging(1.0, key=jax.random.key(0), tau=0, rule="avg")
+      >>> averaging = sparse_averaging(1.0, key=jax.random.key(0), delay=0, method="avg")
       >>> replicas = {"w": jnp.array([[1.0, 2.0], [3.0, 6.0]])}  # two of them
       >>> state = jax.vmap(averaging.init)(replicas)
       >>> replicas, state = jax.vmap(averaging.apply, axis_name="data")(replicas, state)
@@ -132,17 +131,12 @@ def sparse_averaging(
 
     Source: Ajanthan et al. (2026), arXiv:2601.22442 [ajanthan2026asyncmesh].
     """
-    _check_fraction(fraction)
-    if tau < 0:
-        raise ValueError(f"tau must be at least 0, got {tau}")
-    if interval < 1:
-        raise ValueError(f"interval must be at least 1, got {interval}")
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
-    if subsets not in SUBSETS:
-        raise ValueError(f"subsets must be one of {SUBSETS}, got {subsets!r}")
-    if not callable(ema_weight) and not 0 < ema_weight <= 1:
-        raise ValueError(f"ema_weight must lie in (0, 1], got {ema_weight}")
+    checks.within("(0, 1]", fraction=fraction)
+    checks.at_least(0, delay=delay)
+    checks.at_least(1, interval=interval)
+    checks.one_of(AveragingMethod, method=method)
+    checks.one_of(Subsets, subsets=subsets)
+    checks.within("(0, 1]", ema_weight=ema_weight)
     ema_weight = ema_weight if callable(ema_weight) else optax.constant_schedule(ema_weight)
 
     def subset(params: PyTree, t: jax.Array) -> list[jax.Array]:
@@ -150,30 +144,30 @@ def sparse_averaging(
         return _subsets.subsets(subsets, key, t, fraction, sizes, redraw)
 
     def init(params: PyTree) -> SparseAveragingState:
-        ring = jnp.zeros((max(tau, 1), averaged_per_round(params, fraction, subsets=subsets)), jnp.float32)
-        drift = optax.tree.zeros_like(params, dtype=jnp.float32) if rule == "ema" else ()
+        ring = jnp.zeros((max(delay, 1), averaged_per_round(params, fraction, subsets=subsets)), jnp.float32)
+        drift = optax.tree.zeros_like(params, dtype=jnp.float32) if method == "ema" else ()
         zero = jnp.zeros((), jnp.int32)
         return SparseAveragingState(zero, zero, ring, ring, drift)
 
     def one_round(params: PyTree, state: SparseAveragingState) -> tuple[PyTree, SparseAveragingState]:
         t = state.steps // interval
-        slot = t % max(tau, 1)
-        both = jax.vmap(lambda t: subset(params, t))(jnp.stack([t, t - tau]))
+        slot = t % max(delay, 1)
+        both = jax.vmap(lambda t: subset(params, t))(jnp.stack([t, t - delay]))
         now, S = ([rows[i] for rows in both] for i in (0, 1))
         own = _gather(params, now)
         mean = jax.lax.pmean(own, axis_name)
-        arrived, kept = (mean, own) if tau == 0 else (state.means[slot], state.snapshots[slot])
+        arrived, kept = (mean, own) if delay == 0 else (state.means[slot], state.snapshots[slot])
         means, snapshots = (ring.at[slot].set(new) for ring, new in ((state.means, mean), (state.snapshots, own)))
 
-        late = t - tau - state.restarted
+        late = t - delay - state.restarted
         drift = state.drift
         moved = _gather(params, S) - kept
-        if rule == "ema":
-            weight = jnp.where(t == tau, 1.0, jnp.asarray(ema_weight(t), jnp.float32))
+        if method == "ema":
+            weight = jnp.where(t == delay, 1.0, jnp.asarray(ema_weight(t), jnp.float32))
             before = _gather(drift, S)
             moved = before + weight * (moved - before)
             drift = _scatter(drift, S, moved, late >= 0)
-        if rule != "avg":
+        if method != "avg":
             arrived = arrived + jnp.float32(correction) * moved
         params = _scatter(params, S, arrived, late >= 0)
         return params, state._replace(means=means, snapshots=snapshots, drift=drift)
@@ -190,7 +184,7 @@ def sparse_averaging(
     return DataHook(init, apply, restart)
 
 
-def averaged_per_round(params: PyTree, fraction: float | int, *, subsets: str = "partition") -> int:
+def averaged_per_round(params: PyTree, fraction: float | int, *, subsets: Subsets = "partition") -> int:
     """K, the numbers that one round of `sparse_averaging` reduces over the replicas.
 
     A ring all-reduce moves 2 K (R - 1) / R float32 numbers per replica, R replicas.
@@ -213,7 +207,7 @@ def averaged_per_round(params: PyTree, fraction: float | int, *, subsets: str = 
 
     Source: Ajanthan et al. (2026), arXiv:2601.22442 [ajanthan2026asyncmesh].
     """
-    _check_fraction(fraction)
+    checks.within("(0, 1]", fraction=fraction)
     return sum(_subsets.capacity(subsets, fraction, math.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
@@ -242,11 +236,6 @@ def at_interval(interval: int, run: Callable[..., tuple], steps: jax.Array, *car
     if interval == 1:
         return run(*carry)
     return jax.lax.cond(steps % interval == 0, run, lambda *carry: carry, *carry)
-
-
-def _check_fraction(fraction: float | int) -> None:
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
 
 
 def _gather(tree: PyTree, S: list[jax.Array]) -> jax.Array:

@@ -2,8 +2,8 @@ r"""Replicas that work alone for H steps and then agree: federated averaging, Di
 
 Symbols: x_j parameters of replica j, H local steps between synchronisations, theta the parameters all replicas share.
 
-  FedAvg      every H steps   x_j <- mean_j x_j
-  DiLoCo      every H steps   theta <- outer optimizer on the outer gradient theta - mean_j x_j;   x_j <- theta
+  FedAvg      every H steps      x_j <- mean_j x_j
+  DiLoCo      every H steps      theta <- outer optimizer on the outer gradient theta - mean_j x_j;   x_j <- theta
   streaming   the same for one fragment of the parameters at a time, each at its own phase of the H steps; the new theta
               arrives tau steps late, and is mixed: x_j <- alpha x_j + (1 - alpha) theta
 """
@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_methods import trees
+from jaxlib_methods._core import checks
 from jaxlib_methods.parallel.pipelines.hooks import DataHook
 from jaxlib_methods.parallel.replicas.averaging import at_interval, replica_mean
+from jaxlib_methods.typing import PyTree
 
 __all__ = [
     "DiLoCoState",
@@ -28,8 +30,6 @@ __all__ = [
     "outer_sgd",
     "streaming_diloco",
 ]
-
-PyTree = Any
 
 
 class FedAvgState(NamedTuple):
@@ -54,18 +54,18 @@ class StreamingDiLoCoState(NamedTuple):
     outer: tuple[PyTree, ...]  # state of the outer optimizer of each fragment
 
 
-def fed_avg(every: int, *, axis_name: str = "data") -> DataHook:
+def fed_avg(interval: int, *, axis_name: str = "data") -> DataHook:
     """Federated averaging: after every H local steps all replicas take their mean.
 
     Args:
-      every: H. Static.
+      interval: H. Static.
       axis_name: of the replicas.
 
     Returns:
       The hook, with `FedAvgState`; used as that of `sparse_averaging`.
 
     Raises:
-      ValueError: if `every` is not positive.
+      ValueError: if `interval` is not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -79,12 +79,12 @@ def fed_avg(every: int, *, axis_name: str = "data") -> DataHook:
 
     Source: McMahan et al. (AISTATS 2017), arXiv:1602.05629 [mcmahan2017communication].
     """
-    _check_every(every)
+    checks.at_least(1, interval=interval)
 
     def apply(params: PyTree, state: FedAvgState, info: Any = None) -> tuple[PyTree, FedAvgState]:
         del info
         steps = optax.safe_increment(state.steps)
-        (params,) = at_interval(every, lambda x: (_mean(x, axis_name),), steps, params)
+        (params,) = at_interval(interval, lambda x: (_mean(x, axis_name),), steps, params)
         return params, FedAvgState(steps)
 
     return DataHook(lambda params: FedAvgState(jnp.zeros((), jnp.int32)), apply, restart=lambda state: state)
@@ -114,13 +114,15 @@ def outer_sgd(
     return optax.with_extra_args_support(optax.sgd(learning_rate, momentum=momentum, nesterov=True))
 
 
-def diloco(every: int = 500, outer: optax.GradientTransformation | None = None, *, axis_name: str = "data") -> DataHook:
+def diloco(
+    interval: int = 500, outer: optax.GradientTransformation | None = None, *, axis_name: str = "data"
+) -> DataHook:
     """DiLoCo: after every H local steps an outer optimizer moves the shared parameters, and all replicas start there.
 
     The states of the inner optimizers stay what they are.
 
     Args:
-      every: H. Static.
+      interval: H. Static.
       outer: the outer optimizer; None: `outer_sgd()`.
       axis_name: of the replicas.
 
@@ -128,7 +130,7 @@ def diloco(every: int = 500, outer: optax.GradientTransformation | None = None, 
       The hook, with `DiLoCoState`; used as that of `sparse_averaging`. All replicas must start from equal parameters.
 
     Raises:
-      ValueError: if `every` is not positive.
+      ValueError: if `interval` is not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -141,7 +143,7 @@ def diloco(every: int = 500, outer: optax.GradientTransformation | None = None, 
 
     Source: Douillard et al. (2023), arXiv:2311.08105 [douillard2023diloco].
     """
-    _check_every(every)
+    checks.at_least(1, interval=interval)
     outer = outer_sgd() if outer is None else outer
 
     def init(params: PyTree) -> DiLoCoState:
@@ -154,18 +156,18 @@ def diloco(every: int = 500, outer: optax.GradientTransformation | None = None, 
     def apply(params: PyTree, state: DiLoCoState, info: Any = None) -> tuple[PyTree, DiLoCoState]:
         del info
         steps = optax.safe_increment(state.steps)
-        params, shared, outer_state = at_interval(every, synchronise, steps, params, state.shared, state.outer)
+        params, shared, outer_state = at_interval(interval, synchronise, steps, params, state.shared, state.outer)
         return params, DiLoCoState(steps, shared, outer_state)
 
     return DataHook(init, apply)
 
 
 def streaming_diloco(
-    every: int,
+    interval: int,
     fragments: Sequence[tuple[str, int]],
     outer: optax.GradientTransformation | None = None,
     *,
-    tau: int = 1,
+    delay: int = 1,
     mixing: float | int = 0.5,
     axis_name: str = "data",
 ) -> DataHook:
@@ -175,11 +177,11 @@ def streaming_diloco(
     spread over the H steps. The outer step of such a t is computed at once, and applied at t + tau.
 
     Args:
-      every: H, at least F. Static.
+      interval: H, at least F. Static.
       fragments: (regex, f) rules on the paths of the parameters, f in 0..F-1. Those of a pipeline's hook are
         common/0, common/1, ... for the arrays that all stages have, and rest/float32 for what the ends have besides.
       outer: the outer optimizer; None: `outer_sgd(0.4)`.
-      tau: steps that the exchange may take, below H. Static.
+      delay: tau, the steps that the exchange may take, below H. Static.
       mixing: alpha in [0, 1], what a replica keeps of its own parameters.
       axis_name: of the replicas.
 
@@ -188,12 +190,12 @@ def streaming_diloco(
       parameters.
 
     Raises:
-      ValueError: for H below the number of fragments, tau outside of [0, H), alpha outside of [0, 1], fragments that
-        are not numbered 0..F-1; on init, a parameter that no rule matches.
+      ValueError: for H below the number of fragments, a delay outside of [0, H), alpha outside of [0, 1], fragments
+        that are not numbered 0..F-1; on init, a parameter that no rule matches.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
-      >>> averaging = streaming_diloco(2, [("a", 0), ("b", 1)], optax.sgd(1.0), tau=0, mixing=0.0)
+      >>> averaging = streaming_diloco(2, [("a", 0), ("b", 1)], optax.sgd(1.0), delay=0, mixing=0.0)
       >>> x = {"a": jnp.zeros((2, 1)), "b": jnp.zeros((2, 1))}
       >>> state = jax.vmap(averaging.init)(x)
       >>> x = jax.tree.map(lambda leaf: leaf + jnp.array([[0.0], [1.0]]), x)
@@ -207,12 +209,9 @@ def streaming_diloco(
     F = len(labels)
     if labels != list(range(F)) or not F:
         raise ValueError(f"fragments must be numbered 0, 1, ..., got {labels}")
-    if every < F:
-        raise ValueError(f"every must be at least the number of fragments, {F}, got {every}")
-    if not 0 <= tau < every:
-        raise ValueError(f"tau must lie in [0, every) = [0, {every}), got {tau}")
-    if not 0 <= mixing <= 1:
-        raise ValueError(f"mixing must lie in [0, 1], got {mixing}")
+    checks.at_least(F, interval=interval, remedy="each fragment has a turn in it")
+    checks.within(f"[0, {interval})", delay=delay, remedy="it is shorter than the interval")
+    checks.within("[0, 1]", mixing=mixing)
     outer = outer_sgd(0.4) if outer is None else outer
 
     def split(params: PyTree) -> list[list[jax.Array]]:
@@ -230,10 +229,10 @@ def streaming_diloco(
         steps = optax.safe_increment(state.steps)
         mixed, shared, outer_states = [], [], []
         for f, x in enumerate(split(params)):
-            since = (steps - f * every // F) % every  # steps since the fragment's turn
+            since = (steps - f * interval // F) % interval  # steps since the fragment's turn
             outer_step = lambda theta, s, x=x: _outer_step(outer, x, theta, s, axis_name)
-            theta, outer_state = at_interval(every, outer_step, since, state.shared[f], state.outer[f])
-            arrived = (since == tau) & (steps >= tau + f * every // F + every * (f == 0))
+            theta, outer_state = at_interval(interval, outer_step, since, state.shared[f], state.outer[f])
+            arrived = (since == delay) & (steps >= delay + f * interval // F + interval * (f == 0))
             mix = lambda own, new, arrived=arrived: jnp.where(
                 arrived, mixing * own + (1 - mixing) * new.astype(own.dtype), own
             )
@@ -259,8 +258,3 @@ def _outer_step(
     gradient = jax.tree.map(jnp.subtract, shared, replica_mean(x, axis_name))
     updates, outer_state = outer.update(gradient, outer_state, shared)
     return optax.apply_updates(shared, updates), outer_state
-
-
-def _check_every(every: int) -> None:
-    if every < 1:
-        raise ValueError(f"every must be at least 1, got {every}")

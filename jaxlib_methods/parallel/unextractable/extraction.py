@@ -8,17 +8,18 @@ import math
 import jax
 import numpy as np
 
+from jaxlib_methods._core import checks
+from jaxlib_methods.typing import Incompatibility
+
 __all__ = [
     "estimate_bridge",
     "estimate_entry_bridge",
     "extraction_probability",
 ]
 
-INCOMPATIBILITIES = ("none", "partial", "full")
-
 
 def extraction_probability(
-    share: float, *, replicas: int, stages: int, transforms: int, incompatibility: str = "full"
+    share: float, *, num_replicas: int, num_stages: int, num_transforms: int, incompatibility: Incompatibility = "full"
 ) -> float:
     r"""The probability that an attacker at some time holds stages that fit together.
 
@@ -28,9 +29,9 @@ def extraction_probability(
 
     Args:
       share: p, in [0, 1].
-      replicas: R.
-      stages: S.
-      transforms: T, at least 2.
+      num_replicas: R.
+      num_stages: S.
+      num_transforms: T, at least 2.
       incompatibility: of stages from different times, "none", "partial" or "full".
 
     Returns:
@@ -40,24 +41,21 @@ def extraction_probability(
       ValueError: for a share outside of [0, 1], sizes that are too small, or an unknown incompatibility.
 
     Example:
-      >>> f"{extraction_probability(1e-3, replicas=10, stages=10, transforms=10**6):.3g}"
+      >>> f"{extraction_probability(1e-3, num_replicas=10, num_stages=10, num_transforms=10**6):.3g}"
       '5.11e-10'
 
     Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must lie in [0, 1], got {share}")
-    for name, size, least in (("replicas", replicas, 1), ("stages", stages, 1), ("transforms", transforms, 2)):
-        if size < least:
-            raise ValueError(f"{name} must be at least {least}, got {size}")
+    checks.within("[0, 1]", share=share)
+    checks.at_least(1, num_replicas=num_replicas, num_stages=num_stages)
+    checks.at_least(2, num_transforms=num_transforms)
+    checks.one_of(Incompatibility, incompatibility=incompatibility)
     if incompatibility == "none":
-        return _some_of(share, replicas * transforms) ** stages
-    one = _some_of(share, 3 * replicas)
+        return _some_of(share, num_replicas * num_transforms) ** num_stages
+    one = _some_of(share, 3 * num_replicas)
     if incompatibility == "partial":
-        return _some_of(one**2, transforms - 2) ** (stages - 1)
-    if incompatibility == "full":
-        return _some_of(one**stages, transforms - 2)
-    raise ValueError(f"incompatibility must be one of {INCOMPATIBILITIES}, got {incompatibility!r}")
+        return _some_of(one**2, num_transforms - 2) ** (num_stages - 1)
+    return _some_of(one**num_stages, num_transforms - 2)
 
 
 def _some_of(p: float, n: int) -> float:

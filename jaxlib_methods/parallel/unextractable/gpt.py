@@ -19,14 +19,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlib_methods.models import GPT, GPTConfig, GPTStages, gpt_stages
+from jaxlib_methods.typing import PyTree
 
 __all__ = [
+    "STAGE_PATTERNS",
     "gpt_transform_rules",
     "transformable_gpt_params",
     "transformable_gpt_stages",
 ]
 
-PyTree = Any
+PATTERNS = ("^0/", "^1/", "^2/")  # of trees (embed, blocks, head)
+STAGE_PATTERNS = ("^embed/", "^blocks/", "^head/")  # of the snapshots of pipelines
 _BEHIND_NORM = {"norm1": ("attention", ("query", "key", "value")), "norm2": ("mlp", ("up", "gate"))}
 
 
@@ -175,12 +178,10 @@ def add_sublayers(
 
 
 def gpt_transform_rules(
-    layers: int,
+    num_layers: int,
     *,
     first: int = 0,
-    embed: str | None = "^0/",
-    blocks: str = "^1/",
-    head: str | None = "^2/",
+    patterns: tuple[str | None, str, str | None] = PATTERNS,
     entries: bool = False,
 ) -> list[tuple[str, tuple[Any, Any]]]:
     """Which transforms touch which parameters: the rules of `morph` for such a GPT.
@@ -191,32 +192,31 @@ def gpt_transform_rules(
     W <- O^T W, so that no weight of a block stays as it was. These must be orthogonal.
 
     Args:
-      layers: blocks in the tree.
+      num_layers: blocks in the tree.
       first: number of the first of them.
-      embed: regular expression of the embedding's paths; None: the tree has none.
-      blocks: regular expression of what stands before a block's number.
-      head: regular expression of the head's paths; None: the tree has none.
+      patterns: regular expressions of the embedding's paths, of what stands before a block's number, and of the head's
+        paths; None: the tree has no embedding or no head. In a pipeline they are `STAGE_PATTERNS`.
       entries: whether to have rules for the rotations behind the norms.
 
     Returns:
-      (regex, (left, right)) rules for trees (embed, blocks, head); other layouts by the expressions, such as
-      embed="^embed/", blocks="^blocks/", head="^head/".
+      (regex, (left, right)) rules for trees (embed, blocks, head), or as the patterns say.
 
     Example:
-      >>> gpt_transform_rules(1, embed=None, head=None)[1]
+      >>> gpt_transform_rules(1, patterns=(None, "^1/", None))[1]
       ('^1/0/transforms/Q1$', (('boundary', 0), ('middle', 0)))
 
     Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable]; `entries`: this library.
     """
-    return transform_rules("N", layers, first, embed, blocks, head, entries)
+    return transform_rules("N", num_layers, first, patterns, entries=entries)
 
 
 def transform_rules(
-    entry: str, layers: int, first: int, embed: str | None, blocks: str, head: str | None, entries: bool = False
+    entry: str, num_layers: int, first: int, patterns: tuple[str | None, str, str | None], *, entries: bool = False
 ) -> list[tuple[str, tuple[Any, Any]]]:
     """The rules of `gpt_transform_rules`, for matrices before the norms of any name."""
+    embed, blocks, head = patterns
     rules = [] if embed is None else [(f"{embed}.*embedding", (None, ("boundary", first)))]
-    for index in range(layers):
+    for index in range(num_layers):
         i, at = first + index, f"{blocks}{index}/"
         before, middle, after = ("boundary", i), ("middle", i), ("boundary", i + 1)
         rotations = (("entry", i, 1), ("entry", i, 2)) if entries else (None, None)
@@ -233,4 +233,4 @@ def transform_rules(
                 (f"{at}block/attention/(query|key|value)/kernel", (rotations[0], None)),
                 (f"{at}block/mlp/(up|gate)/kernel", (rotations[1], None)),
             ]
-    return rules if head is None else [*rules, (f"{head}transforms/{entry}$", (("boundary", first + layers), None))]
+    return rules if head is None else [*rules, (f"{head}transforms/{entry}$", (("boundary", first + num_layers), None))]

@@ -33,6 +33,7 @@ from flax import nnx
 from jaxlib_methods import trees
 from jaxlib_methods.models import GPTConfig, GPTStages, gpt_stages
 from jaxlib_methods.parallel.unextractable.gpt import (
+    PATTERNS,
     add_sublayers,
     as_dicts,
     check_count,
@@ -40,6 +41,7 @@ from jaxlib_methods.parallel.unextractable.gpt import (
     transform_rules,
     transforms_of,
 )
+from jaxlib_methods.typing import PyTree
 
 __all__ = [
     "coordinate_gpt_mask",
@@ -48,7 +50,6 @@ __all__ = [
     "coordinate_gpt_stages",
 ]
 
-PyTree = Any
 _TRANSFORMED = r"embedding$|(^|/)block/(attention/out|mlp/down)/|(^|/)transforms/"
 
 
@@ -170,7 +171,7 @@ def coordinate_gpt_stages(
 
 
 def coordinate_gpt_rules(
-    layers: int, *, first: int = 0, embed: str | None = "^0/", blocks: str = "^1/", head: str | None = "^2/"
+    num_layers: int, *, first: int = 0, patterns: tuple[str | None, str, str | None] = PATTERNS
 ) -> list[tuple[str, tuple[Any, Any]]]:
     """Which transforms (k, k) touch which parameters: the rules of `morph` for such a GPT.
 
@@ -178,22 +179,20 @@ def coordinate_gpt_rules(
     head, and ("middle", i) inside of block i.
 
     Args:
-      layers: blocks in the tree, without those of the head.
+      num_layers: blocks in the tree, without those of the head.
       first: number of the first of them.
-      embed: regular expression of the embedding's paths; None: the tree has none.
-      blocks: regular expression of what stands before a block's number.
-      head: regular expression of the head's paths; None: the tree has none.
+      patterns: as for `gpt.gpt_transform_rules`.
 
     Returns:
       (regex, (left, right)) rules for trees (embed, blocks, head) of `coordinate_gpt_params`.
 
     Example:
-      >>> coordinate_gpt_rules(1, embed=None)[0]
+      >>> coordinate_gpt_rules(1, patterns=(None, "^1/", "^2/"))[0]
       ('^1/0/transforms/D1$', (('boundary', 0), None))
 
     Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable]; in coordinates: this library.
     """
-    return transform_rules("D", layers, first, embed, blocks, head)
+    return transform_rules("D", num_layers, first, patterns)
 
 
 def coordinate_gpt_mask(params: PyTree) -> PyTree:

@@ -18,10 +18,12 @@ import jax
 import numpy as np
 
 from jaxlib_methods import trees
+from jaxlib_methods._core import checks
 from jaxlib_methods.parallel.pipelines.base import Pipeline
 from jaxlib_methods.parallel.pipelines.layout import Snapshot
 from jaxlib_methods.parallel.pipelines.packing import Packed
 from jaxlib_methods.parallel.unextractable.transforms import Transform, transpose
+from jaxlib_methods.typing import MorphPrecision, PyTree, SecondMoments
 
 __all__ = [
     "Sides",
@@ -33,7 +35,6 @@ __all__ = [
     "transform_momentum",
 ]
 
-PyTree = Any
 Rules = Sequence[tuple[str, tuple[Hashable, Hashable]]]  # (regex, Sides)
 FIRST_MOMENTS = ("mu", "m", "trace", "momentum", "moment")  # fields of optax's and this library's optimizer states
 
@@ -53,7 +54,7 @@ class Sides(NamedTuple):
 
 
 def morph(
-    params: PyTree, transforms: Mapping[Hashable, Transform], rules: Rules, *, precision: str = "float64"
+    params: PyTree, transforms: Mapping[Hashable, Transform], rules: Rules, *, precision: MorphPrecision = "float64"
 ) -> PyTree:
     r"""Folds transforms into parameters, $W \leftarrow T_\mathrm{left}^{-1} W T_\mathrm{right}$.
 
@@ -80,7 +81,7 @@ def morph(
 
     Example:
       >>> from jaxlib_methods.parallel.unextractable import draw_transform
-      >>> T = draw_transform(jax.random.key(0), 3)
+      >>> T = draw_transform(3, key=jax.random.key(0))
       >>> params = {"V": np.ones((2, 3)), "U": np.ones((3, 4))}
       >>> new = morph(params, {"b": T}, [("V", Sides(right="b")), ("U", Sides(left="b"))])
       >>> bool(np.allclose(new["V"] @ new["U"], params["V"] @ params["U"]))
@@ -88,8 +89,7 @@ def morph(
 
     Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
     """
-    if precision not in ("float64", "parameter"):
-        raise ValueError(f"precision must be 'float64' or 'parameter', got {precision!r}")
+    checks.one_of(MorphPrecision, precision=precision)
     weight = lambda T: (T.inverse, T.matrix)
     leaves, structure = jax.tree.flatten(params)
     sides, names = _sides(params, transforms, rules), jax.tree.leaves(trees.path_names(params))
@@ -107,7 +107,7 @@ def transform_momentum(
     rules: Rules,
     *,
     first_moments: Sequence[str] = FIRST_MOMENTS,
-    second_moments: str = "error",
+    second_moments: SecondMoments = "error",
 ) -> PyTree:
     r"""Maps what an optimizer remembers of gradients, $G \leftarrow T_\mathrm{left}^\top G\, T_\mathrm{right}^{-\top}$.
 
@@ -133,7 +133,7 @@ def transform_momentum(
     Example:
       >>> import optax, jax.numpy as jnp
       >>> from jaxlib_methods.parallel.unextractable import draw_transform
-      >>> params, T = {"V": jnp.ones((2, 3))}, draw_transform(jax.random.key(0), 3)
+      >>> params, T = {"V": jnp.ones((2, 3))}, draw_transform(3, key=jax.random.key(0))
       >>> tx = optax.trace(0.9)
       >>> _, state = tx.update(params, tx.init(params))
       >>> state = transform_momentum(state, params, {"b": T}, [("V", Sides(right="b"))])
@@ -142,8 +142,7 @@ def transform_momentum(
 
     Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
     """
-    if second_moments not in ("error", "keep", "reset"):
-        raise ValueError(f"second_moments must be 'error', 'keep' or 'reset', got {second_moments!r}")
+    checks.one_of(SecondMoments, second_moments=second_moments)
     gradient = lambda T: (transpose(T.matrix), transpose(T.inverse))
     by_path = {
         tuple(path): (np.shape(leaf), side)
@@ -243,7 +242,12 @@ def _product(W: np.ndarray, factors: tuple, precision: str, index: tuple) -> np.
 
 
 def morph_snapshot(
-    snapshot: Snapshot, transforms: Mapping[Hashable, Transform], rules: Rules, **options: Any
+    snapshot: Snapshot,
+    transforms: Mapping[Hashable, Transform],
+    rules: Rules,
+    *,
+    first_moments: Sequence[str] = FIRST_MOMENTS,
+    second_moments: SecondMoments = "error",
 ) -> Snapshot:
     """Folds transforms into the snapshot of a pipeline: its parameters and its optimizer's first moments.
 
@@ -253,7 +257,8 @@ def morph_snapshot(
       snapshot: of a pipeline; an asynchronous one is drained before.
       transforms: as for `morph`.
       rules: as for `morph`, by the paths "embed/...", "blocks/<number>/..." and "head/...".
-      **options: of `transform_momentum`.
+      first_moments: as for `transform_momentum`.
+      second_moments: as for `transform_momentum`.
 
     Returns:
       The snapshot from which the pipeline goes on.
@@ -263,7 +268,7 @@ def morph_snapshot(
 
     Example:
       >>> from jaxlib_methods.parallel.unextractable import draw_transform
-      >>> T = {"b": draw_transform(jax.random.key(0), 2)}
+      >>> T = {"b": draw_transform(2, key=jax.random.key(0))}
       >>> one = Snapshot({"embed/V": np.eye(2)}, {"0/trace": {"embed/V": np.eye(2)}}, {}, np.int32(1))
       >>> new = morph_snapshot(one, T, [("^embed/V$", Sides(right="b"))])
       >>> bool(np.allclose(new.params["embed/V"], new.moments["0/trace"]["embed/V"]))  # orthogonal
@@ -271,7 +276,14 @@ def morph_snapshot(
 
     Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
     """
-    moments = transform_momentum(snapshot.moments, snapshot.params, transforms, rules, **options)
+    moments = transform_momentum(
+        snapshot.moments,
+        snapshot.params,
+        transforms,
+        rules,
+        first_moments=first_moments,
+        second_moments=second_moments,
+    )
     return snapshot._replace(params=morph(snapshot.params, transforms, rules), moments=moments)
 
 
@@ -280,8 +292,10 @@ def morph_pipeline(
     state: PyTree,
     transforms: Mapping[Hashable, Transform],
     rules: Rules,
+    *,
     boundaries: Sequence[Hashable],
-    **options: Any,
+    first_moments: Sequence[str] = FIRST_MOMENTS,
+    second_moments: SecondMoments = "error",
 ) -> PyTree:
     r"""Folds transforms into all replicas of a pipeline and into what its hooks remember of messages.
 
@@ -295,7 +309,8 @@ def morph_pipeline(
       transforms: as for `morph`; the same for all replicas.
       rules: as for `morph_snapshot`.
       boundaries: the name of the transform at each of the P - 1 boundaries between stages.
-      **options: of `transform_momentum`.
+      first_moments: as for `transform_momentum`.
+      second_moments: as for `transform_momentum`.
 
     Returns:
       The state to go on with.
@@ -310,9 +325,9 @@ def morph_pipeline(
       >>> model = StageModel(lambda E, i: E[i], lambda w, x: x @ w, lambda w, x, y: jnp.mean((x @ w - y) ** 2))
       >>> stages = ({"embed": jnp.ones((5, 2)), "blocks": (jnp.eye(2),), "head": jnp.ones(2)},)
       >>> batch = np.zeros((6, 4), np.int32), np.zeros((6, 4), np.float32)
-      >>> pipe = synchronous_pipeline(model, stages, optax.sgd(0.1), make_mesh(1), batch, 1)
+      >>> pipe = synchronous_pipeline(model, stages, optax.sgd(0.1), make_mesh(1), batch=batch, num_microbatches=1)
       >>> rules = [("^embed$", Sides(right="b")), ("^blocks/0$", Sides(left="b"))]
-      >>> state, T = pipe.init(stages), draw_transform(jax.random.key(0), 2)
+      >>> state, T = pipe.init(stages), draw_transform(2, key=jax.random.key(0))
       >>> (stage,) = pipe.stages(morph_pipeline(pipe, state, {"b": T}, rules, boundaries=[]))
       >>> bool(np.allclose(stage["embed"] @ stage["blocks"][0], np.ones((5, 2)), atol=1e-6))
       True
@@ -323,7 +338,13 @@ def morph_pipeline(
     if len(boundaries) != count:
         raise ValueError(f"boundaries must name the transforms at {count} boundaries of stages, got {len(boundaries)}")
     snapshots = [
-        morph_snapshot(pipe.snapshot(state, replica), transforms, rules, **options)
+        morph_snapshot(
+            pipe.snapshot(state, replica),
+            transforms,
+            rules,
+            first_moments=first_moments,
+            second_moments=second_moments,
+        )
         for replica in range(pipe.layout.num_replicas)
     ]
     state = _morph_hook(pipe, state, transforms, rules)

@@ -4,21 +4,22 @@ import math
 
 import jax.numpy as jnp
 
+from jaxlib_methods._core import checks
+from jaxlib_methods.typing import Fold
+
 __all__ = [
     "rounding_bound",
 ]
-
-FOLDS = ("in place", "each", "master")
 
 
 def rounding_bound(
     dtype: str,
     *,
     width: int,
-    transforms: int,
+    num_transforms: int,
     condition: float | int = 1.0,
     transform_condition: float | int = 1.0,
-    fold: str = "in place",
+    fold: Fold = "in place",
 ) -> float:
     r"""A bound of the relative error of a parameter of this dtype after a chain of transforms, $W T_1 \cdots T_n$.
 
@@ -34,7 +35,7 @@ def rounding_bound(
     Args:
       dtype: of the parameter, such as "float32" or "bfloat16".
       width: d.
-      transforms: n.
+      num_transforms: n.
       condition: kappa_W, the condition number of W.
       transform_condition: kappa, that of one transform: 1 for orthogonal ones, exp(2 spread) for others.
       fold: "in place", "each" or "master".
@@ -46,24 +47,17 @@ def rounding_bound(
       ValueError: for sizes or condition numbers below 1, and an unknown `fold`.
 
     Example:
-      >>> sizes = {"width": 10**3, "transforms": 10**4, "condition": 1e3}
+      >>> sizes = {"width": 10**3, "num_transforms": 10**4, "condition": 1e3}
       >>> [f"{rounding_bound('float32', **sizes, fold=fold):.0e}" for fold in ("in place", "master")]
       ['6e+02', '1e-06']
 
     Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable]; "each": this library.
     """
-    for name, value in (
-        ("width", width),
-        ("transforms", transforms),
-        ("condition", condition),
-        ("transform_condition", transform_condition),
-    ):
-        if not value >= 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if fold not in FOLDS:
-        raise ValueError(f"fold must be one of {FOLDS}, got {fold!r}")
+    checks.at_least(1, width=width, num_transforms=num_transforms)
+    checks.at_least(1, condition=condition, transform_condition=transform_condition)
+    checks.one_of(Fold, fold=fold)
     u, u64 = float(jnp.finfo(dtype).eps) / 2, 2.0**-53
-    chain = condition * _power_sum(float(transform_condition), transforms)
+    chain = condition * _power_sum(float(transform_condition), num_transforms)
     if fold == "in place":
         return width * u * chain
     return (width * u64 + u) * chain if fold == "each" else width * u64 * chain + u

@@ -1,10 +1,12 @@
 """Random invertible matrices with their inverses, for the boundaries between stages; in float64 on the host."""
 
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+
+from jaxlib_methods._core import checks
 
 __all__ = [
     "Transform",
@@ -28,9 +30,9 @@ class Transform(NamedTuple):
 
 
 def draw_transform(
-    key: jax.Array,
     width: int,
     *,
+    key: jax.Array,
     spread: float | int | None = None,
     scale: float | int = 1.0,
     batch: Sequence[int] = (),
@@ -43,8 +45,8 @@ def draw_transform(
     $[-\epsilon, \epsilon]$: its condition number is at most $e^{2 \epsilon}$.
 
     Args:
-      key: typed key; it must not be kept.
       width: d.
+      key: typed key; it must not be kept.
       spread: epsilon; None: orthogonal.
       scale: s. Alternate s and 1/s, so that the product of many does not grow.
       batch: leading axes of independent transforms, for stacked layers.
@@ -56,17 +58,15 @@ def draw_transform(
       ValueError: for a width below 1, a negative spread, a scale that is not positive or one without a spread.
 
     Example:
-      >>> T = draw_transform(jax.random.key(0), 8, spread=0.1)
+      >>> T = draw_transform(8, key=jax.random.key(0), spread=0.1)
       >>> bool(np.linalg.cond(T.matrix) <= np.exp(0.2)), bool(np.allclose(T.matrix @ T.inverse, np.eye(8), atol=1e-14))
       (True, True)
 
     Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable]; the signs: Mezzadri (2007),
     arXiv:math-ph/0609050 [mezzadri2007generate]; the reflections: Stewart (1980) [stewart1980efficient].
     """
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
-    if spread is not None and spread < 0:
-        raise ValueError(f"spread must not be negative, got {spread}; None draws orthogonal transforms")
+    checks.at_least(1, width=width)
+    checks.not_negative(spread=spread, remedy="None draws orthogonal transforms")
     if not scale > 0 or (spread is None and scale != 1):
         raise ValueError(f"scale must be positive, and needs a spread (0 is one), got {scale} and spread={spread}")
     random = np.random.default_rng(np.asarray(jax.random.key_data(key)).reshape(-1))
@@ -105,22 +105,31 @@ def transpose(a: np.ndarray) -> np.ndarray:
     return np.swapaxes(a, -1, -2)
 
 
-def draw_transforms(key: jax.Array, names: Iterable[Hashable], width: int, **options: Any) -> dict[Hashable, Transform]:
-    """Independent transforms by name, all of one size; `options` as in `draw_transform`.
+def draw_transforms(
+    names: Iterable[Hashable],
+    width: int,
+    *,
+    key: jax.Array,
+    spread: float | int | None = None,
+    scale: float | int = 1.0,
+) -> dict[Hashable, Transform]:
+    """Independent transforms by name, all of one size.
 
     Args:
-      key: typed key.
       names: of the boundaries, in an order that all processes share.
       width: d.
-      **options: of `draw_transform`.
+      key: typed key.
+      spread: as for `draw_transform`.
+      scale: as for `draw_transform`.
 
     Returns:
       name -> transform.
 
     Example:
-      >>> sorted(draw_transforms(jax.random.key(0), ["in", "out"], 4))
+      >>> sorted(draw_transforms(["in", "out"], 4, key=jax.random.key(0)))
       ['in', 'out']
 
     Source: Long et al. (NeurIPS 2025), arXiv:2605.23464 [long2025unextractable].
     """
-    return {name: draw_transform(jax.random.fold_in(key, index), width, **options) for index, name in enumerate(names)}
+    draw = lambda index: draw_transform(width, key=jax.random.fold_in(key, index), spread=spread, scale=scale)
+    return {name: draw(index) for index, name in enumerate(names)}

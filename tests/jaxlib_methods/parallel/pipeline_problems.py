@@ -63,7 +63,9 @@ def optimizer():
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def value_and_grad(model, stages, inputs, targets, repeats=1):
-    return jax.value_and_grad(lambda stages: sequential_loss(model, stages, inputs, targets, repeats))(stages)
+    return jax.value_and_grad(lambda stages: sequential_loss(model, stages, inputs, targets, num_rounds=repeats))(
+        stages
+    )
 
 
 def run_slots(model, stages, optimizer_of, inputs, targets, *, stash=True, predict_backward=None, cross=None):

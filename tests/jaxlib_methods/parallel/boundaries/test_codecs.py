@@ -126,12 +126,12 @@ def test_a_boundary_codes_activations_and_cotangents_apart():
     ("make", "message"),
     [
         (lambda: boundaries.cast_codec("int8"), "dtype must be floating"),
-        (lambda: boundaries.int8_codec(0), "block must be at least 1"),
-        (lambda: once(boundaries.int8_codec(3), X), "block must divide the last axis, got 3 and 8"),
+        (lambda: boundaries.int8_codec(0), "block_size must be at least 1"),
+        (lambda: once(boundaries.int8_codec(3), X), "block_size must divide the last axis, got 3 and 8"),
         (lambda: boundaries.top_k_codec(0), "k must be at least 1"),
         (lambda: once(boundaries.top_k_codec(9), X), "k must not exceed the last axis, got 9 and 8"),
-        (lambda: boundaries.delta_codec(3, 1), "bits must be 2, 4, 8 or None"),
-        (lambda: boundaries.delta_codec(4, 0), "slots must be at least 1"),
+        (lambda: boundaries.delta_codec(3, 1), "bits must be one of 2, 4, 8, None"),
+        (lambda: boundaries.delta_codec(4, 0), "num_slots must be at least 1"),
         (lambda: once(boundaries.delta_codec(2, 1), X[..., :6]), "multiple of 4, got 6"),
     ],
 )

@@ -25,7 +25,7 @@ from tests.jaxlib_methods.parallel.pipeline_problems import (
 
 P, M = 4, 4
 SUBSPACE_CONFIG = dataclasses.replace(CONFIG, layers=P + 1, subspace=6)
-SUBSPACE = boundaries.random_subspace(jax.random.key(3), vocab_size=64, width=32, rank=6)
+SUBSPACE = boundaries.random_subspace(key=jax.random.key(3), vocab_size=64, width=32, rank=6)
 
 
 def subspace_gpt():
@@ -47,8 +47,8 @@ def pipeline(model, stages, batch, forward, backward, optimizer):
         stages,
         optimizer,
         parallel.make_mesh(P),
-        shapes,
-        M,
+        batch=shapes,
+        num_microbatches=M,
         forward_hook=boundaries.codec_hook(forward),
         backward_hook=boundaries.codec_hook(backward),
     )

@@ -20,7 +20,7 @@ CONFIG = GPTConfig(
     vocab_size=31, layers=3, width=24, heads=2, position="rotary", norm="rms", mlp="gelu", qkv_bias=True, subspace=5
 )
 DENSE = dataclasses.replace(CONFIG, subspace=None)
-SUBSPACE = boundaries.random_subspace(jax.random.key(7), vocab_size=31, width=24, rank=5)
+SUBSPACE = boundaries.random_subspace(key=jax.random.key(7), vocab_size=31, width=24, rank=5)
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 7)), jnp.int32)
 TARGETS = jnp.roll(IDS, -1, axis=1)
 PROJECTED = r"(out|down)/(kernel|bias)$"  # what adds to the residual stream; embed/tokens does too
@@ -105,7 +105,7 @@ def test_the_codec_projects_the_table_once_and_codes_the_same_coordinates(dtype,
     rng = np.random.default_rng(6)
     X, PE = rng.normal(size=(2, 7, 24)), rng.normal(size=(9, 24))
     subspace = SUBSPACE._replace(PE=jnp.asarray(PE, jnp.float32))
-    codec = boundaries.subspace_codec(subspace, activations=dtype)
+    codec = boundaries.subspace_codec(subspace, activation_dtype=dtype)
     x = {"x": jnp.asarray(X, dtype), "ids": IDS, "weight": jnp.ones(2)}
     message, _ = codec.encode(x, codec.init(x))
     expected = (X - np.asarray(subspace.T_fixed, np.float64)[IDS] - PE[:7]) @ np.asarray(subspace.U, np.float64)
@@ -190,7 +190,7 @@ def test_the_full_model_is_its_stages_and_a_dense_model_with_lifted_weights():
 
 def test_with_k_equal_to_d_training_is_that_of_the_dense_model():
     square = dataclasses.replace(CONFIG, subspace=24)
-    subspace = boundaries.random_subspace(jax.random.key(8), vocab_size=31, width=24, rank=24)
+    subspace = boundaries.random_subspace(key=jax.random.key(8), vocab_size=31, width=24, rank=24)
     params = drawn_params(square, scale=0.1)
     dense = dense_params(params, square, subspace)
 
@@ -239,7 +239,7 @@ def test_a_message_is_k_values_of_a_token_and_its_id(d, k, V, ratio, ratio_with_
 
     def measure(U, T_fixed):
         codecs = (
-            boundaries.subspace_codec(Subspace(U, T_fixed), activations="bfloat16"),
+            boundaries.subspace_codec(Subspace(U, T_fixed), activation_dtype="bfloat16"),
             boundaries.subspace_gradient_codec(Subspace(U, T_fixed)),
         )
         sizes.extend(boundaries.payload_bytes(codec, x) / 15 for codec, x in zip(codecs, (stream, [x]), strict=True))
@@ -253,8 +253,10 @@ def test_a_message_is_k_values_of_a_token_and_its_id(d, k, V, ratio, ratio_with_
 
 def test_the_floor_of_a_step_over_slow_links():
     link = links.LINKS["200 Mbit/s + 50 ms"]
-    dense = links.blocking_floor(524_288, 2048, 2048, 64, link)
-    coded = links.blocking_floor(524_288, 322, 322, 32, link)
+    floor = lambda size, count: links.blocking_floor(
+        link, num_tokens=524_288, forward_bytes=size, backward_bytes=size, num_microbatches=count
+    )
+    dense, coded = floor(2048, 64), floor(322, 32)
     assert round(dense, 1) == 92.3 and round(coded, 1) == 16.7
 
 
@@ -303,7 +305,7 @@ def test_the_grassmann_step_finds_the_dominant_directions_and_stays_orthonormal(
     rng = np.random.default_rng(3)
     top = np.linalg.qr(rng.normal(size=(10, 2)))[0]
     G = jnp.asarray(rng.normal(size=(400, 2)) * 3 @ top.T + 0.1 * rng.normal(size=(400, 10)), jnp.float32)
-    U = boundaries.random_subspace(jax.random.key(1), vocab_size=1, width=10, rank=2).U
+    U = boundaries.random_subspace(key=jax.random.key(1), vocab_size=1, width=10, rank=2).U
     step = jax.jit(lambda U: boundaries.grassmann.grassmann_step(U, boundaries.grassmann.gradient_moment(G, U), 0.02))
     for _ in range(200):
         U = step(U)
@@ -377,8 +379,8 @@ def test_a_move_of_the_subspace_between_two_steps():
 
 
 def test_errors_name_the_argument():
-    with pytest.raises(ValueError, match="rank must lie between 1 and the width 4, got 5"):
-        boundaries.random_subspace(jax.random.key(0), vocab_size=3, width=4, rank=5)
+    with pytest.raises(ValueError, match=r"rank must lie in \[1, 4\], got 5"):
+        boundaries.random_subspace(key=jax.random.key(0), vocab_size=3, width=4, rank=5)
     with pytest.raises(TypeError, match="dictionary with 'x' and 'ids'"):
         boundaries.subspace_codec(SUBSPACE).init(jnp.zeros((2, 3, 24)))
     with pytest.raises(TypeError, match="activations of float32, got bfloat16"):

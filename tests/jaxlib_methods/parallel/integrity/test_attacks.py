@@ -15,7 +15,7 @@ X = 3.0 + 2.0 * jax.random.normal(jax.random.key(5), (2, 16, 8))
 def sent(kind, value=None, x=X, **options):
     plan = [Attack(kind, stage=1, replica=0, value=value)]
     return tamper(
-        plan, init_attacks(plan, x), x, jax.random.key(1), stage=1, replica=0, direction="forward", **options
+        plan, init_attacks(plan, x), x, key=jax.random.key(1), stage=1, replica=0, direction="forward", **options
     )[1]
 
 
@@ -53,7 +53,13 @@ def test_delay_is_silent_until_its_buffer_is_full_and_starts_late_if_told():
         outs = []
         for replica in range(2):
             states[replica], out = tamper(
-                plan, states[replica], jnp.float32(t), jax.random.key(0), stage=1, replica=replica, direction="forward"
+                plan,
+                states[replica],
+                jnp.float32(t),
+                key=jax.random.key(0),
+                stage=1,
+                replica=replica,
+                direction="forward",
             )
             outs.append(float(out))
         seen.append(outs)
@@ -66,7 +72,9 @@ def test_only_the_worker_the_direction_and_the_steps_of_the_plan_are_hit():
 
     @jax.jit
     def one(state, stage, replica):  # traced, as on a mesh
-        return tamper(plan, state, jnp.zeros(()), jax.random.key(0), stage=stage, replica=replica, direction="backward")
+        return tamper(
+            plan, state, jnp.zeros(()), key=jax.random.key(0), stage=stage, replica=replica, direction="backward"
+        )
 
     for stage in range(3):
         for replica in range(3):
@@ -76,14 +84,14 @@ def test_only_the_worker_the_direction_and_the_steps_of_the_plan_are_hit():
                 values.append(float(out))
             assert values == ([0, 0, 0, 1, 1, 0, 0] if (stage, replica) == (1, 2) else [0] * 7)
     state = init_attacks(plan, jnp.zeros(()))._replace(count=jnp.int32(3))
-    arguments = (plan, state, jnp.zeros(()), jax.random.key(0))
-    assert tamper(*arguments, stage=1, replica=2, direction="forward")[1] == 0
-    assert tamper(*arguments, stage=1, replica=2, direction="backward", banned=jnp.array(True))[1] == 0
+    arguments, key = (plan, state, jnp.zeros(())), jax.random.key(0)
+    assert tamper(*arguments, key=key, stage=1, replica=2, direction="forward")[1] == 0
+    assert tamper(*arguments, key=key, stage=1, replica=2, direction="backward", banned=jnp.array(True))[1] == 0
 
 
 def test_an_adaptive_attacker_stays_within_the_fences_and_is_not_found():
-    options = VerifierConfig(warmup_steps=30, window=20, directions=8, fence_factor=3.0)
-    state = init_verifier(options, 4, X.shape, jax.random.key(0))
+    options = VerifierConfig(warmup_steps=30, window=20, num_directions=8, fence_factor=3.0)
+    state = init_verifier(options, 4, X.shape, key=jax.random.key(0))
     step = jax.jit(lambda state, messages: verify(state, messages, jnp.zeros(4, bool), options))
     for t in range(40):
         state, accept, _ = step(state, X[None] + 0.3 * jax.random.normal(jax.random.key(t), (4, *X.shape)))
@@ -94,7 +102,7 @@ def test_an_adaptive_attacker_stays_within_the_fences_and_is_not_found():
     _, accept, _ = step(state, jnp.broadcast_to(attack[None], (4, *X.shape)))
     assert accept.all()
     channels = VerifierConfig(reduce_axes=(0, 1), threshold=0.5)
-    state = init_verifier(channels, 4, X.shape, jax.random.key(0))._replace(reference=jnp.ones((1, 8)))
+    state = init_verifier(channels, 4, X.shape, key=jax.random.key(0))._replace(reference=jnp.ones((1, 8)))
     flat = sent("adaptive", verifier=state, reduce_axes=(0, 1))
     np.testing.assert_array_equal(flat, jnp.broadcast_to(flat[0, 0], X.shape))  # the verifier sees means alone
     with pytest.raises(ValueError, match="adaptive attack needs the verifier"):
@@ -113,7 +121,7 @@ def test_colluding_workers_send_one_tensor():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "gaussian"}, "unknown attack 'gaussian'; known are constant, random"),
+        ({"kind": "gaussian"}, "kind must be one of 'constant', 'random', .*, got 'gaussian'"),
         ({"direction": "sideways"}, "direction must be one of .*, got 'sideways'"),
         ({"start": 5, "stop": 5}, "0 <= start < stop, got start=5, stop=5"),
         ({"kind": "delay", "value": 0}, "the value of 'delay' is the age in steps; 0 is none"),
@@ -138,4 +146,4 @@ def test_bad_attacks_are_named(options, message):
 )
 def test_attacks_on_workers_that_do_not_exist_are_refused(attack, message):
     with pytest.raises(ValueError, match=message):
-        check_attacks([attack], stages=6, replicas=8)
+        check_attacks([attack], num_stages=6, num_replicas=8)

@@ -26,7 +26,7 @@ from tests.jaxlib_methods.parallel.pipeline_problems import assert_trees_equal, 
 
 S, R = 6, 5
 # Wide fences: no false alarms in short tests.
-OPTIONS = VerifierConfig(warmup_steps=30, window=20, directions=8, fence_factor=6.0)
+OPTIONS = VerifierConfig(warmup_steps=30, window=20, num_directions=8, fence_factor=6.0)
 MODEL, PARAMS = chain(layers=S)
 STAGES = split_stages(PARAMS, S)
 
@@ -37,7 +37,8 @@ def run(pipeline, state, stages, inputs, targets, start):
 
     def one(state, step):
         x, y, t = step
-        losses, gradients, state, verdicts = pipeline.value_and_grad(stages, x, y, state, jax.random.fold_in(KEY, t))
+        key = jax.random.fold_in(KEY, t)
+        losses, gradients, state, verdicts = pipeline.value_and_grad(stages, x, y, state, key=key)
         finite = jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradients)])
         return state, (losses, verdicts, jnp.all(finite), sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradients)))
 
@@ -49,11 +50,10 @@ KEY = jax.random.key(0)
 
 
 def simulate(attacks=(), steps=45, **options):
-    pipeline = VerifiedPipeline(
-        **{"model": MODEL, "replicas": R, "forward": OPTIONS, "backward": OPTIONS, "attacks": tuple(attacks)} | options
-    )
+    verifiers = {"forward": OPTIONS, "backward": OPTIONS}
+    pipeline = VerifiedPipeline(MODEL, R, attacks=tuple(attacks), **(verifiers | options))
     inputs, targets = (a.reshape(steps, R, 8, 3) for a in tokens(steps, examples=8 * R, length=3))
-    state = pipeline.init(STAGES, inputs[0, 0], KEY)
+    state = pipeline.init(STAGES, inputs[0, 0], key=KEY)
     return run(pipeline, state, STAGES, inputs, targets, jnp.int32(0))
 
 
@@ -136,7 +136,13 @@ def mesh_run(attacks=(), options=OPTIONS, guard=True, steps=36, codec=None):
             hooks = {name: chain_hooks(hook, codec_hook(codec)) for name, hook in hooks.items()}
     x, y = tokens(2 * steps, examples=16)
     pipe = synchronous_pipeline(
-        guard_model(model) if guard else model, stages, optax.sgd(0.01), mesh, (x[0], y[0]), num_microbatches=2, **hooks
+        guard_model(model) if guard else model,
+        stages,
+        optax.sgd(0.01),
+        mesh,
+        batch=(x[0], y[0]),
+        num_microbatches=2,
+        **hooks,
     )
     state, losses = pipe.init(stages), []
     for step in range(steps):
@@ -175,8 +181,9 @@ def test_bans_are_known_on_both_sides_of_a_worker():
     rng, mesh, (model, params) = np.random.default_rng(0), make_mesh(4, 2), chain(layers=4)
     hook = lambda direction: verification_hook(VerifierConfig(window=2), mesh, direction, key=KEY)
     x, y = tokens(1)
-    of_all = guard_model(model), (stages := split_stages(params, 4)), optax.sgd(0.1), mesh, (x[0], y[0]), 1
-    pipe = synchronous_pipeline(*of_all, forward_hook=hook("forward"), backward_hook=hook("backward"))
+    of_all = guard_model(model), (stages := split_stages(params, 4)), optax.sgd(0.1), mesh
+    batch = {"batch": (x[0], y[0]), "num_microbatches": 1}
+    pipe = synchronous_pipeline(*of_all, **batch, forward_hook=hook("forward"), backward_hook=hook("backward"))
     state = pipe.init(stages)
     seen = rng.integers(3, size=(2, 4, 2))  # by direction, stage of the verifier and replica
     everywhere = lambda bans: jnp.asarray(np.repeat(bans[:, None], 2, axis=1), jnp.int32)
@@ -186,20 +193,20 @@ def test_bans_are_known_on_both_sides_of_a_worker():
 
     hooks = pipe.hook_states(state)
     known = [ends._replace(receiving=banned(ends.receiving, bans)) for ends, bans in zip(hooks, seen, strict=True)]
-    shared = share_bans(pipe, pipe.with_hook_states(state, HookStates(*known)))
+    shared = share_bans(pipe, pipe.replace_hook_states(state, HookStates(*known)))
     expected = seen.copy()
     for worker in (1, 2):
         expected[0, worker + 1] = expected[1, worker - 1] = np.maximum(seen[0, worker + 1], seen[1, worker - 1])
     for verifier, bans in zip(find_verifiers(pipe, shared).values(), expected, strict=True):
         np.testing.assert_array_equal(verifier.bans, everywhere(bans))
-    one_sided = synchronous_pipeline(*of_all, forward_hook=hook("forward"))
+    one_sided = synchronous_pipeline(*of_all, **batch, forward_hook=hook("forward"))
     with pytest.raises(ValueError, match=r"between verifiers of both directions, the pipeline has \['forward'\]"):
         share_bans(one_sided, one_sided.init(stages))
 
 
 def test_wrong_hooks_are_refused():
     mesh = make_mesh(2, 4)
-    with pytest.raises(ValueError, match="direction must be 'forward' or 'backward', got 'both'"):
+    with pytest.raises(ValueError, match="direction must be one of 'forward', 'backward', got 'both'"):
         verification_hook(OPTIONS, mesh, "both", key=KEY)
     with pytest.raises(ValueError, match="on a stage that does not exist: the pipeline has 2"):
         verification_hook(OPTIONS, mesh, "forward", key=KEY, attacks=[Attack("bias", stage=2, replica=0)])

@@ -31,7 +31,7 @@ def m():
 
 @pytest.fixture(scope="module")
 def projections():
-    return random_directions(jax.random.key(8), 8, 64)
+    return random_directions(8, 64, key=jax.random.key(8))
 
 
 def test_distances_of_the_worked_example():
@@ -115,7 +115,9 @@ def test_summaries_average_what_they_are_told_to():
 # ------------------------------------------------------------------------------ the state machine
 
 SHAPE = (2, 6, 4)  # B, N, D
-SHORT = VerifierConfig(warmup_steps=40, window=20, directions=8, fence_factor=6.0)  # no false alarms in a short test
+SHORT = VerifierConfig(
+    warmup_steps=40, window=20, num_directions=8, fence_factor=6.0
+)  # no false alarms in a short test
 
 
 @functools.partial(jax.jit, static_argnums=(3,))
@@ -130,7 +132,7 @@ def honest(t, replicas=5, spread=0.2):
 
 
 def run(options, steps, change=lambda t, x: x, taint=lambda t: jnp.zeros(5, bool)):
-    state, accepted = init_verifier(options, 5, SHAPE, jax.random.key(0)), []
+    state, accepted = init_verifier(options, 5, SHAPE, key=jax.random.key(0)), []
     for t in range(steps):
         state, accept, replacement = step(state, change(t, honest(t)), taint(t), options)
         accepted.append(np.asarray(accept))
@@ -139,7 +141,7 @@ def run(options, steps, change=lambda t, x: x, taint=lambda t: jnp.zeros(5, bool
 
 def test_reference_is_the_moving_average_from_the_first_message_on():
     options = VerifierConfig(threshold=math.inf)
-    one = init_verifier(options, 1, (1, 1, 1), jax.random.key(0))._replace(started=jnp.array(True))
+    one = init_verifier(options, 1, (1, 1, 1), key=jax.random.key(0))._replace(started=jnp.array(True))
     for _ in range(10):
         one, _, replacement = step(one, jnp.ones((1, 1, 1, 1)), jnp.zeros(1, bool), options)
     assert float(one.reference[0, 0]) == pytest.approx(0.6513215599, abs=1e-6)
@@ -173,7 +175,7 @@ def test_violations_that_lie_further_apart_than_the_horizon_ban_nobody():
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("threshold", [None, math.inf])
 def test_what_is_not_finite_is_contained_in_the_warm_up_too(value, threshold):
-    options = VerifierConfig(warmup_steps=10, window=20, directions=8, threshold=threshold)
+    options = VerifierConfig(warmup_steps=10, window=20, num_directions=8, threshold=threshold)
     poison = lambda t, x: x.at[1, 0, 2, 3].set(value) if t in (0, 5, 20, 21) else x
     state, accepted, replacement = run(options, 22, poison)
     assert [t for t in range(22) if not accepted[t, 1]] == [0, 5, 20, 21]
@@ -196,9 +198,9 @@ def test_tainted_messages_are_relayed_untested_and_teach_nothing_but_are_contain
 
 def test_threshold_infinity_accepts_all_and_zero_nobody_after_the_warm_up():
     flip = lambda t, x: x.at[3].multiply(-1.0)
-    _, accepted, _ = run(VerifierConfig(warmup_steps=5, threshold=math.inf, directions=8), 12, flip)
+    _, accepted, _ = run(VerifierConfig(warmup_steps=5, threshold=math.inf, num_directions=8), 12, flip)
     assert accepted.all()
-    _, accepted, _ = run(VerifierConfig(warmup_steps=5, threshold=0.0, directions=8), 12)
+    _, accepted, _ = run(VerifierConfig(warmup_steps=5, threshold=0.0, num_directions=8), 12)
     assert accepted[:5].all() and not accepted[5:].any()
 
 
@@ -210,9 +212,9 @@ def test_votes_and_the_choice_of_distances():
 
 
 def test_a_worker_within_the_fences_moves_the_reference_by_its_share_at_most():
-    options = VerifierConfig(warmup_steps=0, threshold=math.inf, directions=8, decay=0.9)
+    options = VerifierConfig(warmup_steps=0, threshold=math.inf, num_directions=8, decay=0.9)
     delta, base = 0.3, jnp.ones((5, *SHAPE))
-    state = init_verifier(options, 5, SHAPE, jax.random.key(0))
+    state = init_verifier(options, 5, SHAPE, key=jax.random.key(0))
     state, _, _ = step(state, base, jnp.zeros(5, bool), options)
     for _ in range(5):
         before = state.reference
@@ -223,13 +225,13 @@ def test_a_worker_within_the_fences_moves_the_reference_by_its_share_at_most():
 
 
 def test_sign_flips_from_a_third_shrink_an_average_that_includes_them_to_a_third():
-    options = VerifierConfig(warmup_steps=0, directions=8, threshold=1.0)  # d2 of a sign flip is 2
+    options = VerifierConfig(warmup_steps=0, num_directions=8, threshold=1.0)  # d2 of a sign flip is 2
     flip = lambda x: x.at[:2].multiply(-1.0)
     messages = jnp.ones((6, 2, 3, 4))
-    state = init_verifier(options, 6, (2, 3, 4), jax.random.key(0))
+    state = init_verifier(options, 6, (2, 3, 4), key=jax.random.key(0))
     state, _, _ = step(state, messages, jnp.zeros(6, bool), options)
     included = state
-    accept_all = VerifierConfig(warmup_steps=0, directions=8, threshold=math.inf)
+    accept_all = VerifierConfig(warmup_steps=0, num_directions=8, threshold=math.inf)
     for _ in range(120):
         state, accept, _ = step(state, flip(messages), jnp.zeros(6, bool), options)
         included, _, _ = step(included, flip(messages), jnp.zeros(6, bool), accept_all)
@@ -250,7 +252,7 @@ def test_honest_workers_pass_ten_thousand_steps():
 
         return jax.lax.scan(one, state, jax.random.split(key, 10_000))
 
-    state, accept = simulate(init_verifier(options, replicas, shape, jax.random.key(0)), jax.random.key(1))
+    state, accept = simulate(init_verifier(options, replicas, shape, key=jax.random.key(0)), jax.random.key(1))
     assert accept[:1000].all()
     rate = 1 - float(accept[1000:].mean())
     assert 0 < rate < 0.01, rate
@@ -270,11 +272,11 @@ def test_rerouting_in_turn():
         ({"warmup_steps": -1}, "warmup_steps must not be negative"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"distances": ("cosine",)}, r"distances must be some of .*, got \('cosine',\)"),
-        ({"votes": 5}, "votes must lie between 1 and the 4 distances, got 5"),
+        ({"num_votes": 5}, r"num_votes must lie in \[1, 4\], got 5"),
         ({"fence_factor": 0.5}, "fence_factor must lie in fence_range"),
         ({"growth": 0.9}, "growth above 1"),
         ({"threshold": -1.0}, "threshold must not be negative"),
-        ({"violations": 30}, "violations must fit into the horizon of 20 steps, got 30"),
+        ({"num_violations": 30}, "num_violations must fit into the horizon of 20 steps, got 30"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -283,8 +285,8 @@ def test_bad_options_are_named(options, message):
 
 
 def test_a_verifier_needs_replicas_and_axes_that_exist():
-    with pytest.raises(ValueError, match="replicas must be at least 1, got 0"):
-        init_verifier(VerifierConfig(), 0, SHAPE, jax.random.key(0))
+    with pytest.raises(ValueError, match="num_replicas must be at least 1, got 0"):
+        init_verifier(VerifierConfig(), 0, SHAPE, key=jax.random.key(0))
     with pytest.raises(ValueError, match="reduce_axes must be axes before the last one"):
-        init_verifier(VerifierConfig(reduce_axes=(2,)), 3, SHAPE, jax.random.key(0))
+        init_verifier(VerifierConfig(reduce_axes=(2,)), 3, SHAPE, key=jax.random.key(0))
     assert len(DISTANCES) == 4

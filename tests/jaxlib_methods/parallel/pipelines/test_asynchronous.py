@@ -75,7 +75,7 @@ def test_fifty_updates_of_a_gpt_are_those_of_the_simulator_to_the_bit():
     model, params = gpt()
     stages, (inputs, targets), mesh = split_stages(params, 4), text(50), make_mesh(4)
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), delayed_nesterov(3e-3))
-    pipe = asynchronous_pipeline(model, stages, optimizer, mesh, (inputs[0], targets[0]))
+    pipe = asynchronous_pipeline(model, stages, optimizer, mesh, batch=(inputs[0], targets[0]))
     trained, losses = train(pipe, stages, inputs, targets)
     # XLA divides by a softmax's sum in a program of several partitions and multiplies by its inverse in one of a single
     # partition; every device of the mesh runs the whole simulator, so that both are the former.
@@ -93,7 +93,7 @@ def test_the_chain_is_the_simulator_on_one_device_and_the_queues_to_the_bit():
     model, params = chain()
     stages, (inputs, targets) = split_stages(params, 4), tokens(12)
     optimizer = optax.chain(optax.clip_by_global_norm(0.1), delayed_nesterov(1e-2))
-    pipe = asynchronous_pipeline(model, stages, optimizer, make_mesh(4), (inputs[0], targets[0]))
+    pipe = asynchronous_pipeline(model, stages, optimizer, make_mesh(4), batch=(inputs[0], targets[0]))
     trained, losses = train(pipe, stages, inputs, targets)
     expected, expected_losses = simulate(model, stages, inputs, targets, 0.1, 1e-2, lambda tree: tree)
     np.testing.assert_array_equal(losses, expected_losses)
@@ -106,7 +106,7 @@ def test_one_stage_is_sequential_training():
     model, params = chain()
     stages, (inputs, targets) = split_stages(params, 1), tokens(6)
     optimizer = nadam(1e-2, weight_decay=0.01)
-    pipe = asynchronous_pipeline(model, stages, optimizer, make_mesh(1), (inputs[0], targets[0]))
+    pipe = asynchronous_pipeline(model, stages, optimizer, make_mesh(1), batch=(inputs[0], targets[0]))
     trained, losses = train(pipe, stages, inputs, targets)
     tree, state, expected = stages, optimizer.init(stages), []
     update = jax.jit(optimizer.update)
@@ -156,7 +156,7 @@ def test_versions_delays_and_ramp(stash):
     model, stages, optimizer = version_model(P, count)
     inputs = np.zeros((count, 1, 1), np.int32)
     mesh = make_mesh(P)
-    pipe = asynchronous_pipeline(model, stages, optimizer, mesh, (inputs[0], inputs[0]), stash=stash)
+    pipe = asynchronous_pipeline(model, stages, optimizer, mesh, batch=(inputs[0], inputs[0]), stash=stash)
     state, out = pipe.step(pipe.init(stages), *shard_batch(mesh, (inputs, inputs)))
     newest = [int(tree["blocks"][0]["v"]) for tree in pipe.stages(state)]
     table = schedule_table("1f1b", P, count)[: 2 * count]  # the slots so far
@@ -188,7 +188,7 @@ def test_without_stash_stages_differ_in_their_rules(method):
     }
     rule, predict = rules[method]
     pipe = asynchronous_pipeline(
-        model, stages, rule, make_mesh(P), (inputs[0], targets[0]), stash=False, predict_backward=predict
+        model, stages, rule, make_mesh(P), batch=(inputs[0], targets[0]), stash=False, predict_backward=predict
     )
     trained, losses = train(pipe, stages, inputs, targets)
     expected, expected_losses = run_slots(model, stages, rule, inputs, targets, stash=False, predict_backward=predict)
@@ -204,7 +204,7 @@ def test_two_microbatches_per_update_are_an_optimizer_around_the_optimizer():
     stages, (inputs, targets) = split_stages(params, P), tokens(count)
     every = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.5)), 2)
     optimizer = every.gradient_transformation()
-    pipe = asynchronous_pipeline(model, stages, optimizer, make_mesh(P), (inputs[0], targets[0]))
+    pipe = asynchronous_pipeline(model, stages, optimizer, make_mesh(P), batch=(inputs[0], targets[0]))
     with jax.numpy_dtype_promotion("standard"):  # optax's accumulation divides a float by an integer
         trained, losses = train(pipe, stages, inputs, targets)
         expected, expected_losses = run_slots(model, stages, lambda delay: optimizer, inputs, targets)
@@ -220,7 +220,7 @@ def test_replicas_average_their_gradients():
     stages, (inputs, targets) = split_stages(params, 2), tokens(5, examples=4)
     one, two = (
         train(
-            asynchronous_pipeline(model, stages, nadam(1e-2), make_mesh(2, D), (inputs[0], targets[0])),
+            asynchronous_pipeline(model, stages, nadam(1e-2), make_mesh(2, D), batch=(inputs[0], targets[0])),
             stages,
             inputs,
             targets,

@@ -53,7 +53,7 @@ def test_no_op_hooks_leave_the_compiled_program_as_it_is(problem):
             stages,
             nadam(1e-2),
             make_mesh(P),
-            (inputs[0], targets[0]),
+            batch=(inputs[0], targets[0]),
             forward_hook=hook,
             backward_hook=hook,
             data_hook=data_hook,
@@ -75,7 +75,7 @@ def test_codecs_are_called_at_both_ends_once_per_message(problem):
         stages,
         nadam(1e-2),
         make_mesh(P),
-        (inputs[0], targets[0]),
+        batch=(inputs[0], targets[0]),
         forward_hook=hook,
         backward_hook=chain_hooks(NO_OP, hook),
     )
@@ -117,8 +117,8 @@ def test_what_is_sent_is_the_message_between_the_pairs_that_exchange(problem):
             stages,
             optax.sgd(0.1),
             make_mesh(P),
-            (inputs[0], targets[0]),
-            COUNT,
+            batch=(inputs[0], targets[0]),
+            num_microbatches=COUNT,
             schedule="gpipe",
             forward_hook=hook,
             backward_hook=hook,
@@ -139,8 +139,8 @@ def test_synchronous_schedules_call_hooks_and_keep_their_state(problem, schedule
         stages,
         optax.sgd(0.1),
         make_mesh(P),
-        (inputs[0], targets[0]),
-        COUNT,
+        batch=(inputs[0], targets[0]),
+        num_microbatches=COUNT,
         schedule=schedule,
         forward_hook=hook,
         backward_hook=hook,
@@ -168,9 +168,9 @@ def test_averaging_the_parameters_after_a_gradient_step_is_averaging_gradients(k
     for options in ({"data_hook": mean, "average_gradients": False}, {}):
         batch = inputs[0], targets[0]
         if kind == "synchronous":
-            pipe = synchronous_pipeline(model, stages, optax.sgd(0.5), mesh, batch, 4, **options)
+            pipe = synchronous_pipeline(model, stages, optax.sgd(0.5), mesh, batch=batch, num_microbatches=4, **options)
         else:
-            pipe = asynchronous_pipeline(model, stages, optax.sgd(0.5), mesh, batch, **options)
+            pipe = asynchronous_pipeline(model, stages, optax.sgd(0.5), mesh, batch=batch, **options)
         state, _ = pipe.step(pipe.init(stages), *shard_batch(mesh, (inputs, targets)))
         if options:
             done = [[1, 1], [1, 1]] if kind == "synchronous" else [[3, 3], [3, 3]]

@@ -57,7 +57,7 @@ def test_packed_trees_come_back_and_no_device_holds_both_ends(key):
 def test_a_saved_state_continues_to_the_bit(tmp_path):
     model, params = chain()
     stages, (inputs, targets), mesh = split_stages(params, 4), tokens(8), make_mesh(4)
-    pipe = asynchronous_pipeline(model, stages, delayed_nesterov(1e-2), mesh, (inputs[0], targets[0]))
+    pipe = asynchronous_pipeline(model, stages, delayed_nesterov(1e-2), mesh, batch=(inputs[0], targets[0]))
     parts = [shard_batch(mesh, (inputs[i : i + 4], targets[i : i + 4])) for i in (0, 4)]
     state, first = pipe.step(pipe.init(stages), *parts[0])  # three micro-batches are in flight
     with ocp.StandardCheckpointer() as checkpointer:
@@ -89,7 +89,9 @@ def test_training_continues_on_other_numbers_of_stages_and_replicas(tmp_path):
         schedule = "circular" if R > 1 else "1f1b"
         stages = split_stages(params, P, R)
         mesh = make_mesh(P, D)
-        return stages, synchronous_pipeline(model, stages, optimizer, mesh, shape, M, schedule=schedule, repeats=R)
+        return stages, synchronous_pipeline(
+            model, stages, optimizer, mesh, batch=shape, num_microbatches=M, schedule=schedule, num_rounds=R
+        )
 
     def train(pipe, state, batches):
         for batch in batches:
@@ -109,7 +111,7 @@ def test_training_continues_on_other_numbers_of_stages_and_replicas(tmp_path):
     end = train(two, two.restore(Snapshot(*read)), batches[2:])
     straight = train(four, half, batches[2:])
     assert (np.asarray(end.updates) == 4).all()
-    together, apart = join_stages(two.stages(end), repeats=2), join_stages(four.stages(straight))
+    together, apart = join_stages(two.stages(end), num_rounds=2), join_stages(four.stages(straight))
     assert_trees_close(together, apart, rtol=1e-4, atol=1e-6)
     again = two.snapshot(end)
     assert_trees_close(again.moments, four.snapshot(straight).moments, rtol=1e-3, atol=1e-6)
@@ -119,7 +121,7 @@ def test_snapshots_of_other_models_and_optimizers_are_refused():
     model, params = chain(layers=2)
     batch = tuple(leaf[0] for leaf in tokens(1))
     make = lambda params, optimizer: asynchronous_pipeline(
-        model, split_stages(params, 1), optimizer, make_mesh(1), batch
+        model, split_stages(params, 1), optimizer, make_mesh(1), batch=batch
     )
     pipe = make(params, nadam(0.1))
     snapshot = pipe.snapshot(pipe.init(split_stages(params, 1)))
@@ -147,7 +149,7 @@ def pipe_of(**changes):
 
 
 def synchronous(**changes):
-    return synchronous_pipeline(MODEL, STAGES, optax.sgd(0.1), make_mesh(2), BATCH, 2, **changes)
+    return synchronous_pipeline(MODEL, STAGES, optax.sgd(0.1), make_mesh(2), batch=BATCH, num_microbatches=2, **changes)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_synchronous_steps_equal_the_simulated_queues(schedule, seed):
     sent = {"F": link.seconds(costs.forward_bytes), "B": link.seconds(costs.backward_bytes)}
     ends = simulated(costs.forward, costs.backward, sent, link.latency, lists(schedule, P, M, repeats))
     last = [max(t for (_, part, _), t in ends.items() if part % P == j) + costs.update[j] for j in range(P)]
-    found = links.predict_step(costs, link, num_stages=P, schedule=schedule, num_microbatches=M, repeats=repeats)
+    found = links.predict_step(costs, link, num_stages=P, schedule=schedule, num_microbatches=M, num_rounds=repeats)
     assert found.step == pytest.approx(max(last), rel=1e-12)
     assert found.utilisation == found.compute / found.step <= 1
 
@@ -231,7 +231,7 @@ def test_equal_stages_have_closed_forms():
         assert step(free, fast, schedule, num_microbatches=M).step == pytest.approx((M + P - 1) * (f + b))
     for repeats in (1, 2, 3):
         expected = (2 * P * repeats + P - 1) * (f + b) / repeats
-        assert step(free, fast, "circular", num_microbatches=2 * P, repeats=repeats).step == pytest.approx(expected)
+        assert step(free, fast, "circular", num_microbatches=2 * P, num_rounds=repeats).step == pytest.approx(expected)
     expected = (P - 1) * (f + 0.75 + b + 1.0) + (M - 1) * (f + b) + f + b
     assert step(costs, slow, "gpipe", num_microbatches=M).step == pytest.approx(expected)
     assert step(costs, slow, "async").step == pytest.approx(f + b + (0.75 + 1.0) * (P - 1) / P)
@@ -254,9 +254,13 @@ def test_one_stage_and_replicas():
 
 def test_the_published_records():
     link = links.LINKS["200 Mbit/s + 50 ms"]
-    dense = links.blocking_floor(524_288, 2 * 1024, 2 * 1024, 64, link)
+    dense = links.blocking_floor(
+        link, num_tokens=524_288, forward_bytes=2 * 1024, backward_bytes=2 * 1024, num_microbatches=64
+    )
     assert dense == pytest.approx(85.9 + 6.4, abs=0.01) and dense < 100.475  # measured
-    subspace = links.blocking_floor(524_288, 2 * 161, 2 * 161, 32, link)
+    subspace = links.blocking_floor(
+        link, num_tokens=524_288, forward_bytes=2 * 161, backward_bytes=2 * 161, num_microbatches=32
+    )
     assert subspace == pytest.approx(13.5 + 3.2, abs=0.01) and subspace < 19.889
     assert pytest.approx(6.36, abs=0.005) == 2048 / (2 * 161)
     assert pytest.approx(1.62, abs=0.005) == (2925 * 100.475) / (9125 * 19.889)
@@ -283,7 +287,7 @@ def test_the_largest_pipeline_is_the_last_that_a_walk_over_all_keeps(schedule):
         ]
         walked = enough.index(False) if False in enough else 16
         assert not any(enough[walked:])
-        found = links.largest_pipeline(costs, link, schedule=schedule, num_microbatches=M, most=16)
+        found = links.largest_pipeline(costs, link, schedule=schedule, num_microbatches=M, max_stages=16)
         assert found == walked
     assert links.largest_pipeline(costs._replace(update=1e3), links.Link(1.0), num_replicas=2) == 1
     slow = costs._replace(gradient_bytes=1e9)
@@ -298,7 +302,7 @@ def test_wider_stages_need_less_of_a_link():
             params = {name: jax.ShapeDtypeStruct((width, width), jnp.float32) for name in "ab"}
             x = jax.ShapeDtypeStruct((8, 128, width), jnp.bfloat16)
             block = lambda p, x: x + jnp.dot(jnp.dot(x, p["a"].astype(x.dtype)), p["b"].astype(x.dtype))
-            costs = links.stage_costs(block, params, x, flops_per_second=1e12, blocks=6)
+            costs = links.stage_costs(block, params, x, flops_per_second=1e12, num_blocks=6)
             assert costs.forward_bytes == 2 * 8 * 128 * width and costs.gradient_bytes == 6 * 2 * 4 * width**2
             assert costs.forward == pytest.approx(6 * 4 * 1024 * width**2 / 1e12, rel=0.02)
             assert costs.backward == pytest.approx(3 * costs.forward, rel=0.02)
@@ -314,7 +318,7 @@ def test_wider_stages_need_less_of_a_link():
     [
         ({"schedule": "zb"}, "schedule must be one of 'gpipe', '1f1b', 'circular', 'async', got 'zb'"),
         ({"num_stages": 0}, "num_stages must be at least 1, got 0"),
-        ({"repeats": 2}, "only the circular schedule has several rounds"),
+        ({"num_rounds": 2}, "only the circular schedule has several rounds"),
         ({"schedule": "async", "num_microbatches": 4}, "updates after every microbatch, got num_microbatches=4"),
         ({"num_stages": 3}, "forward must be one number or one for each of the 3 stages, got 2"),
     ],

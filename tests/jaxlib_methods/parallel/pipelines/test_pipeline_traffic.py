@@ -27,9 +27,11 @@ def test_a_boundary_carries_one_message_each_way_in_every_slot_that_uses_it(sche
     stages, mesh = parallel.split_stages(params, P), parallel.make_mesh(P)
     batch = tuple(a[0] for a in tokens(1, EXAMPLES, LENGTH))
     if schedule == "async":
-        pipe = parallel.asynchronous_pipeline(model, stages, optax.sgd(0.1), mesh, batch)
+        pipe = parallel.asynchronous_pipeline(model, stages, optax.sgd(0.1), mesh, batch=batch)
     else:
-        pipe = parallel.synchronous_pipeline(model, stages, optax.sgd(0.1), mesh, batch, COUNT, schedule=schedule)
+        pipe = parallel.synchronous_pipeline(
+            model, stages, optax.sgd(0.1), mesh, batch=batch, num_microbatches=COUNT, schedule=schedule
+        )
     state, program = lowered(pipe, stages, mesh)
     expected = {(j, j + step): slots * MESSAGE for step in (1, -1) for j in range(P) if 0 <= j + step < P}
     assert communication.link_bytes(program) == expected
@@ -47,7 +49,9 @@ def test_replicas_reduce_the_gradient_of_their_stage_once_a_step():
     model, params = chain(layers=2)
     stages, mesh = parallel.split_stages(params, 2), parallel.make_mesh(2, 2)
     batch = tuple(a[0] for a in tokens(1, EXAMPLES, LENGTH))
-    pipe = parallel.synchronous_pipeline(model, stages, optax.sgd(0.1), mesh, batch, COUNT, schedule="gpipe")
+    pipe = parallel.synchronous_pipeline(
+        model, stages, optax.sgd(0.1), mesh, batch=batch, num_microbatches=COUNT, schedule="gpipe"
+    )
     state, program = lowered(pipe, stages, mesh)
     reduced = [
         c for c in communication.collectives(program) if c.kind == "all-reduce" and sorted(c.groups)[0] == (0, 1)

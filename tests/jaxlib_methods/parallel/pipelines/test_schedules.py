@@ -77,7 +77,7 @@ def test_idle_slots_compute_nothing():
     model, stages, calls = counted_chain(P)
     inputs, targets = tokens(M)
     mesh = make_mesh(P)
-    pipe = synchronous_pipeline(model, stages, optax.sgd(0.1), mesh, (inputs[0], targets[0]), M)
+    pipe = synchronous_pipeline(model, stages, optax.sgd(0.1), mesh, batch=(inputs[0], targets[0]), num_microbatches=M)
     jax.block_until_ready(pipe.step(pipe.init(stages), *shard_batch(mesh, (inputs, targets))))
     jax.effects_barrier()
     assert len(calls) == M * (2 * P - 1)  # F and its recomputation in B; the last stage computes once
@@ -88,9 +88,9 @@ def instructions(P, M, kind):
     stages, (inputs, targets), mesh = split_stages(params, P), tokens(M), make_mesh(P)
     batch = inputs[0], targets[0]
     if kind == "asynchronous":
-        pipe = asynchronous_pipeline(model, stages, optax.sgd(0.1), mesh, batch)
+        pipe = asynchronous_pipeline(model, stages, optax.sgd(0.1), mesh, batch=batch)
     else:
-        pipe = synchronous_pipeline(model, stages, optax.sgd(0.1), mesh, batch, M, schedule=kind)
+        pipe = synchronous_pipeline(model, stages, optax.sgd(0.1), mesh, batch=batch, num_microbatches=M, schedule=kind)
     text = pipe.lower(pipe.init(stages), *shard_batch(mesh, (inputs, targets))).as_text()
     return len(re.findall(r"stablehlo\.\w+", text))
 
@@ -104,7 +104,7 @@ def test_replicas_split_the_examples_and_indivisible_batches_are_refused():
     model, params = chain(layers=2)
     with pytest.raises(ValueError, match="2 replicas must divide the examples of a micro-batch, got the shape"):
         batch = jax.ShapeDtypeStruct((3, 4), jnp.int32)
-        asynchronous_pipeline(model, split_stages(params, 2), optax.sgd(0.1), make_mesh(2, 2), (batch, batch))
+        asynchronous_pipeline(model, split_stages(params, 2), optax.sgd(0.1), make_mesh(2, 2), batch=(batch, batch))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_replicas_split_the_examples_and_indivisible_batches_are_refused():
     [
         (lambda: schedule_table("zb", 2, 2), "schedule must be one of 'gpipe', '1f1b', 'circular', got 'zb'"),
         (lambda: schedule_table("gpipe", 0, 2), "num_stages must be at least 1, got 0"),
-        (lambda: schedule_table("gpipe", 2, 2, 2), "only the circular schedule has several rounds, got repeats=2"),
+        (lambda: schedule_table("gpipe", 2, 2, 2), "only the circular schedule has several rounds, got num_rounds=2"),
         (lambda: bubble_fraction("circular", 4, 6, 2), "got 6 for 4 stages; take a multiple of 4"),
     ],
 )

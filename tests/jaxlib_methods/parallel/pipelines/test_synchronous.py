@@ -39,7 +39,15 @@ def test_loss_and_gradients_are_those_without_a_pipeline(schedule, P, D, M, R, r
     inputs, targets = tokens(M)
     mesh = make_mesh(P, D)
     pipe = synchronous_pipeline(
-        model, stages, optax.sgd(0.1), mesh, (inputs[0], targets[0]), M, schedule=schedule, repeats=R, remat=remat
+        model,
+        stages,
+        optax.sgd(0.1),
+        mesh,
+        batch=(inputs[0], targets[0]),
+        num_microbatches=M,
+        schedule=schedule,
+        num_rounds=R,
+        remat=remat,
     )
     losses, grads = pipe.value_and_grad(pipe.init(stages), *shard_batch(mesh, (inputs, targets), vocab_size=11))
     expected_losses, expected = reference(model, stages, inputs, targets, R)
@@ -59,7 +67,9 @@ def test_activations_may_be_trees_with_integers(schedule):
     )
     stages = split_stages((table, [table * 2, table * 3], head), P)
     (inputs, targets), mesh = tokens(3), make_mesh(P)
-    pipe = synchronous_pipeline(model, stages, optax.sgd(0.1), mesh, (inputs[0], targets[0]), 3, schedule=schedule)
+    pipe = synchronous_pipeline(
+        model, stages, optax.sgd(0.1), mesh, batch=(inputs[0], targets[0]), num_microbatches=3, schedule=schedule
+    )
     losses, grads = pipe.value_and_grad(pipe.init(stages), *shard_batch(mesh, (inputs, targets)))
     expected_losses, expected = reference(model, stages, inputs, targets, 1)
     np.testing.assert_allclose(losses.loss, expected_losses, rtol=1e-6)
@@ -72,7 +82,14 @@ def test_what_is_kept_is_not_computed_again():
     stages, (inputs, targets), mesh, products = split_stages(params, 2), tokens(2), make_mesh(2), {}
     for remat in (True, False):
         pipe = synchronous_pipeline(
-            model, stages, optax.sgd(0.1), mesh, (inputs[0], targets[0]), 2, schedule="circular", remat=remat
+            model,
+            stages,
+            optax.sgd(0.1),
+            mesh,
+            batch=(inputs[0], targets[0]),
+            num_microbatches=2,
+            schedule="circular",
+            remat=remat,
         )
         lowered = jax.jit(pipe.value_and_grad).lower(pipe.init(stages), *shard_batch(mesh, (inputs, targets)))
         products[remat] = lowered.as_text().count("stablehlo.dot_general")

@@ -122,7 +122,7 @@ def in_numpy(x, rounds, rule, tau, weight, c, increments, fraction, restart=None
 @pytest.mark.parametrize(("tau", "restart"), [(0, None), (3, None), (3, 5), (0, 5)])
 def test_equals_the_loop_with_a_queue_that_a_restart_empties(rule, tau, restart):
     weight = ema_weight_schedule(40, warmup_rounds=10, start=0.5, end=0.1)
-    averaging = sparse_averaging(0.3, key=KEY, tau=tau, rule=rule, ema_weight=weight, correction=0.8)
+    averaging = sparse_averaging(0.3, key=KEY, delay=tau, method=rule, ema_weight=weight, correction=0.8)
     x, increments = replicas(3), jnp.array([0.1, -0.2, 0.3])
     expected = in_numpy(x, 12, rule, tau, weight, 0.8, np.asarray(increments, np.float64), 0.3, restart)
     state, run = jax.vmap(averaging.init)(x), runner(averaging)
@@ -135,7 +135,7 @@ def test_equals_the_loop_with_a_queue_that_a_restart_empties(rule, tau, restart)
 
 def test_worked_example():
     """Check 6: start (1, 3), increments +0.1 and -0.3 between the rounds."""
-    averaging = sparse_averaging(1.0, key=KEY, tau=1, ema_weight=0.5)
+    averaging = sparse_averaging(1.0, key=KEY, delay=1, ema_weight=0.5)
     x = {"w": jnp.array([[1.0], [3.0]])}
     state, run, seen, means = jax.vmap(averaging.init)(x), runner(averaging), [], []
     for t in range(4):
@@ -149,7 +149,7 @@ def test_worked_example():
 @pytest.mark.parametrize(("rule", "tau"), [("avg", 0), ("ema", 0), ("weight_update", 0), ("weight_update", 4)])
 def test_the_mean_of_the_replicas_is_preserved(rule, tau):
     """Check 2, in float64 sums of float32 entries."""
-    averaging = sparse_averaging(0.2, key=KEY, tau=tau, rule=rule)
+    averaging = sparse_averaging(0.2, key=KEY, delay=tau, method=rule)
     x, increments = replicas(4), jnp.array([0.1, -0.2, 0.3, 0.0])
     state, run = jax.vmap(averaging.init)(x), runner(averaging)
     for t in range(1, 8):
@@ -160,7 +160,7 @@ def test_the_mean_of_the_replicas_is_preserved(rule, tau):
 
 
 def test_late_plain_averages_lose_the_drift_of_the_mean():
-    averaging = sparse_averaging(1.0, key=KEY, tau=4, rule="avg")
+    averaging = sparse_averaging(1.0, key=KEY, delay=4, method="avg")
     x = replicas(2)
     state, run = jax.vmap(averaging.init)(x), runner(averaging)
     for _ in range(6):
@@ -170,7 +170,7 @@ def test_late_plain_averages_lose_the_drift_of_the_mean():
 
 def test_without_local_steps_replicas_agree_after_one_cycle():
     """Check 3: the squared consensus error loses 1/20 of its start in every round."""
-    averaging = sparse_averaging(0.05, key=KEY, tau=0, rule="avg")
+    averaging = sparse_averaging(0.05, key=KEY, delay=0, method="avg")
     x = replicas(4, sizes=(20_000,))
     start, state, run = consensus_error(x), jax.vmap(averaging.init)(x), runner(averaging)
     left = []
@@ -182,7 +182,7 @@ def test_without_local_steps_replicas_agree_after_one_cycle():
 
 
 def test_bernoulli_contracts_geometrically():
-    averaging = sparse_averaging(0.2, key=KEY, tau=0, rule="avg", subsets="bernoulli")
+    averaging = sparse_averaging(0.2, key=KEY, delay=0, method="avg", subsets="bernoulli")
     x = replicas(4, sizes=(20_000,))
     start, state, run = consensus_error(x), jax.vmap(averaging.init)(x), runner(averaging)
     for _ in range(5):
@@ -194,7 +194,7 @@ def test_without_drift_the_three_rules_are_one():
     """Check 4."""
     ends = []
     for rule in RULES:
-        averaging = sparse_averaging(0.3, key=KEY, tau=2, rule=rule)
+        averaging = sparse_averaging(0.3, key=KEY, delay=2, method=rule)
         x = replicas(3)
         state, run = jax.vmap(averaging.init)(x), runner(averaging)
         for _ in range(3):  # before any entry is visited a second time
@@ -208,7 +208,7 @@ def test_without_drift_the_three_rules_are_one():
 def test_steady_drift(rule):
     """Check 5: all replicas drift by delta = 0.01 per step; tau = 10, p = 0.05, the averages e at their fixed point."""
     tau, delta = 10, 0.01
-    averaging = sparse_averaging(0.05, key=KEY, tau=tau, rule=rule, redraw=False)
+    averaging = sparse_averaging(0.05, key=KEY, delay=tau, method=rule, redraw=False)
     x = replicas(2, sizes=(100,))
     start, state, run = np.asarray(x["w0"], np.float64), jax.vmap(averaging.init)(x), runner(averaging)
     if rule == "ema":
@@ -234,7 +234,7 @@ def test_lambda_schedule():
 
 def test_averaging_all_after_every_step_is_data_parallel_sgd_and_not_nadam():
     """Check 1."""
-    averaging = sparse_averaging(1.0, key=KEY, tau=0, rule="avg")
+    averaging = sparse_averaging(1.0, key=KEY, delay=0, method="avg")
     targets = jnp.asarray(np.random.default_rng(1).standard_normal((4, 6)), jnp.float32)
     loss = lambda w, target: jnp.sum(jnp.cos(w - target))
 
@@ -265,7 +265,7 @@ def test_averaging_all_after_every_step_is_data_parallel_sgd_and_not_nadam():
 
 def test_one_replica_is_left_alone():
     """Check 8."""
-    averaging = sparse_averaging(1.0, key=KEY, tau=1)
+    averaging = sparse_averaging(1.0, key=KEY, delay=1)
     x = replicas(1)
     state, run = jax.vmap(averaging.init)(x), runner(averaging)
     for _ in range(3):
@@ -275,7 +275,7 @@ def test_one_replica_is_left_alone():
 
 @pytest.mark.parametrize("interval", [1, 3])
 def test_on_devices_it_is_what_it_is_under_vmap(interval):
-    averaging = sparse_averaging(0.3, key=KEY, tau=2, interval=interval)
+    averaging = sparse_averaging(0.3, key=KEY, delay=2, interval=interval)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     alone = lambda f: (
         lambda *trees: jax.tree.map(lambda leaf: leaf[None], f(*jax.tree.map(lambda leaf: leaf[0], trees)))
@@ -291,7 +291,7 @@ def test_on_devices_it_is_what_it_is_under_vmap(interval):
 
 
 def test_a_compiled_round_reduces_exactly_the_numbers_of_the_formula():
-    averaging = sparse_averaging(0.3, key=KEY, tau=2)
+    averaging = sparse_averaging(0.3, key=KEY, delay=2)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     one = lambda *trees: jax.tree.map(
         lambda leaf: leaf[None], averaging.apply(*jax.tree.map(lambda leaf: leaf[0], trees))
@@ -304,7 +304,7 @@ def test_a_compiled_round_reduces_exactly_the_numbers_of_the_formula():
 
 
 def test_half_precision_parameters_keep_their_type():
-    averaging = sparse_averaging(0.5, key=KEY, tau=1)
+    averaging = sparse_averaging(0.5, key=KEY, delay=1)
     x = {"w": jnp.ones((2, 10), jnp.bfloat16)}
     x, state = jax.vmap(averaging.apply, axis_name="data")(x, jax.vmap(averaging.init)(x))
     assert x["w"].dtype == jnp.bfloat16 and state.means.dtype == state.drift["w"].dtype == jnp.float32
@@ -314,7 +314,7 @@ def test_memory_and_numbers_per_round():
     params = {"w": jnp.zeros((1000, 30)), "b": jnp.zeros(30)}
     K = averaged_per_round(params, 0.05)
     assert K == 1500 + 2
-    state = sparse_averaging(0.05, key=KEY, tau=10).init(params)
+    state = sparse_averaging(0.05, key=KEY, delay=10).init(params)
     assert state.means.shape == state.snapshots.shape == (10, K)
     np.testing.assert_array_equal(jax.vmap(replica_mean, axis_name="data")(jnp.array([1.0, 4.0])), [2.5, 2.5])
 
@@ -324,9 +324,9 @@ def test_memory_and_numbers_per_round():
     [
         ({"fraction": 0.0}, r"fraction must lie in \(0, 1\], got 0.0"),
         ({"fraction": 1.5}, "got 1.5"),
-        ({"tau": -1}, "tau must be at least 0, got -1"),
+        ({"delay": -1}, "delay must be at least 0, got -1"),
         ({"interval": 0}, "interval must be at least 1, got 0"),
-        ({"rule": "mean"}, "rule must be one of"),
+        ({"method": "mean"}, "method must be one of"),
         ({"subsets": "top"}, "subsets must be one of"),
         ({"ema_weight": 0.0}, "ema_weight must lie in"),
     ],

@@ -29,13 +29,13 @@ def pipeline(P, D, optimizer, **options):
     stages = parallel.split_stages(PARAMS, P)
     mesh = parallel.make_mesh(P, D)
     inputs, targets = tokens(12, examples=2 * D)
-    pipe = parallel.asynchronous_pipeline(MODEL, stages, optimizer, mesh, (inputs[0], targets[0]), **options)
+    pipe = parallel.asynchronous_pipeline(MODEL, stages, optimizer, mesh, batch=(inputs[0], targets[0]), **options)
     state, losses = pipe.step(pipe.init(stages), *parallel.shard_batch(mesh, (inputs, targets)))
     return pipe, state, to_numpy(losses)
 
 
 def test_averaging_everything_after_sgd_is_averaging_the_gradients():
-    averaging = parallel.replicas.sparse_averaging(1.0, key=KEY, tau=0, rule="avg")
+    averaging = parallel.replicas.sparse_averaging(1.0, key=KEY, delay=0, method="avg")
     pipe, state, losses = pipeline(2, 2, optax.sgd(0.3), average_gradients=False, data_hook=averaging)
     _, other, expected = pipeline(2, 2, optax.sgd(0.3))
     np.testing.assert_allclose(losses.loss, expected.loss, rtol=1e-5)
@@ -47,7 +47,7 @@ def test_averaging_everything_after_sgd_is_averaging_the_gradients():
 @pytest.mark.parametrize(
     "averaging",
     [
-        parallel.replicas.sparse_averaging(0.3, key=KEY, tau=2, ema_weight=0.5),
+        parallel.replicas.sparse_averaging(0.3, key=KEY, delay=2, ema_weight=0.5),
         parallel.replicas.diloco(3),
         parallel.replicas.streaming_diloco(4, [(r"common/0", 0), (".", 1)]),
     ],
@@ -85,6 +85,6 @@ def test_replicas_drift_apart_and_sparse_averaging_holds_them_together():
         float(np.square(a - b).sum()) for a, b in zip(*map(jax.tree.leaves, replicas(pipe, state)), strict=True)
     )
     alone = spread(*pipeline(2, 2, optax.sgd(0.3), average_gradients=False)[:2])
-    averaging = parallel.replicas.sparse_averaging(0.25, key=KEY, tau=1)
+    averaging = parallel.replicas.sparse_averaging(0.25, key=KEY, delay=1)
     together = spread(*pipeline(2, 2, optax.sgd(0.3), average_gradients=False, data_hook=averaging)[:2])
     assert together < 0.6 * alone

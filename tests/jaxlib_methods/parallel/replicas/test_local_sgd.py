@@ -99,11 +99,11 @@ def test_streaming_diloco(tau, alpha):
                 leaves[name].mix(alpha)
         expected.append({name: leaf.x for name, leaf in leaves.items()})
     rules = [("a", 0), ("b", 1), ("c", 2)]
-    assert_equal(run(streaming_diloco(H, rules, tau=tau, mixing=alpha)), expected)
+    assert_equal(run(streaming_diloco(H, rules, delay=tau, mixing=alpha)), expected)
 
 
 def test_with_one_fragment_and_no_delay_streaming_is_diloco():
-    assert_equal(run(streaming_diloco(5, [("", 0)], outer_sgd(), tau=0, mixing=0.0)), run(diloco(5)))
+    assert_equal(run(streaming_diloco(5, [("", 0)], outer_sgd(), delay=0, mixing=0.0)), run(diloco(5)))
 
 
 @pytest.mark.parametrize("averaging", [fed_avg(2), diloco(2), streaming_diloco(2, [("a|c", 0), ("b", 1)])])
@@ -127,11 +127,11 @@ def test_on_devices_it_is_what_it_is_under_vmap(averaging):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: fed_avg(0), "every must be at least 1, got 0"),
-        (lambda: diloco(0), "every must be at least 1, got 0"),
-        (lambda: streaming_diloco(1, [("a", 0), ("b", 1)]), "at least the number of fragments, 2, got 1"),
+        (lambda: fed_avg(0), "interval must be at least 1, got 0"),
+        (lambda: diloco(0), "interval must be at least 1, got 0"),
+        (lambda: streaming_diloco(1, [("a", 0), ("b", 1)]), "interval must be at least 2, got 1; each fragment"),
         (lambda: streaming_diloco(4, [("a", 1)]), "numbered 0, 1"),
-        (lambda: streaming_diloco(4, [("a", 0)], tau=4), r"tau must lie in \[0, every\) = \[0, 4\), got 4"),
+        (lambda: streaming_diloco(4, [("a", 0)], delay=4), r"delay must lie in \[0, 4\), got 4"),
         (lambda: streaming_diloco(4, [("a", 0)], mixing=1.5), r"mixing must lie in \[0, 1\], got 1.5"),
         (lambda: streaming_diloco(4, [("a", 0)]).init({"a": 1.0, "b": 2.0}), "b"),
     ],

@@ -30,7 +30,7 @@ GPT = dataclasses.replace(
     models.GPT_CONFIGS["llama_tiny"],
     layers=2, width=8, heads=2, mlp_width=16, vocab_size=11, init_std=0.3, subspace=RANK, full_rank_blocks=0,
 )  # fmt: skip
-RULES = unextractable.gpt_coordinates.coordinate_gpt_rules(2, embed="^embed/", blocks="^blocks/", head="^head/")
+RULES = unextractable.gpt_coordinates.coordinate_gpt_rules(2, patterns=unextractable.gpt.STAGE_PATTERNS)
 NAMES = [("boundary", 0), ("middle", 0), ("boundary", 1), ("middle", 1), ("boundary", 2)]
 BETWEEN = [("boundary", 1)]
 KEY = jax.random.key(4)
@@ -40,11 +40,11 @@ COUNT = 8  # micro-batches between two transforms
 @pytest.fixture(scope="module")
 def problem():
     """(model, stages) of a network in coordinates with private bases."""
-    subspace = random_subspace(KEY, vocab_size=GPT.vocab_size, width=GPT.width, rank=RANK)
+    subspace = random_subspace(key=KEY, vocab_size=GPT.vocab_size, width=GPT.width, rank=RANK)
     parts = unextractable.gpt_coordinates.coordinate_gpt_stages(GPT, lambda ids: fixed_embedding(ids, subspace))
     loss = lambda p, x, y: optax.softmax_cross_entropy_with_integer_labels(parts.head(p, x), y).mean()
     params = models.split_gpt_params(GPT, nnx.state(models.GPT(GPT, rngs=nnx.Rngs(0)), nnx.Param))
-    bases = [draw_transform(jax.random.key(k), GPT.width).matrix[:, :RANK] for k in range(5)]
+    bases = [draw_transform(GPT.width, key=jax.random.key(k)).matrix[:, :RANK] for k in range(5)]
     return StageModel(parts.embed, parts.block, loss), split_stages(
         unextractable.gpt_coordinates.coordinate_gpt_params(GPT, params, bases), P
     )
@@ -66,13 +66,13 @@ def pipeline(problem, data_hook):
         for direction in ("forward", "backward")
     }
     rule = optimizers.row_shared_adamw(1e-2, weight_decay=0.0, shared=unextractable.gpt_coordinates.coordinate_gpt_mask)
-    of_all = guard_model(model), stages, rule, mesh, (x, x)
-    return asynchronous_pipeline(*of_all, average_gradients=False, data_hook=data_hook, **hooks)
+    of_all = guard_model(model), stages, rule, mesh
+    return asynchronous_pipeline(*of_all, batch=(x, x), average_gradients=False, data_hook=data_hook, **hooks)
 
 
 @pytest.fixture(scope="module")
 def pipe(problem):
-    return pipeline(problem, sparse_averaging(1.0, key=KEY, tau=3, rule="ema"))
+    return pipeline(problem, sparse_averaging(1.0, key=KEY, delay=3, method="ema"))
 
 
 def batches(pipe, part):
@@ -89,9 +89,9 @@ def train(pipe, stages, transform=True, parts=3):
         losses += [float(loss) for done in (out, rest) for loss, m in zip(*done, strict=True) if m >= 0]
         if part == parts - 1:
             break
-        transforms = draw_transforms(jax.random.key(part), NAMES, RANK)
+        transforms = draw_transforms(NAMES, RANK, key=jax.random.key(part))
         if transform:
-            state = morph_pipeline(pipe, state, transforms, RULES, BETWEEN)
+            state = morph_pipeline(pipe, state, transforms, RULES, boundaries=BETWEEN)
         else:
             state = pipe.replace(state, [pipe.snapshot(state, replica) for replica in range(R)])
     return np.array(losses), state
@@ -124,8 +124,8 @@ def test_replicas_keep_their_own_functions_and_references_follow(pipe, problem):
     loss = jax.jit(lambda stages: sequential_loss(model, stages, x, y))
     losses = lambda state: [float(loss(pipe.stages(state, replica))) for replica in range(R)]
     before, references = losses(state), verifiers(pipe, state)
-    transforms = draw_transforms(jax.random.key(0), NAMES, RANK, spread=0.3)
-    state = morph_pipeline(pipe, state, transforms, RULES, BETWEEN, second_moments="keep")
+    transforms = draw_transforms(NAMES, RANK, key=jax.random.key(0), spread=0.3)
+    state = morph_pipeline(pipe, state, transforms, RULES, boundaries=BETWEEN, second_moments="keep")
     np.testing.assert_allclose(losses(state), before, rtol=2e-5)
     assert abs(before[0] - before[1]) > 1e-4
     T = transforms["boundary", 1]
@@ -149,7 +149,7 @@ def test_what_cannot_be_replaced_is_named(pipe, problem):
     with pytest.raises(ValueError, match="snapshots must be one for each of the 2 replicas, got 1"):
         pipe.replace(state, snapshots[:1])
     with pytest.raises(ValueError, match="boundaries must name the transforms at 1 boundaries of stages, got 0"):
-        morph_pipeline(pipe, state, {}, RULES, [])
+        morph_pipeline(pipe, state, {}, RULES, boundaries=[])
     flowing, _ = pipe.step(pipe.init(problem[1]), *batches(pipe, 0))
     with pytest.raises(ValueError, match="micro-batches are in flight"):
         pipe.replace(flowing, snapshots)

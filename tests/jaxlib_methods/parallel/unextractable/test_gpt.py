@@ -27,7 +27,7 @@ NAMES = [("boundary", 0), ("middle", 0), ("boundary", 1), ("middle", 1), ("bound
 
 
 def rotations(width=8, count=5):
-    return [draw_transform(jax.random.key(100 + k), width).matrix for k in range(count)]
+    return [draw_transform(width, key=jax.random.key(100 + k)).matrix for k in range(count)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -61,7 +61,7 @@ def test_the_function_stays_after_fifty_orthogonal_and_fifty_skewed_transforms(f
     start = params
     for k in range(100):
         spread = None if k < 50 else 0.1
-        params = morph(params, draw_transforms(jax.random.key(k), NAMES, 8, spread=spread), RULES)
+        params = morph(params, draw_transforms(NAMES, 8, key=jax.random.key(k), spread=spread), RULES)
         if k == 49:
             assert difference(plain, logits(stages, params)) < 1e-13
     assert difference(plain, logits(stages, params)) < 1e-12
@@ -79,7 +79,7 @@ def test_one_block_keeps_its_function_between_the_frames_of_its_ends(flax_x64):
     frames = {name: np.eye(8) for name in NAMES[:3]}
     rules = [(regex.removeprefix("^1/0/"), sides) for regex, sides in rules if regex.startswith("^1/")]
     for k in range(100):
-        T = draw_transforms(jax.random.key(k), NAMES[:3], 8, spread=None if k < 50 else 0.1)
+        T = draw_transforms(NAMES[:3], 8, key=jax.random.key(k), spread=None if k < 50 else 0.1)
         block = morph(block, T, rules)
         frames = {name: frames[name] @ T[name].matrix for name in frames}
     after = stages.block(block, X @ frames["boundary", 0]) @ np.linalg.inv(frames["boundary", 2 - 1])
@@ -90,7 +90,9 @@ def test_gains_without_the_rotation_change_a_trained_model(flax_x64):
     plain, stages, (embed, blocks, head) = build()
     O = rotations()[0]
     wrong = morph(
-        blocks[0], {"O": draw_transform(jax.random.key(100), 8)}, [("block/attention/(query|key|value)", ("O", None))]
+        blocks[0],
+        {"O": draw_transform(8, key=jax.random.key(100))},
+        [("block/attention/(query|key|value)", ("O", None))],
     )
     np.testing.assert_allclose(  # undoes the O^T of U(0) = O^T diag(w) U
         wrong["block"]["attention"]["query"]["kernel"], O.T @ blocks[0]["block"]["attention"]["query"]["kernel"]
@@ -102,14 +104,14 @@ def test_gains_without_the_rotation_change_a_trained_model(flax_x64):
 
 def test_interior_boundaries_may_be_dropped_and_entries_moved(flax_x64):
     plain, stages, params = build()
-    outer = draw_transforms(jax.random.key(1), [("boundary", 0), ("boundary", 2)], 8)
+    outer = draw_transforms([("boundary", 0), ("boundary", 2)], 8, key=jax.random.key(1))
     new = morph(params, outer, RULES)
     assert difference(plain, logits(stages, new)) < 1e-13
     np.testing.assert_array_equal(
         new[1][0]["block"]["mlp"]["down"]["kernel"], params[1][0]["block"]["mlp"]["down"]["kernel"]
     )
     names = [*NAMES, *(("entry", i, k) for i in range(2) for k in (1, 2))]
-    new = morph(params, draw_transforms(jax.random.key(1), names, 8), gpt_transform_rules(2, entries=True))
+    new = morph(params, draw_transforms(names, 8, key=jax.random.key(1)), gpt_transform_rules(2, entries=True))
     assert difference(plain, logits(stages, new)) < 1e-13
     for old, block in zip(params[1], new[1], strict=True):
         same = jax.tree.map(lambda a, b: bool(np.allclose(a, b)), old, block)
@@ -118,7 +120,7 @@ def test_interior_boundaries_may_be_dropped_and_entries_moved(flax_x64):
 
 def test_stages_of_different_times_do_not_fit_and_a_known_transform_repairs_them(flax_x64):
     plain, stages, params = build()
-    first, second, third = (draw_transforms(jax.random.key(k), NAMES, 8) for k in range(3))
+    first, second, third = (draw_transforms(NAMES, 8, key=jax.random.key(k)) for k in range(3))
     at_one = morph(params, first, RULES)
     at_two = morph(at_one, second, RULES)
     at_three = morph(at_two, third, RULES)

@@ -35,14 +35,14 @@ LLAMA = GPTConfig(  # the second block is dense
 )
 TOKENS = jnp.arange(12).reshape(2, 6)
 TARGETS = jnp.arange(100, 112).reshape(2, 6) % V
-SUBSPACE = random_subspace(jax.random.key(7), vocab_size=V, width=D_MODEL, rank=K)
+SUBSPACE = random_subspace(key=jax.random.key(7), vocab_size=V, width=D_MODEL, rank=K)
 NAMES = [("boundary", 0), ("middle", 0), ("boundary", 1), ("middle", 1), ("boundary", 2)]
 RULES = coordinate_gpt_rules(2)
 PUBLIC = 5 * (SUBSPACE.U,)
 
 
 def private_bases():
-    return tuple(draw_transform(jax.random.key(200 + i), D_MODEL).matrix[:, :K] for i in range(5))
+    return tuple(draw_transform(D_MODEL, key=jax.random.key(200 + i)).matrix[:, :K] for i in range(5))
 
 
 @functools.cache
@@ -140,7 +140,7 @@ def test_the_function_stays_after_fifty_orthogonal_and_fifty_skewed_transforms(f
     before, params = logits(stages, start), start
     for k in range(100):
         spread = None if k < 50 else 0.1
-        params = morph(params, draw_transforms(jax.random.key(k), NAMES, K, spread=spread), RULES)
+        params = morph(params, draw_transforms(NAMES, K, key=jax.random.key(k), spread=spread), RULES)
     assert difference(before, logits(stages, params)) < 1e-12
     moved = [
         not np.allclose(a, b, atol=0.05) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(params), strict=True)
@@ -152,7 +152,7 @@ def test_the_function_stays_after_fifty_orthogonal_and_fifty_skewed_transforms(f
 
 
 def _draw(k):
-    return draw_transforms(jax.random.key(k), NAMES, K)
+    return draw_transforms(NAMES, K, key=jax.random.key(k))
 
 
 # ------------------------------------------------------------------------------------------- the optimizer's state
@@ -170,7 +170,10 @@ def both_ways(tx, spread=None, **options):
     to_host = lambda tree: jax.tree.map(np.asarray, tree)
     train_step = lambda params, state: update(tx, value_and_grad(stages, params)[1], state, params)
     plain, state = moved, jax.jit(tx.init)(moved)
-    plain_state, transforms = state, [draw_transforms(jax.random.key(k), NAMES, K, spread=spread) for k in range(2)]
+    plain_state, transforms = (
+        state,
+        [draw_transforms(NAMES, K, key=jax.random.key(k), spread=spread) for k in range(2)],
+    )
     for step in range(4):
         plain, plain_state = train_step(plain, plain_state)
         moved, state = train_step(moved, state)
@@ -245,7 +248,7 @@ def test_a_single_look_gives_the_frames_of_a_public_basis_and_not_those_of_priva
 
 
 def _transform(matrix):
-    return draw_transform(jax.random.key(0), K)._replace(matrix=matrix, inverse=np.linalg.inv(matrix))
+    return draw_transform(K, key=jax.random.key(0))._replace(matrix=matrix, inverse=np.linalg.inv(matrix))
 
 
 @pytest.mark.parametrize(

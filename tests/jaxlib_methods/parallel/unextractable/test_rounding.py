@@ -19,8 +19,8 @@ def test_the_worked_example():
     assert order("in place") == 2 and order("master") == -6
     assert rounding_bound("float32", **sizes) == pytest.approx(1e10 * 2.0**-24)
     assert rounding_bound("float32", **sizes, fold="master") == pytest.approx(1e10 * 2.0**-53 + 2.0**-24)
-    assert rounding_bound("float32", width=2, transforms=10**4, transform_condition=1.2) == math.inf
-    skewed = rounding_bound("bfloat16", width=3, transforms=4, condition=2.0, transform_condition=1.5)
+    assert rounding_bound("float32", width=2, num_transforms=10**4, transform_condition=1.2) == math.inf
+    skewed = rounding_bound("bfloat16", width=3, num_transforms=4, condition=2.0, transform_condition=1.5)
     assert skewed == pytest.approx(3 * 2.0**-8 * 2 * (1.5 + 1.5**2 + 1.5**3 + 1.5**4))
 
 
@@ -28,13 +28,13 @@ def test_the_worked_example():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_measured_errors_stay_below_the_bounds(dtype, spread):
     """W has condition number 30; the reference is in float64, whose own errors are far smaller."""
-    P = draw_transform(jax.random.key(1), WIDTH).matrix
+    P = draw_transform(WIDTH, key=jax.random.key(1)).matrix
     start = {"V": (P * np.geomspace(1, 30, WIDTH)[None]).astype(jnp.dtype(dtype))}
     exact, copies = master_copy(start)["V"], {"in place": start, "each": start, "master": master_copy(start)}
     options = {"in place": {"precision": "parameter"}, "each": {}, "master": {}}
     condition = float(np.linalg.cond(exact))
     for k in range(COUNT):
-        T = {"b": draw_transform(jax.random.key(k), WIDTH, spread=spread)}
+        T = {"b": draw_transform(WIDTH, key=jax.random.key(k), spread=spread)}
         exact = exact @ T["b"].matrix
         copies = {fold: morph(copy, T, RULES, **options[fold]) for fold, copy in copies.items()}
     copies["master"] = cast_like(copies["master"], start)
@@ -44,7 +44,7 @@ def test_measured_errors_stay_below_the_bounds(dtype, spread):
     kappa = 1.0 if spread is None else math.exp(2 * spread)
     for fold, error in errors.items():
         bound = rounding_bound(
-            dtype, width=WIDTH, transforms=COUNT, condition=condition, transform_condition=kappa, fold=fold
+            dtype, width=WIDTH, num_transforms=COUNT, condition=condition, transform_condition=kappa, fold=fold
         )
         assert error < bound
     u = float(jnp.finfo(dtype).eps) / 2
@@ -61,4 +61,4 @@ def test_measured_errors_stay_below_the_bounds(dtype, spread):
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        rounding_bound("float32", **({"width": 2, "transforms": 3} | options))
+        rounding_bound("float32", **({"width": 2, "num_transforms": 3} | options))

@@ -32,7 +32,6 @@ CONFIG = dataclasses.replace(
 )
 SIZES = {"vocab_size": 11, "block_size": 5, "layers": 2, "width": 8, "heads": 2, "mlp_width": 16, "subspace": 3}
 IN_COORDINATES = GPTConfig(**SIZES, full_rank_blocks=0, init_std=0.3)
-PATHS = {"embed": "^embed/", "blocks": "^blocks/", "head": "^head/"}
 NAMES = [("boundary", 0), ("middle", 0), ("boundary", 1), ("middle", 1), ("boundary", 2)]
 
 
@@ -42,7 +41,7 @@ def pipeline(parts, params, optimizer):
     stages, mesh = split_stages(params, 2), make_mesh(2)
     x, y = tokens(2, examples=4, length=5)
     model = StageModel(parts.embed, parts.block, loss)
-    pipe = synchronous_pipeline(model, stages, optimizer, mesh, (x[0], y[0]), num_microbatches=2)
+    pipe = synchronous_pipeline(model, stages, optimizer, mesh, batch=(x[0], y[0]), num_microbatches=2)
     return pipe, stages, shard_batch(mesh, (x, y))
 
 
@@ -52,15 +51,15 @@ def drawn(config):
 
 @pytest.fixture(scope="module")
 def momentum():
-    rotations = [draw_transform(jax.random.key(k), 8).matrix for k in range(5)]
+    rotations = [draw_transform(8, key=jax.random.key(k)).matrix for k in range(5)]
     params = transformable_gpt_params(CONFIG, drawn(CONFIG), rotations)
     return pipeline(transformable_gpt_stages(CONFIG), params, optax.sgd(0.1, momentum=0.9))
 
 
 @pytest.fixture(scope="module")
 def adam():
-    config, subspace = IN_COORDINATES, random_subspace(jax.random.key(1), vocab_size=11, width=8, rank=3)
-    bases = [draw_transform(jax.random.key(k), 8).matrix[:, :3] for k in range(5)]
+    config, subspace = IN_COORDINATES, random_subspace(key=jax.random.key(1), vocab_size=11, width=8, rank=3)
+    bases = [draw_transform(8, key=jax.random.key(k)).matrix[:, :3] for k in range(5)]
     decays = lambda params: trees.mask_tree(params, r"^(?!.*transforms/)")
     rule = optimizers.row_shared_adamw(0.03, weight_decay=0.1, mask=decays, shared=coordinate_gpt_mask)
     parts = coordinate_gpt_stages(config, functools.partial(fixed_embedding, subspace=subspace))
@@ -82,7 +81,7 @@ def run(problem, draw=None, rules=()):
 
 def check_that_only_skewed_transforms_change_training(problem, width, rules, rtol):
     """Returns the last state without transforms, and with orthogonal ones."""
-    draw = lambda key, spread=None: draw_transforms(key, NAMES, width, spread=spread)
+    draw = lambda key, spread=None: draw_transforms(NAMES, width, key=key, spread=spread)
     plain, start = run(problem)
     moved, snapshot = run(problem, draw, rules)
     assert plain[-1].mean() < plain[0].mean() - 0.1
@@ -95,14 +94,14 @@ def check_that_only_skewed_transforms_change_training(problem, width, rules, rto
 
 
 def test_with_momentum_orthogonal_transforms_leave_training_as_it_is_and_skewed_ones_do_not(momentum):
-    rules = gpt_transform_rules(2, **PATHS)
+    rules = gpt_transform_rules(2, patterns=STAGE_PATTERNS)
     _, snapshot = check_that_only_skewed_transforms_change_training(momentum, 8, rules, rtol=2e-5)
     matrices = snapshot.params["blocks/0/transforms/Q1"]
     np.testing.assert_allclose(matrices.T @ matrices, np.eye(8), atol=1e-5)
 
 
 def test_adam_in_coordinates_trains_on_as_if_there_were_no_transforms(adam):
-    rules = coordinate_gpt_rules(2, **PATHS)
+    rules = coordinate_gpt_rules(2, patterns=STAGE_PATTERNS)
     start, snapshot = check_that_only_skewed_transforms_change_training(adam, 3, rules, rtol=1e-4)
     name = "blocks/0/transforms/D1"
     assert np.abs(snapshot.params[name] - start.params[name]).max() > 0.1
