@@ -22,7 +22,6 @@ __all__ = [
     "ChannelTies",
     "ClassAverage",
     "Direction",
-    "Fold",
     "GateGradients",
     "Implementation",
     "Incompatibility",
@@ -39,6 +38,8 @@ __all__ = [
     "NeuronReduction",
     "OrthogonalRetraction",
     "PairwiseKind",
+    "ParameterSubsets",
+    "PipelineSchedule",
     "ProjectionJacobian",
     "PruningPolicy",
     "PruningSchedule",
@@ -48,11 +49,10 @@ __all__ = [
     "ReductionSolver",
     "Rounding",
     "SGMVariant",
-    "Schedule",
     "SecondMoments",
     "ShapeScaling",
-    "Subsets",
     "SynchronousSchedule",
+    "TransformFold",
     "UnseenClasses",
     "WeightProjection",
 ]
@@ -74,7 +74,7 @@ AveragingMethod: TypeAlias = Literal["avg", "weight_update", "ema"]
 ChannelTies: TypeAlias = Literal["max", "min", "union"]
 ClassAverage: TypeAlias = Literal["ema", "cumulative"]
 Direction: TypeAlias = Literal["forward", "backward"]  # of what crosses a boundary between stages
-Fold: TypeAlias = Literal["in place", "each", "master"]  # of a transform into a parameter
+TransformFold: TypeAlias = Literal["in place", "each", "master"]  # of a transform into a parameter
 GateGradients: TypeAlias = Literal["mpmg", "mnmg"]
 Implementation: TypeAlias = Literal["xla", "pallas_gpu", "pallas_tpu"]
 Incompatibility: TypeAlias = Literal["none", "partial", "full"]  # of stages from different times
@@ -99,10 +99,10 @@ QuadraticTruncation: TypeAlias = Literal["distance", "cost"]
 ReductionSolver: TypeAlias = Literal["cg", "woodbury", "projection"]
 Rounding: TypeAlias = Literal["argmin", "sequential"]
 SGMVariant: TypeAlias = Literal["messages", "path_costs"]
-Schedule: TypeAlias = Literal["gpipe", "1f1b", "circular", "async"]
+PipelineSchedule: TypeAlias = Literal["gpipe", "1f1b", "circular", "async"]
 SecondMoments: TypeAlias = Literal["error", "keep", "reset"]  # what becomes of squared gradients
 ShapeScaling: TypeAlias = Literal["width", "spectral", "rms"]
-Subsets: TypeAlias = Literal["partition", "strided", "bernoulli"]  # of parameters
+ParameterSubsets: TypeAlias = Literal["partition", "strided", "bernoulli"]  # of parameters
 SynchronousSchedule: TypeAlias = Literal["gpipe", "1f1b", "circular"]
 UnseenClasses: TypeAlias = Literal["global_mean", "zero"]
 WeightProjection: TypeAlias = Literal["softmax", "sparsemax", "argmax", "tanh", "round"]

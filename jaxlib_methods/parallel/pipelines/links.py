@@ -15,7 +15,7 @@ import jax
 from jaxlib_methods._core import checks
 from jaxlib_methods.parallel.pipelines._link_queues import finish_blocking, finish_queued, period
 from jaxlib_methods.parallel.pipelines.schedules import check_schedule, schedule_table
-from jaxlib_methods.typing import PyTree, Schedule
+from jaxlib_methods.typing import PipelineSchedule, PyTree
 
 __all__ = [
     "LINKS",
@@ -145,7 +145,7 @@ def predict_step(
     link: Link,
     *,
     num_stages: int,
-    schedule: Schedule = "gpipe",
+    schedule: PipelineSchedule = "gpipe",
     num_microbatches: int = 1,
     num_rounds: int = 1,
     num_replicas: int = 1,
@@ -202,7 +202,7 @@ def predict_step(
             f"the asynchronous schedule updates after every microbatch, got num_microbatches={num_microbatches}"
         )
     checks.at_least(1, num_replicas=num_replicas)
-    checks.one_of(Schedule, schedule=schedule)
+    checks.one_of(PipelineSchedule, schedule=schedule)
     slots = "1f1b" if asynchronous else schedule
     check_schedule(slots, num_stages, num_microbatches, num_rounds)
     forward, backward, update = (
@@ -238,7 +238,7 @@ def largest_pipeline(
     costs: StageCosts,
     link: Link,
     *,
-    schedule: Schedule = "async",
+    schedule: PipelineSchedule = "async",
     num_microbatches: int = 1,
     utilisation: float | int = 0.9,
     num_rounds: int = 1,

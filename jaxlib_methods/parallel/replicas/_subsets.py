@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlib_methods._core.sampling import shuffled_each
-from jaxlib_methods.typing import Subsets
+from jaxlib_methods.typing import ParameterSubsets
 
 
 def parts(fraction: float | int, size: int) -> int:
@@ -26,7 +26,7 @@ def parts(fraction: float | int, size: int) -> int:
     return max(1, min(math.ceil(1 / fraction - 1e-9), size))
 
 
-def capacity(kind: Subsets, fraction: float | int, size: int) -> int:
+def capacity(kind: ParameterSubsets, fraction: float | int, size: int) -> int:
     """Static number of positions of a round; for "bernoulli" it is exceeded with a probability below 1e-8."""
     if kind != "bernoulli":
         return math.ceil(size / parts(fraction, size))
@@ -34,7 +34,12 @@ def capacity(kind: Subsets, fraction: float | int, size: int) -> int:
 
 
 def subsets(
-    kind: Subsets, key: jax.Array, t: jax.Array, fraction: float | int, sizes: Sequence[int], redraw: bool = True
+    kind: ParameterSubsets,
+    key: jax.Array,
+    t: jax.Array,
+    fraction: float | int,
+    sizes: Sequence[int],
+    redraw: bool = True,
 ) -> list[jax.Array]:
     """Positions of round t in arrays of N = `sizes` entries: one int32 [capacity] each, N where a place is empty.
 

@@ -24,7 +24,7 @@ import optax
 from jaxlib_methods._core import checks
 from jaxlib_methods.parallel.pipelines.hooks import DataHook
 from jaxlib_methods.parallel.replicas import _subsets
-from jaxlib_methods.typing import AveragingMethod, PyTree, Subsets
+from jaxlib_methods.typing import AveragingMethod, ParameterSubsets, PyTree
 
 __all__ = [
     "SparseAveragingState",
@@ -88,7 +88,7 @@ def sparse_averaging(
     method: AveragingMethod = "ema",
     ema_weight: optax.ScalarOrSchedule = 0.5,
     correction: float | int = 1.0,
-    subsets: Subsets = "partition",
+    subsets: ParameterSubsets = "partition",
     redraw: bool = True,
     interval: int = 1,
     axis_name: str = "data",
@@ -135,7 +135,7 @@ def sparse_averaging(
     checks.at_least(0, delay=delay)
     checks.at_least(1, interval=interval)
     checks.one_of(AveragingMethod, method=method)
-    checks.one_of(Subsets, subsets=subsets)
+    checks.one_of(ParameterSubsets, subsets=subsets)
     checks.within("(0, 1]", ema_weight=ema_weight)
     ema_weight = ema_weight if callable(ema_weight) else optax.constant_schedule(ema_weight)
 
@@ -184,7 +184,7 @@ def sparse_averaging(
     return DataHook(init, apply, restart)
 
 
-def averaged_per_round(params: PyTree, fraction: float | int, *, subsets: Subsets = "partition") -> int:
+def averaged_per_round(params: PyTree, fraction: float | int, *, subsets: ParameterSubsets = "partition") -> int:
     """K, the numbers that one round of `sparse_averaging` reduces over the replicas.
 
     A ring all-reduce moves 2 K (R - 1) / R float32 numbers per replica, R replicas.

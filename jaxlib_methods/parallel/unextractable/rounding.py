@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 
 from jaxlib_methods._core import checks
-from jaxlib_methods.typing import Fold
+from jaxlib_methods.typing import TransformFold
 
 __all__ = [
     "rounding_bound",
@@ -19,7 +19,7 @@ def rounding_bound(
     num_transforms: int,
     condition: float | int = 1.0,
     transform_condition: float | int = 1.0,
-    fold: Fold = "in place",
+    fold: TransformFold = "in place",
 ) -> float:
     r"""A bound of the relative error of a parameter of this dtype after a chain of transforms, $W T_1 \cdots T_n$.
 
@@ -55,7 +55,7 @@ def rounding_bound(
     """
     checks.at_least(1, width=width, num_transforms=num_transforms)
     checks.at_least(1, condition=condition, transform_condition=transform_condition)
-    checks.one_of(Fold, fold=fold)
+    checks.one_of(TransformFold, fold=fold)
     u, u64 = float(jnp.finfo(dtype).eps) / 2, 2.0**-53
     chain = condition * _power_sum(float(transform_condition), num_transforms)
     if fold == "in place":

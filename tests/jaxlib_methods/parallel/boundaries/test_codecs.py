@@ -130,7 +130,7 @@ def test_a_boundary_codes_activations_and_cotangents_apart():
         (lambda: once(boundaries.int8_codec(3), X), "block_size must divide the last axis, got 3 and 8"),
         (lambda: boundaries.top_k_codec(0), "k must be at least 1"),
         (lambda: once(boundaries.top_k_codec(9), X), "k must not exceed the last axis, got 9 and 8"),
-        (lambda: boundaries.delta_codec(3, 1), "bits must be one of 2, 4, 8, None"),
+        (lambda: boundaries.delta_codec(3, 1), "bits must be None or one of 2, 4, 8"),
         (lambda: boundaries.delta_codec(4, 0), "num_slots must be at least 1"),
         (lambda: once(boundaries.delta_codec(2, 1), X[..., :6]), "multiple of 4, got 6"),
     ],

@@ -14,7 +14,7 @@ WIDTH, COUNT, RULES = 16, 100, [("V", (None, "b"))]
 
 
 def test_the_worked_example():
-    sizes = {"width": 10**3, "transforms": 10**4, "condition": 1e3}
+    sizes = {"width": 10**3, "num_transforms": 10**4, "condition": 1e3}
     order = lambda fold: math.floor(math.log10(rounding_bound("float32", **sizes, fold=fold)))
     assert order("in place") == 2 and order("master") == -6
     assert rounding_bound("float32", **sizes) == pytest.approx(1e10 * 2.0**-24)
