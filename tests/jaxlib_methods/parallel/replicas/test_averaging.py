@@ -9,15 +9,16 @@ import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
+from jaxlib_methods._core.checks import options_of
 from jaxlib_methods.parallel.pipelines.communication import collectives
 from jaxlib_methods.parallel.replicas import _subsets
 from jaxlib_methods.parallel.replicas.averaging import (
-    RULES,
     averaged_per_round,
     ema_weight_schedule,
     replica_mean,
     sparse_averaging,
 )
+from jaxlib_methods.typing import AveragingMethod
 
 KEY = jax.random.key(3)
 
@@ -118,7 +119,7 @@ def in_numpy(x, rounds, rule, tau, weight, c, increments, fraction, restart=None
     return x
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", options_of(AveragingMethod))
 @pytest.mark.parametrize(("tau", "restart"), [(0, None), (3, None), (3, 5), (0, 5)])
 def test_equals_the_loop_with_a_queue_that_a_restart_empties(rule, tau, restart):
     weight = ema_weight_schedule(40, warmup_rounds=10, start=0.5, end=0.1)
@@ -193,7 +194,7 @@ def test_bernoulli_contracts_geometrically():
 def test_without_drift_the_three_rules_are_one():
     """Check 4."""
     ends = []
-    for rule in RULES:
+    for rule in options_of(AveragingMethod):
         averaging = sparse_averaging(0.3, key=KEY, delay=2, method=rule)
         x = replicas(3)
         state, run = jax.vmap(averaging.init)(x), runner(averaging)
@@ -204,7 +205,7 @@ def test_without_drift_the_three_rules_are_one():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ends[0], other)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", options_of(AveragingMethod))
 def test_steady_drift(rule):
     """Check 5: all replicas drift by delta = 0.01 per step; tau = 10, p = 0.05, the averages e at their fixed point."""
     tau, delta = 10, 0.01
