@@ -267,7 +267,7 @@ def _task(config: Config, dataset: data.Dataset, network: Network, name: str) ->
         rules = tuple((regex, None) for regex in excluded)
         lattice = quantization.Lattice(config.labels, rules, method.projection)
         beta_of = quantization.inverse_temperature_schedule(recipe.rho, recipe.every, maximum=method.maximum)
-        options = {"beta": beta_of} if method.annealed else {}
+        options = {"inverse_temperature": beta_of} if method.annealed else {}
         if name == "pmf":
             options["jacobian"] = config.jacobian
         optimizer = method.optimizer(rate, lattice, **options)
@@ -276,13 +276,13 @@ def _task(config: Config, dataset: data.Dataset, network: Network, name: str) ->
         if method is None:
             return variables
         if method.literal:
-            return quantization.weights_of(variables, lattice)
+            return quantization.auxiliary.primal_to_weights(variables, lattice)
         return quantization.project(variables, lattice, beta)
 
     @jax.jit
     def variables_of(key: jax.Array, params: PyTree) -> PyTree:
-        aux = quantization.init_auxiliary(jax.random.fold_in(key, 1), params, lattice)
-        return quantization.primal_of(aux, lattice) if method.literal else aux
+        aux = quantization.init_auxiliary(params, lattice, key=jax.random.fold_in(key, 1))
+        return quantization.auxiliary.auxiliary_to_primal(aux, lattice) if method.literal else aux
 
     def init(key: jax.Array) -> tuple[PyTree, _ModelState]:
         params, state = network.init(key)
@@ -312,7 +312,7 @@ def _task(config: Config, dataset: data.Dataset, network: Network, name: str) ->
     @jax.jit
     def share(variables: PyTree, state: _ModelState) -> jax.Array:
         beta = beta_of(state.count) if method.annealed else jnp.float32(1)
-        return quantization.label_share(weights_of(variables, beta), lattice, tolerance=1e-3)
+        return quantization.lattice.label_share(weights_of(variables, beta), lattice, tolerance=1e-3)
 
     def evaluate(state: training.TrainState) -> dict[str, float]:
         found = {key: value for evaluator in evaluators for key, value in evaluator(state).items()}
@@ -374,8 +374,8 @@ def _run_case(task: _Task, seed: int, case_dir: pathlib.Path) -> dict[str, Any]:
     network = state.params
     if task.lattice is not None:
         network = quantization.quantize(state.params, task.lattice)  # asserts that every weight is in its label set
-        packed = quantization.packed_bytes(quantization.pack(network, task.lattice))
-        result |= {"packed_bytes": packed, "times_smaller": quantization.packed_bytes(network) / packed}
+        packed = quantization.packing.packed_bytes(quantization.pack(network, task.lattice))
+        result |= {"packed_bytes": packed, "times_smaller": quantization.packing.packed_bytes(network) / packed}
     if jax.process_index() == 0:
         _save(case_dir / "network.npz", (network, state.model_state.batch_norm))
     return result

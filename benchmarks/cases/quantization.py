@@ -42,9 +42,9 @@ HEADLINES = (
 NETWORKS = {"lenet300": (100, (28, 28, 1)), "lenet5": (100, (28, 28, 1)), "resnet18": (32, (32, 32, 3))}
 BETA = quantization.inverse_temperature_schedule(1.02, 100)
 METHODS = {
-    "pmf": ("softmax", functools.partial(quantization.proximal_mean_field, beta=BETA)),
-    "md_softmax_s": ("softmax", functools.partial(quantization.stable_mirror_descent, beta=BETA)),
-    "md_tanh_s": ("tanh", functools.partial(quantization.stable_mirror_descent, beta=BETA)),
+    "pmf": ("softmax", functools.partial(quantization.proximal_mean_field, inverse_temperature=BETA)),
+    "md_softmax_s": ("softmax", functools.partial(quantization.stable_mirror_descent, inverse_temperature=BETA)),
+    "md_tanh_s": ("tanh", functools.partial(quantization.stable_mirror_descent, inverse_temperature=BETA)),
     "binary_connect": ("round", quantization.binary_connect),
 }
 
@@ -92,9 +92,9 @@ def _step_case(name: str, network: str, batch: int, shape: tuple[int, ...]) -> C
     for method, (projection, make) in METHODS.items():
         excluded = (("bn", None),) if network == "resnet18" else ()
         lattice = quantization.Lattice(rules=excluded, projection=projection)
-        aux = quantization.init_auxiliary(jax.random.key(1), params, lattice)
+        aux = quantization.init_auxiliary(params, lattice, key=jax.random.key(1))
         annealed = projection != "round"
-        beta_of = quantization.inverse_temperature if annealed else lambda state: 1.0
+        beta_of = quantization.read_inverse_temperature if annealed else lambda state: 1.0
         project = lambda aux, state, lattice=lattice, beta_of=beta_of: quantization.project(
             aux, lattice, beta_of(state)
         )

@@ -1,11 +1,11 @@
 r"""Quantization by proximal and mirror steps: weights from a small set of labels, trained through auxiliary variables.
 
     lattice = Lattice(labels=(-1, 1), rules=(("^bn", None),))          # what is quantized, to which labels, and how
-    aux = init_auxiliary(key, params, lattice)
-    optimizer = proximal_mean_field(1e-3, lattice, beta=inverse_temperature_schedule(1.02, 100))
+    aux = init_auxiliary(params, lattice, key=key)
+    optimizer = proximal_mean_field(1e-3, lattice, inverse_temperature=inverse_temperature_schedule(1.02, 100))
     opt_state = optimizer.init(aux)
     for batch in batches:
-        weights = project(aux, lattice, inverse_temperature(opt_state))
+        weights = project(aux, lattice, read_inverse_temperature(opt_state))
         grads = jax.grad(loss)(weights, batch)                         # with respect to what the network saw
         updates, opt_state = optimizer.update(grads, opt_state, aux)   # applies the projection's Jacobian
         aux = optax.apply_updates(aux, updates)
@@ -21,111 +21,102 @@ r"""Quantization by proximal and mirror steps: weights from a small set of label
 | mirror descent, literal | softmax, tanh | none | `mirror_descent`, on primal variables |
 | straight-through, BinaryConnect | round | clipped, none | `straight_through`, `binary_connect` |
 
+`rules` holds the link of each optimizer for a chain of your own (`scale_by_...`), `projections` and `steps` the
+mathematics on arrays, `labels`, `lattice`, `auxiliary` and `annealing` what they work on, `packing` the bits.
 Soft weights and fake quantization cost what float weights cost; `pack` stores the result in bits.
 """
 
-from jaxlib_methods.quantization._annealing import (
-    AnnealingState as AnnealingState,
-    inverse_temperature as inverse_temperature,
-    inverse_temperature_schedule as inverse_temperature_schedule,
-)
-from jaxlib_methods.quantization._lattice import (
-    BINARY as BINARY,
-    TERNARY as TERNARY,
-    Lattice as Lattice,
-    assert_quantized as assert_quantized,
-    auxiliary_from as auxiliary_from,
-    init_auxiliary as init_auxiliary,
-    label_share as label_share,
-    primal_of as primal_of,
-    project as project,
-    quantize as quantize,
-    symmetric_labels as symmetric_labels,
-    weights_of as weights_of,
+from jaxlib_methods._moved import moved_names
+from jaxlib_methods.quantization import (
+    annealing as annealing,
+    auxiliary as auxiliary,
+    labels as labels,
+    lattice as lattice,
+    packing as packing,
+    projections as projections,
+    rules as rules,
+    steps as steps,
 )
 from jaxlib_methods.quantization._mirror_descent import (
-    lift_gradients as lift_gradients,
     mirror_descent as mirror_descent,
-    mirror_map as mirror_map,
-    mirror_step_softmax as mirror_step_softmax,
-    mirror_step_tanh as mirror_step_tanh,
-    scale_by_mirror_descent as scale_by_mirror_descent,
-    scale_by_stable_mirror_descent as scale_by_stable_mirror_descent,
     stable_mirror_descent as stable_mirror_descent,
-)
-from jaxlib_methods.quantization._packing import (
-    PackedWeight as PackedWeight,
-    pack as pack,
-    packed_bytes as packed_bytes,
-    packed_matmul as packed_matmul,
-    unpack as unpack,
-)
-from jaxlib_methods.quantization._projections import (
-    argmax_projection as argmax_projection,
-    round_projection as round_projection,
-    softmax_projection as softmax_projection,
-    sparsemax_projection as sparsemax_projection,
-    tanh_projection as tanh_projection,
 )
 from jaxlib_methods.quantization._proximal_mean_field import (
     icm as icm,
     projected_gradient as projected_gradient,
     proximal_mean_field as proximal_mean_field,
-    proximal_mean_field_step as proximal_mean_field_step,
-    scale_by_icm as scale_by_icm,
-    scale_by_projected_gradient as scale_by_projected_gradient,
-    scale_by_proximal_mean_field as scale_by_proximal_mean_field,
 )
 from jaxlib_methods.quantization._straight_through import (
     binary_connect as binary_connect,
-    clip_to_labels as clip_to_labels,
-    scale_by_straight_through as scale_by_straight_through,
     straight_through as straight_through,
+)
+from jaxlib_methods.quantization.annealing import (
+    inverse_temperature_schedule as inverse_temperature_schedule,
+    read_inverse_temperature as read_inverse_temperature,
+)
+from jaxlib_methods.quantization.auxiliary import (
+    init_auxiliary as init_auxiliary,
+    project as project,
+    quantize as quantize,
+)
+from jaxlib_methods.quantization.lattice import (
+    Lattice as Lattice,
+)
+from jaxlib_methods.quantization.packing import (
+    pack as pack,
+    unpack as unpack,
 )
 
 __all__ = [
-    "BINARY",
-    "TERNARY",
-    "AnnealingState",
     "Lattice",
-    "PackedWeight",
-    "argmax_projection",
-    "assert_quantized",
-    "auxiliary_from",
     "binary_connect",
-    "clip_to_labels",
     "icm",
     "init_auxiliary",
-    "inverse_temperature",
     "inverse_temperature_schedule",
-    "label_share",
-    "lift_gradients",
     "mirror_descent",
-    "mirror_map",
-    "mirror_step_softmax",
-    "mirror_step_tanh",
     "pack",
-    "packed_bytes",
-    "packed_matmul",
-    "primal_of",
     "project",
     "projected_gradient",
     "proximal_mean_field",
-    "proximal_mean_field_step",
     "quantize",
-    "round_projection",
-    "scale_by_icm",
-    "scale_by_mirror_descent",
-    "scale_by_projected_gradient",
-    "scale_by_proximal_mean_field",
-    "scale_by_stable_mirror_descent",
-    "scale_by_straight_through",
-    "softmax_projection",
-    "sparsemax_projection",
+    "read_inverse_temperature",
     "stable_mirror_descent",
     "straight_through",
-    "symmetric_labels",
-    "tanh_projection",
     "unpack",
-    "weights_of",
 ]
+
+__getattr__ = moved_names(
+    __name__,
+    {
+        "BINARY": "quantization.labels.BINARY",
+        "TERNARY": "quantization.labels.TERNARY",
+        "AnnealingState": "quantization.annealing.AnnealingState",
+        "PackedWeight": "quantization.packing.PackedWeight",
+        "argmax_projection": "quantization.projections.argmax_projection",
+        "assert_quantized": "quantization.lattice.assert_quantized",
+        "auxiliary_from": "quantization.auxiliary.weights_to_auxiliary",
+        "clip_to_labels": "quantization.rules.clip_to_labels",
+        "inverse_temperature": "quantization.read_inverse_temperature",
+        "label_share": "quantization.lattice.label_share",
+        "lift_gradients": "quantization.rules.lift_gradients",
+        "mirror_map": "quantization.steps.mirror_map",
+        "mirror_step_softmax": "quantization.steps.mirror_step_softmax",
+        "mirror_step_tanh": "quantization.steps.mirror_step_tanh",
+        "packed_bytes": "quantization.packing.packed_bytes",
+        "packed_matmul": "quantization.packing.packed_matmul",
+        "primal_of": "quantization.auxiliary.auxiliary_to_primal",
+        "proximal_mean_field_step": "quantization.steps.proximal_mean_field_step",
+        "round_projection": "quantization.projections.round_projection",
+        "scale_by_icm": "quantization.rules.scale_by_icm",
+        "scale_by_mirror_descent": "quantization.rules.scale_by_mirror_descent",
+        "scale_by_projected_gradient": "quantization.rules.scale_by_projected_gradient",
+        "scale_by_proximal_mean_field": "quantization.rules.scale_by_proximal_mean_field",
+        "scale_by_stable_mirror_descent": "quantization.rules.scale_by_stable_mirror_descent",
+        "scale_by_straight_through": "quantization.rules.scale_by_straight_through",
+        "softmax_projection": "quantization.projections.softmax_projection",
+        "sparsemax_projection": "quantization.projections.sparsemax_projection",
+        "symmetric_labels": "quantization.labels.symmetric_labels",
+        "tanh_projection": "quantization.projections.tanh_projection",
+        "weights_of": "quantization.auxiliary.primal_to_weights",
+    },
+)

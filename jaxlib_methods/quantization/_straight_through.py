@@ -5,41 +5,11 @@ w = nearest label of x;   x' = clip(x - eta dL/dw, min q, max q)       BinaryCon
 """
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from jaxlib_methods.quantization import _annealing
-from jaxlib_methods.quantization._lattice import Lattice
-from jaxlib_methods.quantization._projections import Labels
-
-
-def scale_by_straight_through(lattice: Lattice, *, clip: bool = True) -> optax.GradientTransformationExtraArgs:
-    """The rule of the straight-through estimator: zero gradients where a weight has left the range of its labels.
-
-    Args:
-      lattice: with projection "round".
-      clip: whether to zero them; otherwise every gradient passes.
-
-    Returns:
-      A transformation without state; `params` are the float weights, gradients are those of the rounded ones.
-
-    Raises:
-      ValueError: another projection; on update, missing `params` or shapes that do not fit.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> rule = scale_by_straight_through(Lattice(projection="round"))
-      >>> x = jnp.array([0.3, -1.2])
-      >>> rule.update(jnp.array([2.0, 2.0]), rule.init(x), x)[0].tolist()
-      [2.0, 0.0]
-
-    Source: Bengio, Leonard, Courville (2013), arXiv:1308.3432; the clipping of Hubara, Courbariaux, Soudry, El-Yaniv,
-    Bengio (NeurIPS 2016), arXiv:1602.02830 [bengio2013estimating; hubara2016binarized].
-    """
-    _annealing.check_projection("the straight-through estimator", lattice, "round")
-    jacobian = "clipped" if clip else "straight_through"
-    of_leaf = lambda labels, x, g, beta: _annealing.pull_back(lattice, jacobian, labels, x, g, beta)
-    return _annealing.rule("the straight-through estimator", lattice, of_leaf)
+from jaxlib_methods.quantization._adam import adam, with_adam
+from jaxlib_methods.quantization.lattice import Lattice
+from jaxlib_methods.quantization.rules import clip_to_labels, scale_by_straight_through
 
 
 def straight_through(
@@ -78,37 +48,7 @@ def straight_through(
     2016), arXiv:1602.02830 [bengio2013estimating; hubara2016binarized].
     """
     rule = scale_by_straight_through(lattice, clip=clip)
-    return _annealing.with_adam(rule, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-
-
-def clip_to_labels(lattice: Lattice) -> optax.GradientTransformationExtraArgs:
-    """The last link of BinaryConnect: shortens steps so that float weights stay within the range of their labels.
-
-    Args:
-      lattice: in scalar form, with projection "round" or "tanh".
-
-    Returns:
-      A transformation without state from finished steps to finished steps.
-
-    Raises:
-      ValueError: a lifted lattice; on update, missing `params`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> link = clip_to_labels(Lattice(projection="round"))
-      >>> x = jnp.array([0.5, -0.25])
-      >>> link.update(jnp.array([2.0, 0.25]), link.init(x), x)[0].tolist()
-      [0.5, 0.25]
-
-    Source: Courbariaux, Bengio, David (NeurIPS 2015), arXiv:1511.00363 [courbariaux2015binaryconnect].
-    """
-    _annealing.check_projection("clip_to_labels", lattice, "round", "tanh")
-
-    def shorten(labels: Labels, x: jax.Array, step: jax.Array, beta: jax.Array) -> jax.Array:
-        low, high = x.dtype.type(min(labels)), x.dtype.type(max(labels))
-        return jnp.clip(x + step, low, high) - x
-
-    return _annealing.rule("clip_to_labels", lattice, shorten)
+    return with_adam(rule, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
 def binary_connect(
@@ -144,7 +84,7 @@ def binary_connect(
     """
     return optax.chain(
         scale_by_straight_through(lattice, clip=False),
-        _annealing.adam(b1, b2, eps),
+        adam(b1, b2, eps),
         optax.scale_by_learning_rate(learning_rate),
         clip_to_labels(lattice),
     )

@@ -12,7 +12,7 @@ from experiments._machinery import runner
 from experiments._machinery.errors import DataError
 from experiments.data import images as data
 from jaxlib_methods import trees
-from jaxlib_methods.quantization import _lattice as quantization
+from jaxlib_methods.quantization import lattice as quantization
 
 
 @pytest.fixture(scope="module")

@@ -14,21 +14,24 @@ GROWS = qn.inverse_temperature_schedule(1.2, 2, maximum=1e4)
 SHARP = qn.inverse_temperature_schedule(1.2, 2, maximum=1e35)
 
 
-def lattice_of(projection, labels=qn.BINARY):
+def lattice_of(projection, labels=qn.labels.BINARY):
     return qn.Lattice(labels, (("scale", None),), projection)
 
 
 # method -> (projection, optimizer for a lattice)
 METHODS = {
-    "pmf double": ("softmax", lambda lattice: qn.proximal_mean_field(0.05, lattice, beta=GROWS)),
-    "pmf exact": ("softmax", lambda lattice: qn.proximal_mean_field(0.05, lattice, beta=GROWS, jacobian="exact")),
-    "gd-tanh": ("tanh", lambda lattice: qn.proximal_mean_field(0.05, lattice, beta=GROWS)),
-    "pgd": ("sparsemax", lambda lattice: qn.projected_gradient(0.02, lattice, beta=1.0)),
+    "pmf double": ("softmax", lambda lattice: qn.proximal_mean_field(0.05, lattice, inverse_temperature=GROWS)),
+    "pmf exact": (
+        "softmax",
+        lambda lattice: qn.proximal_mean_field(0.05, lattice, inverse_temperature=GROWS, jacobian="exact"),
+    ),
+    "gd-tanh": ("tanh", lambda lattice: qn.proximal_mean_field(0.05, lattice, inverse_temperature=GROWS)),
+    "pgd": ("sparsemax", lambda lattice: qn.projected_gradient(0.02, lattice, inverse_temperature=1.0)),
     "icm": ("argmax", lambda lattice: qn.icm(0.02, lattice)),
-    "md-softmax-s": ("softmax", lambda lattice: qn.stable_mirror_descent(0.02, lattice, beta=SHARP)),
-    "md-tanh-s": ("tanh", lambda lattice: qn.stable_mirror_descent(0.02, lattice, beta=SHARP)),
-    "md-softmax": ("softmax", lambda lattice: qn.mirror_descent(0.05, lattice, beta=1.0)),
-    "md-tanh": ("tanh", lambda lattice: qn.mirror_descent(0.05, lattice, beta=1.0)),
+    "md-softmax-s": ("softmax", lambda lattice: qn.stable_mirror_descent(0.02, lattice, inverse_temperature=SHARP)),
+    "md-tanh-s": ("tanh", lambda lattice: qn.stable_mirror_descent(0.02, lattice, inverse_temperature=SHARP)),
+    "md-softmax": ("softmax", lambda lattice: qn.mirror_descent(0.05, lattice, inverse_temperature=1.0)),
+    "md-tanh": ("tanh", lambda lattice: qn.mirror_descent(0.05, lattice, inverse_temperature=1.0)),
     "straight-through": ("round", lambda lattice: qn.straight_through(0.02, lattice)),
     "binary-connect": ("round", lambda lattice: qn.binary_connect(0.02, lattice)),
 }
@@ -53,9 +56,11 @@ def train(name, steps=60, *, through=False, start=None):
     params, x, y, _ = problem()
     optimizer = make(lattice)
     literal = name in ("md-softmax", "md-tanh")
-    beta_of = qn.inverse_temperature if name not in ("icm", "straight-through", "binary-connect") else lambda _: 1.0
+    beta_of = (
+        qn.read_inverse_temperature if name not in ("icm", "straight-through", "binary-connect") else lambda _: 1.0
+    )
     read = (
-        (lambda aux, beta: qn.weights_of(aux, lattice))
+        (lambda aux, beta: qn.auxiliary.primal_to_weights(aux, lattice))
         if literal
         else (lambda aux, beta: qn.project(aux, lattice, beta))
     )
@@ -71,8 +76,8 @@ def train(name, steps=60, *, through=False, start=None):
         return optax.apply_updates(aux, updates), state
 
     if start is None:
-        aux = qn.init_auxiliary(jax.random.key(0), params, lattice)
-        aux = qn.primal_of(aux, lattice) if literal else aux
+        aux = qn.init_auxiliary(params, lattice, key=jax.random.key(0))
+        aux = qn.auxiliary.auxiliary_to_primal(aux, lattice) if literal else aux
         start = aux, optimizer.init(aux)
     aux, state = start
     for _ in range(steps):
@@ -109,10 +114,10 @@ def test_resuming_from_a_copy_of_the_state_gives_the_same_bits(name):
 
 def test_the_state_holds_the_inverse_temperature_of_the_next_step():
     _, state, _ = train("pmf double", 5)
-    assert float(qn.inverse_temperature(state)) == pytest.approx(1.2**3)  # ceil(5 / 2)
-    assert 0 <= float(qn.label_share(train("md-tanh-s", 1)[0], lattice_of("tanh"))) < 0.2
+    assert float(qn.read_inverse_temperature(state)) == pytest.approx(1.2**3)  # ceil(5 / 2)
+    assert 0 <= float(qn.lattice.label_share(train("md-tanh-s", 1)[0], lattice_of("tanh"))) < 0.2
     aux, state, lattice = train("md-tanh-s", 200)
-    assert float(qn.label_share(qn.project(aux, lattice, qn.inverse_temperature(state)), lattice)) == 1.0
+    assert float(qn.lattice.label_share(qn.project(aux, lattice, qn.read_inverse_temperature(state)), lattice)) == 1.0
 
 
 def test_numpy_arrays_as_a_checkpoint_gives_them():
@@ -132,7 +137,7 @@ def test_label_sets_by_path_the_first_rule_wins():
         "bn": {"scale": jnp.full(8, 1.5, jnp.float32)},
         "head": {"kernel": jnp.zeros((8, 2))},
     }
-    aux = qn.init_auxiliary(jax.random.key(0), params, lattice)
+    aux = qn.init_auxiliary(params, lattice, key=jax.random.key(0))
     assert [x.shape for x in jax.tree.leaves(aux)] == [(8,), (2, 3, 3, 4, 8), (4, 6), (3, 8, 2)]
     limit = np.sqrt(6 / (9 * 4 + 9 * 8 * 2))  # the fan-out counts both labels
     largest = float(jnp.abs(aux["body"]["kernel"]).max())
@@ -154,11 +159,11 @@ def test_any_label_set_in_any_order_is_reached_exactly(labels, projection):
     w = jnp.linspace(-3, 6, 181)
     nearest = np.asarray(labels, np.float32)[np.abs(np.asarray(w)[:, None] - np.asarray(labels)).argmin(1)]
     clear = np.diff(np.sort(np.abs(np.asarray(w)[:, None] - np.asarray(labels)), axis=1)[:, :2])[:, 0] > 1e-3
-    aux = qn.auxiliary_from(w, lattice)
+    aux = qn.auxiliary.weights_to_auxiliary(w, lattice)
     network = qn.quantize(aux, lattice)
     np.testing.assert_array_equal(network[clear], nearest[clear])
     np.testing.assert_allclose(qn.project(aux, lattice, 1e6)[clear], nearest[clear], atol=1e-6)
-    qn.assert_quantized(qn.quantize(aux.astype(jnp.bfloat16), lattice), lattice)
+    qn.lattice.assert_quantized(qn.quantize(aux.astype(jnp.bfloat16), lattice), lattice)
 
 
 # ------------------------------------------------------------------------------------------- containers and wrappers
@@ -167,15 +172,15 @@ def test_any_label_set_in_any_order_is_reached_exactly(labels, projection):
 def test_an_nnx_network_first_and_last_layer_excluded():
     model = models.create("lenet300", num_classes=3, input_shape=(4, 4, 1), rngs=nnx.Rngs(0))
     graph, params = nnx.split(model, nnx.Param)
-    lattice = qn.Lattice(qn.TERNARY, (("^dense1/|^dense3/|bias$", None),), "softmax")
-    aux = qn.init_auxiliary(jax.random.key(0), params, lattice)
-    optimizer = qn.proximal_mean_field(1e-2, lattice, beta=GROWS)
+    lattice = qn.Lattice(qn.labels.TERNARY, (("^dense1/|^dense3/|bias$", None),), "softmax")
+    aux = qn.init_auxiliary(params, lattice, key=jax.random.key(0))
+    optimizer = qn.proximal_mean_field(1e-2, lattice, inverse_temperature=GROWS)
     images = jax.random.normal(jax.random.key(1), (6, 4, 4, 1))
     loss = lambda params: jnp.mean((nnx.merge(graph, params)(images) - 1) ** 2)
 
     @jax.jit
     def step(aux, state):
-        grads = jax.grad(loss)(qn.project(aux, lattice, qn.inverse_temperature(state)))
+        grads = jax.grad(loss)(qn.project(aux, lattice, qn.read_inverse_temperature(state)))
         updates, state = optimizer.update(grads, state, aux)
         return optax.apply_updates(aux, updates), state
 
@@ -193,8 +198,8 @@ def test_a_linen_network_with_partitioning_metadata():
     network = nn.Dense(3, kernel_init=kernel_init)
     variables = network.init(jax.random.key(0), jnp.ones((1, 4)))
     lattice = qn.Lattice(rules=(("bias$", None),), projection="tanh")
-    aux = qn.init_auxiliary(jax.random.key(1), variables, lattice)
-    optimizer = qn.stable_mirror_descent(1e-2, lattice, beta=SHARP)
+    aux = qn.init_auxiliary(variables, lattice, key=jax.random.key(1))
+    optimizer = qn.stable_mirror_descent(1e-2, lattice, inverse_temperature=SHARP)
     state = optimizer.init(aux)
     grads = jax.grad(lambda v: network.apply(v, jnp.ones((2, 4))).sum())(qn.project(aux, lattice, 1.0))
     updates, state = optimizer.update(grads, state, aux)
@@ -206,9 +211,11 @@ def test_a_linen_network_with_partitioning_metadata():
 def test_masked_leaves_need_no_auxiliary_variables():
     lattice = lattice_of("softmax")
     params = problem()[0]
-    aux = qn.init_auxiliary(jax.random.key(0), params, lattice)
-    quantizer = optax.masked(qn.proximal_mean_field(0.1, qn.Lattice(), beta=2.0), {"kernel": True, "scale": False})
-    whole = qn.proximal_mean_field(0.1, lattice, beta=2.0)
+    aux = qn.init_auxiliary(params, lattice, key=jax.random.key(0))
+    quantizer = optax.masked(
+        qn.proximal_mean_field(0.1, qn.Lattice(), inverse_temperature=2.0), {"kernel": True, "scale": False}
+    )
+    whole = qn.proximal_mean_field(0.1, lattice, inverse_temperature=2.0)
     grads = {"kernel": jnp.ones((12, 5)), "scale": jnp.ones(5)}
     ours, _ = quantizer.update(grads, quantizer.init(aux), aux)
     expected, _ = whole.update(grads, whole.init(aux), aux)
@@ -221,7 +228,7 @@ def test_multi_steps_accumulates_gradients_through_the_projection(name):
     projection, make = METHODS[name]
     lattice = lattice_of(projection)
     params, x, y, _ = problem()
-    aux = qn.init_auxiliary(jax.random.key(0), params, lattice)
+    aux = qn.init_auxiliary(params, lattice, key=jax.random.key(0))
     gradient = jax.grad(lambda aux, rows: loss_of(qn.project(aux, lattice, 1.0), x[rows], y[rows]))
     optimizer = optax.MultiSteps(make(lattice), 2)
     with jax.numpy_dtype_promotion("standard"):  # MultiSteps divides a float by an int
@@ -231,19 +238,19 @@ def test_multi_steps_accumulates_gradients_through_the_projection(name):
     expected, _ = once.update(gradient(aux, slice(0, 64)), once.init(aux), aux)
     for ours, theirs in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
-    (annealing,) = trees.find_states(state, qn.AnnealingState)
+    (annealing,) = trees.find_states(state, qn.annealing.AnnealingState)
     assert int(annealing.count) == 1
 
 
 def test_inject_hyperparams_makes_learning_rate_and_temperature_adjustable():
     lattice = lattice_of("softmax")
-    optimizer = optax.inject_hyperparams(qn.proximal_mean_field)(0.1, lattice, beta=2.0)
-    aux = qn.init_auxiliary(jax.random.key(0), problem()[0], lattice)
+    optimizer = optax.inject_hyperparams(qn.proximal_mean_field)(0.1, lattice, inverse_temperature=2.0)
+    aux = qn.init_auxiliary(problem()[0], lattice, key=jax.random.key(0))
     state = optimizer.init(aux)
-    assert float(qn.inverse_temperature(state)) == 2.0
-    state.hyperparams["beta"] = jnp.float32(8.0)
+    assert float(qn.read_inverse_temperature(state)) == 2.0
+    state.hyperparams["inverse_temperature"] = jnp.float32(8.0)
     _, state = optimizer.update(jax.tree.map(jnp.ones_like, aux), state, aux)
-    assert float(qn.inverse_temperature(state)) == 8.0  # of the next forward pass
+    assert float(qn.read_inverse_temperature(state)) == 8.0  # of the next forward pass
 
 
 def test_binary_connect_keeps_float_weights_within_the_labels():
@@ -265,27 +272,42 @@ def test_binary_connect_keeps_float_weights_within_the_labels():
         (lambda: qn.Lattice((1, float("nan"))), "finite and distinct"),
         (lambda: qn.Lattice(rules=(("bn", ()),)), "at least two labels"),
         (lambda: qn.Lattice(projection="sign"), "projection must be one of"),
-        (lambda: qn.symmetric_labels(1), "at least two labels, got 1"),
-        (lambda: qn.inverse_temperature_schedule(0.9, 100), "rho must be at least 1, got 0.9"),
+        (lambda: qn.labels.symmetric_labels(1), "at least two labels, got 1"),
+        (lambda: qn.inverse_temperature_schedule(0.9, 100), "growth must be at least 1, got 0.9"),
         (lambda: qn.inverse_temperature_schedule(1.1, 0), "every must be at least 1"),
         (lambda: qn.inverse_temperature_schedule(1.1, 1, maximum=1e40), "within float32"),
-        (lambda: qn.proximal_mean_field(0.1, qn.Lattice(), beta=-1.0), "beta must be positive and finite, got -1"),
         (
-            lambda: qn.proximal_mean_field(0.1, qn.Lattice(), beta=optax.linear_schedule(5.0, 1.0, 100)),
+            lambda: qn.proximal_mean_field(0.1, qn.Lattice(), inverse_temperature=-1.0),
+            "inverse_temperature must be positive, got -1",
+        ),
+        (
+            lambda: qn.proximal_mean_field(0.1, qn.Lattice(), inverse_temperature=optax.linear_schedule(5.0, 1.0, 100)),
             "never falls, got 5.0 at step 0 and 4.96",
         ),
-        (lambda: qn.proximal_mean_field(0.1, qn.Lattice(projection="argmax"), beta=1.0), "needs a lattice with"),
-        (lambda: qn.proximal_mean_field(0.1, qn.Lattice(), beta=1.0, jacobian="full"), "jacobian must be one of"),
-        (lambda: qn.mirror_descent(0.1, qn.Lattice(qn.TERNARY, (), "tanh"), beta=1.0), "closed for two labels"),
-        (lambda: qn.binary_connect(0.1, qn.Lattice()), "needs a lattice with projection='round'"),
-        (lambda: qn.softmax_projection(jnp.zeros((1, 3))), "at least two labels in the leading axis"),
-        (lambda: qn.softmax_projection(jnp.zeros((2, 3)), jacobian="clipped"), "jacobian must be one of"),
         (
-            lambda: qn.inverse_temperature(qn.icm(0.1, qn.Lattice(projection="argmax")).init(jnp.zeros((2, 1)))),
+            lambda: qn.proximal_mean_field(0.1, qn.Lattice(projection="argmax"), inverse_temperature=1.0),
+            "needs a lattice with",
+        ),
+        (
+            lambda: qn.proximal_mean_field(0.1, qn.Lattice(), inverse_temperature=1.0, jacobian="full"),
+            "jacobian must be one of",
+        ),
+        (
+            lambda: qn.mirror_descent(0.1, qn.Lattice(qn.labels.TERNARY, (), "tanh"), inverse_temperature=1.0),
+            "closed for two labels",
+        ),
+        (lambda: qn.binary_connect(0.1, qn.Lattice()), "needs a lattice with projection='round'"),
+        (lambda: qn.projections.softmax_projection(jnp.zeros((1, 3))), "at least two labels in the leading axis"),
+        (lambda: qn.projections.softmax_projection(jnp.zeros((2, 3)), jacobian="clipped"), "jacobian must be one of"),
+        (
+            lambda: qn.read_inverse_temperature(qn.icm(0.1, qn.Lattice(projection="argmax")).init(jnp.zeros((2, 1)))),
             "have none",
         ),
-        (lambda: qn.init_auxiliary(jax.random.key(0), {"w": jnp.ones(2)}, lattice_of("softmax")), "rule 0, 'scale'"),
-        (lambda: qn.init_auxiliary(jax.random.key(0), {"w": jnp.arange(2)}, qn.Lattice()), "only floating-point"),
+        (
+            lambda: qn.init_auxiliary({"w": jnp.ones(2)}, lattice_of("softmax"), key=jax.random.key(0)),
+            "rule 0, 'scale'",
+        ),
+        (lambda: qn.init_auxiliary({"w": jnp.arange(2)}, qn.Lattice(), key=jax.random.key(0)), "only floating-point"),
         (lambda: qn.project({"w": jnp.ones((3, 2))}, qn.Lattice()), r"of 'w' must be \[2 labels, ...\]"),
         (lambda: qn.quantize(jnp.array([jnp.inf, 1.0]), lattice_of("tanh")), "1 of 2 .* not finite, the first is inf"),
     ],
@@ -297,17 +319,17 @@ def test_mistakes_are_named(make, message):
 
 def test_mistakes_on_update_are_named():
     aux = jnp.zeros((2, 3))
-    rule = qn.scale_by_proximal_mean_field(qn.Lattice(), beta=1.0)
+    rule = qn.rules.scale_by_proximal_mean_field(qn.Lattice(), inverse_temperature=1.0)
     with pytest.raises(ValueError, match="needs params"):
         rule.update(jnp.zeros(3), rule.init(aux))
     with pytest.raises(ValueError, match="or of the projected weights"):
         rule.update(jnp.zeros(4), rule.init(aux), aux)
-    rule = qn.scale_by_icm(qn.Lattice(qn.TERNARY, projection="argmax"))
+    rule = qn.rules.scale_by_icm(qn.Lattice(qn.labels.TERNARY, projection="argmax"))
     with pytest.raises(ValueError, match="two labels only, got 3"):
         rule.update(jnp.zeros(3), rule.init(jnp.zeros((3, 3))), jnp.zeros((3, 3)))
 
 
 def test_citations():
     lattice = qn.Lattice(projection="tanh")
-    assert "ajanthan2021mirror" in citation(qn.stable_mirror_descent(0.1, lattice, beta=1.0))
+    assert "ajanthan2021mirror" in citation(qn.stable_mirror_descent(0.1, lattice, inverse_temperature=1.0))
     assert "courbariaux2015binaryconnect" in citation(qn.binary_connect(0.1, qn.Lattice(projection="round")))

@@ -130,19 +130,21 @@ def test_what_the_kernels_do_not_do():
 # ------------------------------------------------------------------------------------------ whole networks in bits
 
 
-@pytest.mark.parametrize(("labels", "smaller"), [(qn.BINARY, 31), (qn.TERNARY, 15.5)])
+@pytest.mark.parametrize(("labels", "smaller"), [(qn.labels.BINARY, 31), (qn.labels.TERNARY, 15.5)])
 def test_a_network_comes_back_bit_by_bit_and_takes_a_fraction_of_the_bytes(labels, smaller):
     lattice = qn.Lattice(labels, (("bias$", None),))
     params = {"conv": {"kernel": jnp.zeros((3, 3, 64, 96))}, "dense": {"kernel": jnp.zeros((1024, 300))}}
-    network = qn.quantize(qn.init_auxiliary(jax.random.key(0), params, qn.Lattice(labels)), lattice=qn.Lattice(labels))
+    network = qn.quantize(
+        qn.init_auxiliary(params, qn.Lattice(labels), key=jax.random.key(0)), lattice=qn.Lattice(labels)
+    )
     packed = qn.pack(network | {"bias": jnp.linspace(0, 1, 7)}, lattice)
     restored = qn.unpack(packed)
     np.testing.assert_array_equal(restored["conv"]["kernel"], network["conv"]["kernel"])
     np.testing.assert_array_equal(restored["dense"]["kernel"], network["dense"]["kernel"])
     np.testing.assert_array_equal(restored["bias"], jnp.linspace(0, 1, 7))
-    assert qn.packed_bytes(network) > smaller * qn.packed_bytes(packed | {"bias": None})
+    assert qn.packing.packed_bytes(network) > smaller * qn.packing.packed_bytes(packed | {"bias": None})
     x = jnp.round(4 * jax.random.normal(jax.random.key(1), (5, 1024)))
-    ours = jax.jit(qn.packed_matmul)(x, packed["dense"]["kernel"])
+    ours = jax.jit(qn.packing.packed_matmul)(x, packed["dense"]["kernel"])
     np.testing.assert_array_equal(ours, x @ network["dense"]["kernel"])
 
 
@@ -160,4 +162,4 @@ def test_what_cannot_be_packed():
     with pytest.raises(ValueError, match="not in the label set"):
         qn.pack(jnp.array([0.5]), qn.Lattice())
     with pytest.raises(ValueError, match=r"a packed \(3, N\) matrix"):
-        qn.packed_matmul(jnp.ones((2, 3)), qn.pack(jnp.ones((2, 3)), qn.Lattice()))
+        qn.packing.packed_matmul(jnp.ones((2, 3)), qn.pack(jnp.ones((2, 3)), qn.Lattice()))

@@ -27,12 +27,14 @@ each of its labels, and nothing but the difference between the passes over memor
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+
+from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import widen
+from jaxlib_methods.quantization.labels import Labels, label_steps, look_up, nearest_index
 
 LIFTED = ("softmax", "sparsemax", "argmax")
 JACOBIANS = {
@@ -42,16 +44,11 @@ JACOBIANS = {
     "tanh": ("exact", "straight_through"),
     "round": ("clipped", "straight_through"),
 }
-Labels = tuple[float, ...]
 
 
 def check_jacobian(projection: str, jacobian: str) -> None:
     """Raises ValueError for a Jacobian that the projection does not have."""
-    if jacobian not in JACOBIANS[projection]:
-        raise ValueError(f"jacobian must be one of {JACOBIANS[projection]} for {projection!r}, got {jacobian!r}")
-
-
-# ------------------------------------------------------------------------------------------- the mathematics on arrays
+    checks.one_of(JACOBIANS[projection], jacobian=jacobian, remedy=f"these are the {projection} projection's")
 
 
 def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -96,31 +93,10 @@ def _argmax(x: jax.Array) -> jax.Array:
     return (labels == jnp.argmax(x, axis=0, keepdims=True).astype(jnp.int32)).astype(x.dtype)
 
 
-def _steps(labels: Labels) -> tuple[np.ndarray, np.ndarray, float]:
-    """Midpoints m_j and half gaps h_j between neighbouring labels, and the centre c of the interval."""
-    q = np.sort(np.asarray(labels, np.float64))
-    return (q[1:] + q[:-1]) / 2, (q[1:] - q[:-1]) / 2, float(q[0] + q[-1]) / 2
-
-
 def _tanh(x: jax.Array, beta: jax.Array, labels: Labels) -> jax.Array:
-    midpoints, halves, centre = _steps(labels)
+    midpoints, halves, centre = label_steps(labels)
     steps = [x.dtype.type(h) * jnp.tanh(beta * (x - x.dtype.type(m))) for m, h in zip(midpoints, halves, strict=True)]
     return functools.reduce(jnp.add, steps) + x.dtype.type(centre)
-
-
-def nearest_index(x: jax.Array, labels: Labels) -> jax.Array:
-    """Index into the sorted labels of the one nearest to x, int32; a tie goes away from zero, and up at zero."""
-    midpoints, _, _ = _steps(labels)
-    above = [x >= x.dtype.type(m) if m >= 0 else x > x.dtype.type(m) for m in midpoints]
-    return functools.reduce(jnp.add, [a.astype(jnp.int32) for a in above])
-
-
-def look_up(index: jax.Array, labels: Sequence[float], dtype: jax.typing.DTypeLike) -> jax.Array:
-    """labels[index] by selects: elementwise, so that it fuses and keeps any sharding."""
-    w = jnp.full_like(index, labels[0], dtype=dtype)
-    for l, q in enumerate(labels[1:], start=1):
-        w = jnp.where(index == l, jnp.full_like(w, q), w)
-    return w
 
 
 def _forward(projection: str, labels: Labels, x: jax.Array, beta: jax.Array) -> jax.Array:
@@ -140,7 +116,7 @@ def pull_back(projection: str, jacobian: str, labels: Labels, x: jax.Array, beta
     if jacobian == "straight_through":
         return g.astype(x.dtype)
     dtype = x.dtype
-    x, g = _wide(x), _wide(g)
+    x, g = widen(x), widen(g)
     beta = jnp.asarray(beta).astype(x.dtype)
     if projection == "softmax" and len(x) == 2:
         out = _pull_back_two(jacobian, x, beta, g)
@@ -163,7 +139,7 @@ def pull_back(projection: str, jacobian: str, labels: Labels, x: jax.Array, beta
         inside = jnp.abs(x[:1] - x[1:]) <= 1
         out = jnp.where(inside, (g - g[::-1]) / 2, jnp.zeros_like(g))
     elif projection == "tanh":
-        midpoints, halves, _ = _steps(labels)
+        midpoints, halves, _ = label_steps(labels)
         tanhs = [jnp.tanh(beta * (x - x.dtype.type(m))) for m in midpoints]
         slopes = [x.dtype.type(h) * ((1 - t) * (1 + t)) for h, t in zip(halves, tanhs, strict=True)]
         out = beta * functools.reduce(jnp.add, slopes) * g
@@ -186,10 +162,6 @@ def _pull_back_two(jacobian: str, x: jax.Array, beta: jax.Array, g: jax.Array) -
     return beta * (g - (1 + sign * s[None]) / 2 * inner[None])
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-
-
 def lift(labels: Labels, g: jax.Array) -> jax.Array:
     """dL/du_l = q_l dL/dw, [d, ...]."""
     q = jnp.asarray(labels, g.dtype).reshape(-1, *(1,) * g.ndim)
@@ -198,14 +170,14 @@ def lift(labels: Labels, g: jax.Array) -> jax.Array:
 
 def collapse(labels: Labels, u: jax.Array) -> jax.Array:
     """w = sum_l q_l u_l."""
-    wide = _wide(u)
+    wide = widen(u)
     return sum((wide[l] * wide.dtype.type(q) for l, q in enumerate(labels[1:], 1)), wide[0] * labels[0]).astype(u.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def primal(projection: str, jacobian: str, labels: Labels, x: jax.Array, beta: jax.Array) -> jax.Array:
     """u = P(beta x), or w in scalar form, in the dtype of x; its derivative is `pull_back`, and zero in beta."""
-    wide = _wide(x)
+    wide = widen(x)
     return _forward(projection, labels, wide, jnp.asarray(beta).astype(wide.dtype)).astype(x.dtype)
 
 
@@ -228,7 +200,7 @@ def weights(projection: str, jacobian: str, labels: Labels, x: jax.Array, beta: 
         return primal(projection, jacobian, labels, x, beta)
     if projection != "softmax" or len(labels) != 2:
         return collapse(labels, primal(projection, jacobian, labels, x, beta))
-    wide = _wide(x)
+    wide = widen(x)
     centre, half = (wide.dtype.type(value) for value in ((labels[0] + labels[1]) / 2, (labels[1] - labels[0]) / 2))
     t = jnp.tanh(jnp.asarray(beta).astype(wide.dtype) * (wide[1] - wide[0]) / 2)
     return (centre + half * t).astype(x.dtype)
@@ -245,164 +217,3 @@ def _weights_backward(projection: str, jacobian: str, labels: Labels, saved: tup
 
 
 weights.defvjp(_weights_forward, _weights_backward)
-
-
-# ------------------------------------------------------------------------------------------------ the public functions
-
-
-def _public(projection: str, jacobian: str, labels: Labels, x: jax.Array, beta: jax.Array | float) -> jax.Array:
-    check_jacobian(projection, jacobian)
-    if projection in LIFTED and (x.ndim < 1 or x.shape[0] < 2):
-        raise ValueError(f"x must be [labels, ...] with at least two labels in the leading axis, got {x.shape}")
-    return primal(projection, jacobian, labels, x, jnp.asarray(beta, _wide(x).dtype))
-
-
-def softmax_projection(x: jax.Array, beta: jax.Array | float = 1.0, *, jacobian: str = "exact") -> jax.Array:
-    r"""Softmax over the labels with inverse temperature, $u = \mathrm{softmax}(\beta x)$.
-
-    Args:
-      x: [d, ...], one auxiliary variable per label in the leading axis.
-      beta: inverse temperature > 0, a scalar; the limit of infinity is the argmax. No gradient goes to it.
-      jacobian: of the gradient in x: "exact", "single" or "double" (the surrogates of the module's docstring, which do
-        not vanish as beta grows), or "straight_through" (the identity).
-
-    Returns:
-      u, like x: non-negative, sums to 1 over the leading axis.
-
-    Raises:
-      ValueError: unknown Jacobian, or fewer than two labels.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> [f"{u:.5f}" for u in softmax_projection(jnp.array([0.3, -0.2]), 1.5)]
-      ['0.67918', '0.32082']
-      >>> softmax_projection(jnp.array([0.3, -0.2]), 1e35).tolist()
-      [1.0, 0.0]
-
-    Source: Ajanthan, Dokania, Hartley, Torr (ICCV 2019), arXiv:1812.04353 [ajanthan2019proximal].
-    """
-    return _public("softmax", jacobian, (), x, beta)
-
-
-def sparsemax_projection(x: jax.Array, beta: jax.Array | float = 1.0, *, jacobian: str = "exact") -> jax.Array:
-    r"""Euclidean projection to the simplex over the labels, $u = \arg\min_{s \in \Delta} \|s - \beta x\|^2$.
-
-    Args:
-      x: [d, ...], one auxiliary variable per label in the leading axis.
-      beta: inverse temperature > 0, a scalar. No gradient goes to it.
-      jacobian: "exact", or "straight_through" (the identity).
-
-    Returns:
-      u, like x: non-negative, sums to 1 over the leading axis, and zero for labels far below the best.
-
-    Raises:
-      ValueError: unknown Jacobian, or fewer than two labels.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> [f"{u:.4f}" for u in sparsemax_projection(jnp.array([0.1, 0.2, 0.9]))]
-      ['0.0333', '0.1333', '0.8333']
-
-    Source: Ajanthan, Dokania, Hartley, Torr (ICCV 2019), arXiv:1812.04353 [ajanthan2019proximal].
-    """
-    return _public("sparsemax", jacobian, (), x, beta)
-
-
-def argmax_projection(x: jax.Array, *, jacobian: str = "clipped") -> jax.Array:
-    """One-hot vector of the best label: the softmax projection at infinite inverse temperature.
-
-    Args:
-      x: [d, ...], one auxiliary variable per label in the leading axis; the lower index wins a tie.
-      jacobian: "clipped", for two labels the gradient that makes it BinaryConnect's straight-through step, or
-        "straight_through" (the identity).
-
-    Returns:
-      u, like x, of zeros and ones.
-
-    Raises:
-      ValueError: unknown Jacobian; fewer than two labels, or in the gradient of "clipped" more than two.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> argmax_projection(jnp.array([0.1, 0.9, 0.2])).tolist()
-      [0.0, 1.0, 0.0]
-
-    Source: Ajanthan, Dokania, Hartley, Torr (ICCV 2019), arXiv:1812.04353 [ajanthan2019proximal].
-    """
-    return _public("argmax", jacobian, (), x, 1.0)
-
-
-def tanh_projection(
-    x: jax.Array,
-    beta: jax.Array | float = 1.0,
-    *,
-    labels: Sequence[float | int] = (-1.0, 1.0),
-    jacobian: str = "exact",
-) -> jax.Array:
-    r"""Smooth staircase through the labels, $w = c + \sum_j h_j \tanh(\beta (x - m_j))$; $\tanh(\beta x)$ for {-1, 1}.
-
-    Args:
-      x: auxiliary variables of any shape.
-      beta: inverse temperature > 0, a scalar; the limit of infinity is rounding. No gradient goes to it.
-      labels: the label set; {-1, 0, 1} gives the shifted tanh of the ternary case.
-      jacobian: "exact", or "straight_through" (the identity).
-
-    Returns:
-      w, like x, between the smallest and the largest label.
-
-    Raises:
-      ValueError: unknown Jacobian, or labels that are not a label set.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> x = jnp.array([-2.0, 0.25, 0.6])
-      >>> tanh_projection(x, 1e6, labels=(-1, 0, 1)).tolist()
-      [-1.0, 0.0, 1.0]
-
-    Source: Ajanthan, Gupta, Torr, Hartley, Dokania (AISTATS 2021), arXiv:1910.08237 [ajanthan2021mirror].
-    """
-    return _public("tanh", jacobian, as_labels(labels), x, beta)
-
-
-def round_projection(
-    x: jax.Array, *, labels: Sequence[float | int] = (-1.0, 1.0), jacobian: str = "clipped"
-) -> jax.Array:
-    """The nearest label; the sign for {-1, 1}, where 0 counts as positive.
-
-    Args:
-      x: auxiliary variables of any shape. A tie goes to the label farther from zero, and up at zero.
-      labels: the label set.
-      jacobian: "clipped" (the identity between the smallest and the largest label, zero outside), or
-        "straight_through" (the identity everywhere).
-
-    Returns:
-      w, like x, every entry exactly a label.
-
-    Raises:
-      ValueError: unknown Jacobian, or labels that are not a label set.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> x = jnp.array([-1.7, -0.5, 0.2, 0.5])
-      >>> round_projection(x, labels=(-1, 0, 1)).tolist()
-      [-1.0, -1.0, 0.0, 1.0]
-      >>> jax.grad(lambda x: round_projection(x).sum())(x).tolist()
-      [0.0, 1.0, 1.0, 1.0]
-
-    Source: Courbariaux, Bengio, David (NeurIPS 2015), arXiv:1511.00363; Bengio, Leonard, Courville (2013),
-    arXiv:1308.3432 [courbariaux2015binaryconnect; bengio2013estimating].
-    """
-    return _public("round", jacobian, as_labels(labels), x, 1.0)
-
-
-def as_labels(labels: Sequence[float | int]) -> Labels:
-    """A label set as a tuple of floats in the given order, or ValueError."""
-    try:
-        values = tuple(float(label) for label in labels)
-    except (TypeError, ValueError):
-        raise ValueError(f"a label set must be a sequence of numbers such as (-1, 1), got {labels!r}") from None
-    if len(values) < 2:
-        raise ValueError(f"a label set needs at least two labels, got {labels!r}; (-1, 1) is the binary one")
-    if len(set(values)) != len(values) or not all(np.isfinite(values)):
-        raise ValueError(f"labels must be finite and distinct, got {labels!r}")
-    return values

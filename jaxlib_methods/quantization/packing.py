@@ -9,8 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.kernels import packed_matmul as kernel
-from jaxlib_methods.quantization._lattice import Lattice, assert_quantized, label_sets
+from jaxlib_methods.quantization.lattice import Lattice, assert_quantized, label_sets
 from jaxlib_methods.typing import PyTree
+
+__all__ = [
+    "PackedWeight",
+    "pack",
+    "packed_bytes",
+    "packed_matmul",
+    "unpack",
+]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("words",), meta_fields=("labels", "shape", "dtype"))
