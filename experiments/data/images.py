@@ -16,6 +16,7 @@ import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -135,19 +136,26 @@ def _digits() -> tuple[Split, Split]:
     return Split(images[train], labels[train]), Split(images[test], labels[test])
 
 
-def _npz(path: pathlib.Path) -> tuple[Split, Split]:
+def read_npz(path: pathlib.Path, keys: Sequence[str] = NPZ_KEYS) -> list[np.ndarray]:
+    """The named arrays of a file.
+
+    Raises:
+      DataError: the file is missing, cannot be read or lacks an array.
+    """
     if not path.is_file():
-        raise DataError(f"there is no file {path}; an .npz must hold the arrays {', '.join(NPZ_KEYS)}")
+        raise DataError(f"there is no file {path}; an .npz must hold the arrays {', '.join(keys)}")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            missing = [key for key in NPZ_KEYS if key not in arrays]
-            if missing:
-                raise DataError(f"{path} lacks {', '.join(missing)}; it must hold {', '.join(NPZ_KEYS)}")
-            x_train, y_train, x_test, y_test = (arrays[key] for key in NPZ_KEYS)
-    except DataError:
-        raise
+            found = {key: arrays[key] for key in keys if key in arrays}
     except Exception as error:  # a truncated zip and an unreadable array raise many types
         raise DataError(f"{path} cannot be read as .npz ({error})") from error
+    if missing := [key for key in keys if key not in found]:
+        raise DataError(f"{path} lacks {', '.join(missing)}; it must hold {', '.join(keys)}")
+    return [found[key] for key in keys]
+
+
+def _npz(path: pathlib.Path) -> tuple[Split, Split]:
+    x_train, y_train, x_test, y_test = read_npz(path)
     return _as_split(path, x_train, y_train), _as_split(path, x_test, y_test)
 
 

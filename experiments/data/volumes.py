@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments._machinery.errors import DataError
+from experiments.data.images import read_npz
 
 IGNORED = 255
 PARTS = ("table top", "table leg", "mug body", "mug handle", "rocket body", "rocket nose", "rocket fin")
-NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 class Split(NamedTuple):
@@ -101,17 +101,8 @@ def _rocket(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, w: np.ndarra
 
 
 def _npz(path: pathlib.Path) -> Dataset:
-    if not path.is_file():
-        raise DataError(f"there is no file {path}; an .npz must hold the arrays {', '.join(NPZ_KEYS)}")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = [key for key in NPZ_KEYS if key not in arrays]
-            found = {key: arrays[key] for key in NPZ_KEYS if key in arrays}
-    except Exception as error:  # a truncated zip and an unreadable array raise many types
-        raise DataError(f"{path} cannot be read as .npz ({error})") from error
-    if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)}; it must hold {', '.join(NPZ_KEYS)}")
-    splits = [_checked(path, found[f"x_{part}"], found[f"y_{part}"]) for part in ("train", "test")]
+    x_train, y_train, x_test, y_test = read_npz(path)
+    splits = [_checked(path, x_train, y_train), _checked(path, x_test, y_test)]
     if splits[0].volumes.shape[1:] != splits[1].volumes.shape[1:]:
         raise DataError(f"{path}: training and test volumes have different shapes")
     if not any((split.labels != IGNORED).any() for split in splits):
