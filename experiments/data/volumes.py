@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments._machinery.errors import DataError
-from experiments.data.images import read_npz
+from experiments.data import images
 
 IGNORED = 255
 PARTS = ("table top", "table leg", "mug body", "mug handle", "rocket body", "rocket nose", "rocket fin")
@@ -101,7 +101,7 @@ def _rocket(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, w: np.ndarra
 
 
 def _npz(path: pathlib.Path) -> Dataset:
-    x_train, y_train, x_test, y_test = read_npz(path)
+    x_train, y_train, x_test, y_test = images.read_npz(path)
     splits = [_checked(path, x_train, y_train), _checked(path, x_test, y_test)]
     if splits[0].volumes.shape[1:] != splits[1].volumes.shape[1:]:
         raise DataError(f"{path}: training and test volumes have different shapes")

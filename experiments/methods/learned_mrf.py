@@ -125,9 +125,8 @@ def figures(shared: Shared, cases: list[Case]) -> dict[str, Any]:
     errors = {"test_pixel_error": "wrong pixels of test scenes (%)", "test_stroke_error": "wrong pixels of strokes (%)"}
     first = [case for case in cases if case.seed == cases[0].seed]
     test = shared.task.dataset.test
-    figure, rows = plots.axes(
-        len(first[0].details["segmented"]), 2 + len(first), size=(2, 2), subplot_kw={"xticks": [], "yticks": []}
-    )
+    count = len(first[0].details["segmented"])
+    figure, rows = plots.axes(count, 2 + len(first), size=(2, 2), subplot_kw={"xticks": [], "yticks": []})
     for number, row in enumerate(rows):
         row[0].imshow(test.images[number, ..., 0], cmap="gray_r")
         panels = [test.labels[number], *(np.array(case.details["segmented"][number]) for case in first)]

@@ -42,12 +42,12 @@ class TestVolumes:
             ({"y_test": None}, "lacks y_test"),
             ({"x_train": np.zeros((2, 8, 8), np.uint8)}, r"volumes must be \[n, D, H, W"),
             ({"x_train": np.zeros((2, 8, 8, 8), np.float32)}, "must be uint8, got float32"),
-            ({name: np.zeros((2, 8, 8, 12), np.uint8) for name in volumes.NPZ_KEYS}, "must be multiples of 8"),
+            ({name: np.zeros((2, 8, 8, 12), np.uint8) for name in volumes.images.NPZ_KEYS}, "must be multiples of 8"),
             ({"y_train": np.full((2, 8, 8, 8), 255, np.uint8)}, "no labels but 255"),
         ],
     )
     def test_unusable_files(self, tmp_path, changed, message):
-        arrays = {name: np.zeros((2, 8, 8, 8), np.uint8) for name in volumes.NPZ_KEYS}
+        arrays = {name: np.zeros((2, 8, 8, 8), np.uint8) for name in volumes.images.NPZ_KEYS}
         if "y_train" in changed:
             arrays["y_test"] = changed["y_train"]
         path = tmp_path / "voxels.npz"
