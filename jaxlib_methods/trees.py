@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from jaxlib_methods.typing import PyTree
+
 __all__ = [
     "combine",
     "find_states",
@@ -23,7 +25,6 @@ __all__ = [
     "path_names",
 ]
 
-PyTree = Any
 _SHOWN = 5  # paths printed in an error
 
 

@@ -20,6 +20,8 @@ from flax import nnx
 
 from jaxlib_methods import trees
 from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import widen
+from jaxlib_methods._core.linalg import matmul
 from jaxlib_methods.low_rank.decompositions import LowRank, asvd, rank_for_keep, svd_llm, truncated_svd
 from jaxlib_methods.typing import LowRankMethod, PyTree
 
@@ -136,8 +138,8 @@ def _products(
     """X^T X, sum |X_j| and the number of tokens of every layer."""
     found = {}
     for path, x in inputs_fn(batch).items():
-        X = x.reshape(-1, x.shape[-1]).astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-        gram = jnp.matmul(X.T, X, precision=jax.lax.Precision.HIGHEST)
+        X = widen(x.reshape(-1, x.shape[-1]))
+        gram = matmul(X.T, X)
         found[path] = gram, jnp.sum(jnp.abs(X), axis=0), jnp.int32(X.shape[0])
     return found
 

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlib_methods._core import checks
+
 __all__ = [
     "LowRank",
     "asvd",
@@ -61,8 +63,7 @@ def rank_for_keep(fan_in: int, fan_out: int, keep: float) -> int:
 
     Source: Wang, Zheng, Wan, Zhang (ICLR 2025), arXiv:2403.07378, official code [wang2025svdllm].
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1], the share of the parameters that remains, got {keep}")
+    checks.within("(0, 1]", remedy="the share of the parameters that remains", keep=keep)
     # 0.8 * 768 * 3072 / 3840 is an integer plus round-off for many sizes: that integer is meant.
     return max(1, math.floor(fan_in * fan_out * keep / (fan_in + fan_out) + 1e-9))
 

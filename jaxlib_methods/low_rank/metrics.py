@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods._core.dtypes import widen
+
 __all__ = [
     "effective_rank",
     "stable_rank",
@@ -12,7 +14,7 @@ __all__ = [
 def _singular_values(W: jax.Array) -> jax.Array:
     if W.ndim < 2 or not jnp.issubdtype(W.dtype, jnp.floating):
         raise ValueError(f"W must be a real matrix (..., m, n), got shape {W.shape} of {W.dtype}")
-    return jnp.linalg.svd(W.astype(jnp.float64 if W.dtype == jnp.float64 else jnp.float32), compute_uv=False)
+    return jnp.linalg.svd(widen(W), compute_uv=False)
 
 
 def stable_rank(W: jax.Array) -> jax.Array:

@@ -14,6 +14,8 @@ from jax.nn import initializers
 
 from jaxlib_methods import trees
 from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import compute_dtype
+from jaxlib_methods._core.linalg import matmul
 from jaxlib_methods.pruning._selection import mark_prunable
 from jaxlib_methods.typing import InitializerKind, PyTree
 
@@ -62,7 +64,7 @@ def orthogonal_convolution(scale: float | int = 1.0) -> Initializer:
                 f"{tuple(shape)}; take jax.nn.initializers.orthogonal for other kernels"
             )
         size, _, inputs, outputs = shape
-        compute = jnp.float64 if dtype == jnp.float64 else jnp.float32
+        compute = compute_dtype(dtype)
         first, *rest = jax.random.split(key, 2 * size - 1)
         kernel = _orthogonal(first, outputs, compute)[None, None, :inputs]
         for vertical, horizontal in zip(rest[::2], rest[1::2], strict=True):
@@ -82,13 +84,13 @@ def _symmetric_projection(key: jax.Array, n: int, dtype: jax.typing.DTypeLike) -
     r"""$P = U\,\mathrm{diag}(b)\,U^\top$ with $U$ orthogonal and fair coins $b$."""
     basis_key, coin_key = jax.random.split(key)
     chosen = _orthogonal(basis_key, n, dtype) * jax.random.bernoulli(coin_key, 0.5, (1, n)).astype(dtype)
-    return _matmul(chosen, chosen.T)
+    return matmul(chosen, chosen.T)
 
 
 def _isometric_block(P: jax.Array, Q: jax.Array) -> jax.Array:
     """[[PQ, P(I-Q)], [(I-P)Q, (I-P)(I-Q)]] of shape (2, 2, n, n)."""
     complement = lambda X: jnp.eye(len(X), dtype=X.dtype) - X
-    return jnp.stack([jnp.stack([_matmul(A, B) for B in (Q, complement(Q))]) for A in (P, complement(P))])
+    return jnp.stack([jnp.stack([matmul(A, B) for B in (Q, complement(Q))]) for A in (P, complement(P))])
 
 
 def _convolve_matrices(kernel: jax.Array, block: jax.Array) -> jax.Array:
@@ -97,12 +99,8 @@ def _convolve_matrices(kernel: jax.Array, block: jax.Array) -> jax.Array:
     out = jnp.zeros((h + 1, w + 1, m, n), kernel.dtype)
     for i in range(2):
         for j in range(2):
-            out = out.at[i : i + h, j : j + w].add(_matmul(kernel, jnp.broadcast_to(block[i, j], (h, w, n, n))))
+            out = out.at[i : i + h, j : j + w].add(matmul(kernel, jnp.broadcast_to(block[i, j], (h, w, n, n))))
     return out
-
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _normal(variance: int, fan: str) -> Callable[[float], Initializer]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods._core import checks
+from jaxlib_methods._core.linalg import matmul
 from jaxlib_methods.pruning.masks import apply_masks
 from jaxlib_methods.typing import IsometryObjective, PyTree
 
@@ -162,7 +163,7 @@ def _descend(
 def _gradient(C: jax.Array, *, squared: bool) -> tuple[jax.Array, jax.Array]:
     """The gradient by C of ||C^T C - I||_F (0 where that is 0) or of its square / 4, and the norm."""
     R, norm = _residual(C)
-    slope = _matmul(R, C) if C.shape[0] < C.shape[1] else _matmul(C, R)
+    slope = matmul(R, C) if C.shape[0] < C.shape[1] else matmul(C, R)
     if squared:
         return slope, norm
     return slope * jnp.where(norm > 0, 2 / jnp.where(norm > 0, norm, 1), 0), norm
@@ -175,7 +176,7 @@ def _residual(C: jax.Array) -> tuple[jax.Array, jax.Array]:
     two the same descent.
     """
     n, k = C.shape
-    R = _matmul(C, C.T) if n < k else _matmul(C.T, C)
+    R = matmul(C, C.T) if n < k else matmul(C.T, C)
     R = R - jnp.eye(min(n, k), dtype=C.dtype)
     square = jnp.sum(R * R) + max(k - n, 0)
     positive = square > 0
@@ -186,8 +187,3 @@ def _as_matrix(W: jax.Array) -> jax.Array:
     """(fan-in, outputs), in float32 at least; masks stay boolean."""
     W = W.reshape(-1, W.shape[-1])
     return W if W.dtype == bool else W.astype(jnp.promote_types(W.dtype, jnp.float32))
-
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    # A Gram matrix of bfloat16 products would shift the target by 1e-2.
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

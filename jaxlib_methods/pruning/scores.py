@@ -7,6 +7,7 @@ parameters, $\partial L/\partial c_j$ at $c = 1$ is $w_j\,\partial L/\partial w_
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods._core.dtypes import common_compute_dtype
 from jaxlib_methods.typing import ApplyFn, AxisName, LossFn, PyTree
 
 __all__ = [
@@ -114,7 +115,7 @@ def connection_sensitivity(
     g = gate_gradient(loss_fn, params, batch, num_microbatches=num_microbatches, axis_name=axis_name)
     scores = jax.tree.map(jnp.abs, g)
     leaves = jax.tree.leaves(scores)
-    wide = jnp.float64 if any(s.dtype == jnp.float64 for s in leaves) else jnp.float32
+    wide = common_compute_dtype(leaves)
     total = sum((jnp.sum(s, dtype=wide) for s in leaves), start=jnp.zeros((), wide))
     total = jnp.where(total > 0, total, jnp.ones_like(total))
     return jax.tree.map(lambda s: (s.astype(total.dtype) / total).astype(s.dtype), scores)

@@ -244,7 +244,7 @@ def test_requests_that_cannot_be_met_are_refused(net):
         asvd(np.ones((4, 3)), -np.ones(4), 1)
     with pytest.raises(ValueError, match="finite square matrix"):
         whitening_factor(np.full((2, 2), np.nan))
-    with pytest.raises(ValueError, match="keep must be in"):
+    with pytest.raises(ValueError, match="keep must lie in"):
         rank_for_keep(4, 4, 0.0)
     with pytest.raises(ValueError, match="W must be a real matrix"):
         stable_rank(jnp.ones(3))
