@@ -40,7 +40,7 @@ class Range:
         return f"lie in {left}{self.low:g}, {self.high:g}{right}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable, as tyro wants it, whatever the names are
 class OneOf:
     """One of some names that are known when the program runs; for fixed ones use `Literal`."""
 

@@ -4,6 +4,7 @@
 picture is a matplotlib `Figure`, from these functions or from `axes`, or an image uint8 [H, W(, 3)] of plain pixels.
 """
 
+import itertools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -52,6 +53,7 @@ def curves(
     ys: Mapping[str, str],
     *,
     label: Callable[[Case], str] | None = None,
+    panel: Callable[[Case], str] | None = None,
     title: str = "",
     **style: Any,
 ) -> Figure:
@@ -62,12 +64,20 @@ def curves(
       x: name of the abscissa in a point, e.g. "step".
       ys: name in a point -> what to write at the axis.
       label: of a line; the row's name by default.
+      panel: what is drawn apart, e.g. the depth; it titles its panels, one a quantity.
       title: of the whole figure.
       style: for `Axes.set` of every panel, e.g. `yscale="log"`, `xlabel="updates"`.
     """
-    figure, panels = axes(1, len(ys))
-    for panel, (y, ylabel) in zip(panels[0], ys.items(), strict=True):
-        for name, group in by_name(cases, label).items():
+    apart = by_name(cases, panel) if panel else {"": cases}
+    wanted = [(heading, y) for heading in apart for y in ys]
+    rows = -(-len(wanted) // 4)
+    columns = -(-len(wanted) // rows)
+    figure, grid = axes(rows, columns)
+    for place, (heading, y) in itertools.zip_longest(grid.flat, wanted, fillvalue=(None, None)):
+        if y is None:
+            place.set_axis_off()
+            continue
+        for name, group in by_name(apart[heading], label).items():
             series = [[(point[x], point[y]) for point in case.curve if y in point] for case in group]
             series = [points for points in series if points]
             if not series:
@@ -75,12 +85,12 @@ def curves(
             shortest = min(map(len, series))  # a seed that diverged ends early
             values = np.array([points[:shortest] for points in series])
             at, middle = values[0, :, 0], np.median(values[..., 1], axis=0)
-            (line,) = panel.plot(at, middle, marker="." if shortest < 40 else None, label=name)
+            (line,) = place.plot(at, middle, marker="." if shortest < 40 else None, label=name)
             band = values[..., 1].min(0), values[..., 1].max(0)
-            panel.fill_between(at, *band, color=line.get_color(), alpha=0.15, linewidth=0)
-        panel.set(**{"xlabel": x, "ylabel": ylabel} | style)
-        panel.grid(alpha=0.3)
-    panels[0, 0].legend(fontsize="small")
+            place.fill_between(at, *band, color=line.get_color(), alpha=0.15, linewidth=0)
+        place.set(**{"xlabel": x, "ylabel": ys[y], "title": heading} | style)
+        place.grid(alpha=0.3)
+    grid[0, 0].legend(fontsize="small")
     figure.suptitle(title, fontsize=10)
     return figure
 

@@ -9,7 +9,8 @@
     history[-1]["test_error"]  # per cent
 
 A method with a loss, an initialisation or measurements of its own hands them to `fit`; what it shares with others it
-takes from the task, so that the cases of a run share compiled programs and the data on the devices.
+takes from the task, so that the cases of a run share compiled programs and the data on the devices. One whose network
+is functions, or another one for every row, takes the data alone, from `load_data`.
 """
 
 import dataclasses
@@ -44,24 +45,14 @@ class Options(options.Options):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """Everything that runs of the same options share, so that nothing is compiled or loaded twice."""
+class Data:
+    """Images on the devices, and what trains and evaluates any network on them."""
 
     options: Options
     dataset: images.Dataset
     split: device_data.OnDevice  # of the training set
     standardise: Callable[[Any], Any]  # images uint8 -> float32
-    init: Callable[[jax.Array], tuple[PyTree, PyTree]]  # key -> (params, model_state)
-    apply: Callable[..., tuple[jax.Array, PyTree]]  # (params, model_state, images, train) -> (logits, model_state)
-    loss_fn: loop.LossFn  # mean cross-entropy
-    logits: Callable[[PyTree, PyTree, jax.Array], jax.Array]  # (params, model_state, images), in evaluation mode
     augment: Callable[[images.Split, jax.Array], images.Split] | None  # crops and flips where the set is CIFAR
-
-    def start(self, optimizer: optax.GradientTransformation, seed: int) -> loop.TrainState:
-        """The state before the first step: every optimizer gets the same parameters and batches from the same seed."""
-        init_key, train_key = jax.random.split(jax.random.key(seed))
-        params, model_state = self.init(init_key)
-        return loop.init_state(params, optimizer, key=train_key, model_state=model_state)
 
     def evaluator(self, logits_fn: Callable[[PyTree, PyTree, jax.Array], jax.Array]) -> Callable[..., dict[str, float]]:
         """`state -> {"test_error", "test_loss"}` of other logits, and the same of validation data where there are."""
@@ -83,20 +74,19 @@ class Task:
         steps: int,
         label: str,
         evaluate: Callable[[loop.TrainState], dict[str, float]],
-        loss_fn: loop.LossFn | None = None,
+        loss_fn: loop.LossFn,
         **changes: Any,
     ) -> tuple[loop.TrainState, list[Record]]:
         """Trains one network with `loop.fit`; the same objects for another seed compile nothing.
 
         Args:
-          optimizer, state, workdir, steps, label: as for `loop.fit`.
+          optimizer, state, workdir, steps, label, loss_fn: as for `loop.fit`.
           evaluate: from `evaluator`, made once.
-          loss_fn: None takes the task's.
           changes: other arguments of `loop.fit`.
         """
         defaults = {"batch_size": self.options.batch_size, "augment": self.augment, "mesh": self.split.mesh}
         return loop.fit(
-            loss_fn or self.loss_fn,
+            loss_fn,
             optimizer,
             state,
             self.split,
@@ -106,6 +96,28 @@ class Task:
             workdir=workdir,
             **defaults | changes,
         )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task(Data):
+    """Data and a network: all that runs of the same options share, so that nothing is compiled or loaded twice."""
+
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]]  # key -> (params, model_state)
+    apply: Callable[..., tuple[jax.Array, PyTree]]  # (params, model_state, images, train) -> (logits, model_state)
+    loss_fn: loop.LossFn  # mean cross-entropy
+    logits: Callable[[PyTree, PyTree, jax.Array], jax.Array]  # (params, model_state, images), in evaluation mode
+
+    def start(self, optimizer: optax.GradientTransformation, seed: int) -> loop.TrainState:
+        """The state before the first step: every optimizer gets the same parameters and batches from the same seed."""
+        init_key, train_key = jax.random.split(jax.random.key(seed))
+        params, model_state = self.init(init_key)
+        return loop.init_state(params, optimizer, key=train_key, model_state=model_state)
+
+    def fit(
+        self, *args: Any, loss_fn: loop.LossFn | None = None, **kwargs: Any
+    ) -> tuple[loop.TrainState, list[Record]]:
+        """As `Data.fit`, with the task's loss by default."""
+        return super().fit(*args, loss_fn=loss_fn or self.loss_fn, **kwargs)
 
 
 def network(name: str, **arguments: Any) -> Build:
@@ -119,12 +131,11 @@ def network(name: str, **arguments: Any) -> Build:
     return build
 
 
-def load(options: Options, build: Build, *, per_channel: bool | None = None, minimum_side: int = 0) -> Task:
-    """Loads the data and compiles what initialises and applies a network.
+def load_data(options: Options, *, per_channel: bool | None = None, minimum_side: int = 0) -> Data:
+    """Loads the images.
 
     Args:
       options: of the data.
-      build: makes the network, e.g. `network("lenet300")`.
       per_channel: standardise every channel by its own mean; None: where there are several.
       minimum_side: images below it are enlarged three times and framed by two pixels; LeNet-5 needs 16.
     """
@@ -136,7 +147,21 @@ def load(options: Options, build: Build, *, per_channel: bool | None = None, min
         per_channel = dataset.train.images.shape[-1] > 1
     statistics = images.channel_statistics if per_channel else images.global_statistics
     mean, std = statistics(dataset.train.images)
+    split = device_data.put(dataset.train, device_data.data_mesh(options.batch_size))
     standardise = lambda pixels: images.standardise(pixels, mean, std)
+    return Data(options, dataset, split, standardise, crop_and_flip if options.dataset == "cifar10" else None)
+
+
+def load(options: Options, build: Build, **changes: Any) -> Task:
+    """Loads the data and compiles what initialises and applies a network.
+
+    Args:
+      options: of the data.
+      build: makes the network, e.g. `network("lenet300")`.
+      changes: other arguments of `load_data`.
+    """
+    data = load_data(options, **changes)
+    dataset, standardise = data.dataset, data.standardise
     graph = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0), dataset)), nnx.Param, ...)[0]
 
     @jax.jit
@@ -154,17 +179,8 @@ def load(options: Options, build: Build, *, per_channel: bool | None = None, min
         logits, model_state = apply(params, model_state, batch.images, True)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean(), (model_state, {})
 
-    return Task(
-        options,
-        dataset,
-        device_data.put(dataset.train, device_data.data_mesh(options.batch_size)),
-        standardise,
-        init,
-        apply,
-        loss_fn,
-        lambda params, model_state, pixels: apply(params, model_state, pixels, False)[0],
-        crop_and_flip if options.dataset == "cifar10" else None,
-    )
+    logits = lambda params, model_state, pixels: apply(params, model_state, pixels, False)[0]
+    return Task(options, dataset, data.split, standardise, data.augment, init, apply, loss_fn, logits)
 
 
 def crop_and_flip(batch: images.Split, key: jax.Array) -> images.Split:
