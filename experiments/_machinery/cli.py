@@ -45,7 +45,7 @@ def _configure_jax() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     import jax
 
-    from experiments.data.images import cache_folder
+    from experiments._machinery.files import cache_folder
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / f"xla-{jax.__version__}"))

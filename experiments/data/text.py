@@ -3,7 +3,7 @@
     python_docs        the help topics that every CPython bundles (pydoc_data): nothing to download
     tiny_shakespeare   and any other TFDS set of texts prepared as array_record under `data_dir`; WikiText, which TFDS
                        prepares from Hugging Face, is huggingface:salesforce__wikitext/wikitext-103-raw-v1
-    path/to/file.txt   UTF-8 text
+    path/to/file.txt   UTF-8 text; so is any other file that is there
     path/to/file.npy   token ids of any tokenizer, one axis of integers
 
 python_docs is the default because nothing larger comes with Python or what the experiments install: 0.4 MB of English
@@ -136,7 +136,7 @@ def _parts(name: str, data_dir: str | os.PathLike | None, download: bool) -> tup
         return _python_docs(), None
     if name.endswith(".npy"):
         return _ids(pathlib.Path(name)), None
-    if name.endswith(".txt"):
+    if name.endswith(".txt") or pathlib.Path(name).is_file():
         try:
             return pathlib.Path(name).read_text(encoding="utf-8"), None
         except (OSError, UnicodeDecodeError) as error:

@@ -224,3 +224,9 @@ def test_schedule_warms_up_and_ends_at_a_tenth():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         language_model.Options(**options)
+
+
+def test_a_file_with_any_ending_is_a_text(tmp_path):
+    (tmp_path / "notes.md").write_text("to be or not to be " * 20)
+    found = text.load(str(tmp_path / "notes.md"))
+    assert found.decode(found.train[:5]) == "to be" and len(found.validation) == 38
