@@ -145,7 +145,7 @@ class _Classifier(nnx.Module):
             self.head = FixedETFHead(d, num_classes, temperature=tau)
         else:
             self.head = NearestETFHead(
-                d, num_classes, temperature=tau, delta=config.delta, implicit_gradient=method == "implicit"
+                d, num_classes, temperature=tau, proximal_weight=config.delta, implicit_gradient=method == "implicit"
             )
 
 

@@ -214,9 +214,8 @@ def make_optimizer(name: str, config: Config, steps: int) -> optax.GradientTrans
             optimizers.schedules.cosine_rank_schedule(steps, config.rank_start, config.rank_end),
             weight_decay=config.weight_decay,
             key=jax.random.key(0),
-            adam_b1=adam["b1"],
-            adam_b2=adam["b2"],
-            consistent_rms=RMS,
+            adam=optimizers.muon.AdamConfig(**adam),
+            shape_scaling=RMS,
             decomposition=optimizers.BlockKrylovConfig(rank_buckets=buckets),
         )
     else:

@@ -32,7 +32,8 @@ import optax
 
 from experiments._machinery import cases
 from experiments.data import images as data
-from jaxlib_methods.classifiers import etf_weights, helmert_basis, simplex_etf
+from jaxlib_methods.classifiers import etf_weights, simplex_etf
+from jaxlib_methods.classifiers.simplex import helmert_basis
 from jaxlib_methods.optimizers import geoprec_gd, reduced_objective
 from jaxlib_methods.optimizers.curvature import ReducedCurvature, reduced_curvature
 

@@ -112,7 +112,7 @@ def _run_case(config: Config, K: int, method: str, seed: int, case_dir: pathlib.
         head = FixedETFHead(d, K, temperature=tau)
     else:
         gradient = method == "implicit"
-        head = NearestETFHead(d, K, temperature=tau, delta=config.delta, implicit_gradient=gradient)
+        head = NearestETFHead(d, K, temperature=tau, proximal_weight=config.delta, implicit_gradient=gradient)
     graph, weights, head_state = nnx.split(head, nnx.Param, ...)
     # The mean divides a vector's gradient by their number; the classifier's gradient is of order one as it stands.
     tx = optax.partition(

@@ -40,6 +40,7 @@ __all__ = [
     "PairwiseKind",
     "ParameterSubsets",
     "PipelineSchedule",
+    "PolarMethod",
     "ProjectionJacobian",
     "PruningPolicy",
     "PruningSchedule",
@@ -73,11 +74,10 @@ AttackNorm: TypeAlias = Literal["linf", "l2", "l2_per_channel"]
 AveragingMethod: TypeAlias = Literal["avg", "weight_update", "ema"]
 ChannelTies: TypeAlias = Literal["max", "min", "union"]
 ClassAverage: TypeAlias = Literal["ema", "cumulative"]
-Direction: TypeAlias = Literal["forward", "backward"]  # of what crosses a boundary between stages
-TransformFold: TypeAlias = Literal["in place", "each", "master"]  # of a transform into a parameter
+Direction: TypeAlias = Literal["forward", "backward"]
 GateGradients: TypeAlias = Literal["mpmg", "mnmg"]
 Implementation: TypeAlias = Literal["xla", "pallas_gpu", "pallas_tpu"]
-Incompatibility: TypeAlias = Literal["none", "partial", "full"]  # of stages from different times
+Incompatibility: TypeAlias = Literal["none", "partial", "full"]
 InitializerKind: TypeAlias = Literal[
     "orthogonal", "conv_orthogonal", "delta_orthogonal", "lecun_normal", "glorot_normal", "he_normal"
 ]
@@ -91,6 +91,9 @@ NesterovDiscount: TypeAlias = Literal["both", "momentum", "none"]
 NeuronReduction: TypeAlias = Literal["sum", "mean", "max"]
 OrthogonalRetraction: TypeAlias = Literal["qr", "bjorck"]
 PairwiseKind: TypeAlias = Literal["potts", "truncated_linear", "toeplitz", "table"]
+ParameterSubsets: TypeAlias = Literal["partition", "strided", "bernoulli"]
+PipelineSchedule: TypeAlias = Literal["gpipe", "1f1b", "circular", "async"]
+PolarMethod: TypeAlias = Literal["svd", "qdwh", "newton_schulz", "gram"]
 ProjectionJacobian: TypeAlias = Literal["exact", "single", "double", "clipped", "straight_through"]
 PruningPolicy: TypeAlias = Literal["snip", "weights"]
 PruningSchedule: TypeAlias = Literal["exponential", "linear"]
@@ -99,10 +102,9 @@ QuadraticTruncation: TypeAlias = Literal["distance", "cost"]
 ReductionSolver: TypeAlias = Literal["cg", "woodbury", "projection"]
 Rounding: TypeAlias = Literal["argmin", "sequential"]
 SGMVariant: TypeAlias = Literal["messages", "path_costs"]
-PipelineSchedule: TypeAlias = Literal["gpipe", "1f1b", "circular", "async"]
-SecondMoments: TypeAlias = Literal["error", "keep", "reset"]  # what becomes of squared gradients
+SecondMoments: TypeAlias = Literal["error", "keep", "reset"]
 ShapeScaling: TypeAlias = Literal["width", "spectral", "rms"]
-ParameterSubsets: TypeAlias = Literal["partition", "strided", "bernoulli"]  # of parameters
 SynchronousSchedule: TypeAlias = Literal["gpipe", "1f1b", "circular"]
+TransformFold: TypeAlias = Literal["in place", "each", "master"]
 UnseenClasses: TypeAlias = Literal["global_mean", "zero"]
 WeightProjection: TypeAlias = Literal["softmax", "sparsemax", "argmax", "tanh", "round"]

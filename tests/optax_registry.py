@@ -74,7 +74,7 @@ WEIGHTS_ONLY = dict.fromkeys(("parabola", "rosenbrock", "mixed_ranks"), "AGD ref
 
 MATRICES_ONLY = dict.fromkeys(("parabola", "rosenbrock", "mixed_ranks"), "scale_by_numuon refuses vectors and scalars")
 
-NUMUON_STATIC = ("rank_schedule", "ns_coeffs", "ns_steps", "key", "decomposition")
+NUMUON_STATIC = ("rank_schedule", "key", "newton_schulz", "decomposition")
 
 SLOW_VALLEY = {"rosenbrock": "plain momentum at a step that is stable everywhere creeps along the valley"}
 
@@ -166,15 +166,15 @@ ENTRIES: list[Entry] = [
     Entry(
         "scale_by_pullback_metric",
         scale_by_pullback_metric,
-        {"psi": lambda x1: jax.tree.map(jnp.sin, x1), "solver": "cg"},
+        {"mapping": lambda x1: jax.tree.map(jnp.sin, x1), "solver": "cg"},
         as_optimizer=before_sgd,
-        static_args=("psi", "solver", "tol", "max_iterations"),
+        static_args=("mapping", "solver", "tolerance", "max_iterations"),
     ),
     Entry(
         "geoprec_gd",
         geoprec_gd,
-        {"learning_rate": 1e-3, "psi": lambda x1: [jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(x1)]},
-        static_args=("psi", "solver", "tol", "max_iterations", "mask"),
+        {"learning_rate": 1e-3, "mapping": lambda x1: [jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(x1)]},
+        static_args=("mapping", "solver", "tolerance", "max_iterations", "mask"),
         steps=20_000,
     ),
     Entry(
@@ -193,7 +193,7 @@ ENTRIES: list[Entry] = [
         optimizers.row_shared.project_rows,
         {"U": jnp.eye(4), "constrained": lambda params: jax.tree.map(lambda p: p.shape[-1:] == (4,), params)},
         as_optimizer=before_sgd,
-        static_args=("U", "constrained", "weights"),
+        static_args=("U", "constrained", "project_weights"),
     ),
     masked("pruned", pruning.pruned, hyperparams={"inner": SGD}, static_args=("inner", "masks")),
     masked(
@@ -220,7 +220,7 @@ ENTRIES: list[Entry] = [
         "numuon",
         optimizers.numuon,
         {"learning_rate": 1e-2, "rank_schedule": 0.5, "weight_decay": 0.0, "key": jax.random.key(0)},
-        static_args=(*NUMUON_STATIC, "adam_paths"),
+        static_args=(*NUMUON_STATIC, "adam", "shape_scaling"),
         promotion="standard",
     ),
     Entry("scale_by_nadam", optimizers.nesterov.scale_by_nadam, as_optimizer=by_rate(1e-2)),
@@ -231,14 +231,14 @@ ENTRIES: list[Entry] = [
         optimizers.discounted.scale_by_discounted_nesterov,
         {"momentum": 0.9},
         as_optimizer=by_rate(1e-2),
-        static_args=("discount",),
+        static_args=("discounted",),
         opt_outs=SLOW_VALLEY,
     ),
     Entry(
         "discounted_nesterov",
         optimizers.discounted.discounted_nesterov,
-        {"learning_rate": 1e-3, "momentum": 0.9, "discount": False},
-        static_args=("discount",),
+        {"learning_rate": 1e-3, "momentum": 0.9, "discounted": False},
+        static_args=("discounted",),
     ),
     Entry(
         "scale_by_delay",

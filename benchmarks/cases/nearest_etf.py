@@ -89,7 +89,7 @@ def _problem(K: int, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _ours(method: str | None) -> Callable[..., Any]:
     @jax.jit
     def both(Y: jax.Array, prox: jax.Array, G: jax.Array) -> tuple[jax.Array, jax.Array]:
-        solve = lambda Y: nearest_etf(Y, prox, delta=DELTA, normalize=False, method=method)
+        solve = lambda Y: nearest_etf(Y, prox, proximal_weight=DELTA, normalize=False, method=method)
         U, vjp = jax.vjp(solve, Y)
         return U, vjp(G)[0]
 

@@ -18,8 +18,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.classifiers._polar import matmul, polar
-from jaxlib_methods.classifiers._simplex_etf import check_frame_size, compute_dtype, helmert_basis
+from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import widen
+from jaxlib_methods._core.linalg import matmul
+from jaxlib_methods.classifiers._polar import polar
+from jaxlib_methods.classifiers.simplex import check_frame_size, helmert_basis
+from jaxlib_methods.typing import PolarMethod
 
 FIRST_DELTA = 1e-6
 
@@ -32,7 +36,7 @@ def _target(Y: jax.Array, prox: jax.Array, delta: float) -> jax.Array:
     return matmul(A, helmert_basis(K, A.dtype)) if d == K - 1 else A
 
 
-def _frame(A: jax.Array, K: int, method: str | None, condition: float | None) -> jax.Array:
+def _frame(A: jax.Array, K: int, method: PolarMethod | None, condition: float | None) -> jax.Array:
     U = polar(A, method=method, condition=condition)
     return matmul(U, helmert_basis(K, A.dtype).T) if A.shape[-1] == K - 1 else U
 
@@ -72,9 +76,9 @@ def nearest_etf(
     class_means: jax.Array,
     prox: jax.Array | None = None,
     *,
-    delta: float = 1e-3,
+    proximal_weight: float = 1e-3,
     normalize: bool = True,
-    method: str | None = None,
+    method: PolarMethod | None = None,
 ) -> jax.Array:
     """The frame U* of the simplex ETF nearest to the class means; differentiable, exact, O(dK + K^2) memory.
 
@@ -85,7 +89,7 @@ def nearest_etf(
       class_means: Z, shape (..., d, K), one (centred) class mean a column.
       prox: U_prox, shape (..., d, K), the frame to stay close to; no gradient flows to it. None stands for the first
         step of a training run: U_prox is then itself the nearest frame, its free direction completed from eye(d, K).
-      delta: weight of the proximal term, > 0. Smaller follows the means more closely and conditions the problem worse:
+      proximal_weight: delta > 0. Smaller follows the means more closely and conditions the problem worse:
         kappa(A) ~ 2 / (sqrt(K-1) delta).
       normalize: scale Z to unit Frobenius norm first (gradient flows through the norm), as training does.
       method: see `polar`.
@@ -95,7 +99,7 @@ def nearest_etf(
       `etf_weights(U*)` are the classifier's weights.
 
     Raises:
-      ValueError: d < K - 1, delta <= 0, shapes that disagree.
+      ValueError: d < K - 1, proximal_weight <= 0, shapes that disagree.
 
     Example:
       >>> import jax.numpy as jnp
@@ -111,21 +115,19 @@ def nearest_etf(
         raise ValueError(f"class_means must be floating (..., d, K), got {class_means.shape} of {class_means.dtype}")
     d, K = class_means.shape[-2:]
     check_frame_size(K, d)
-    if not delta > 0:
-        raise ValueError(f"delta must be positive, got {delta}; without the proximal term the frame is not unique")
+    checks.positive(proximal_weight=proximal_weight, remedy="without the proximal term the frame is not unique")
     if prox is not None and prox.shape != class_means.shape:
         raise ValueError(f"prox must have the shape of class_means, got {prox.shape} and {class_means.shape}")
-    dtype = compute_dtype(class_means.dtype)
-    Y = class_means.astype(dtype)
+    Y = widen(class_means)
     if normalize:
         Y = scale_to_unit_norm(Y)
-    U_prox = first_prox(Y) if prox is None else jax.lax.stop_gradient(prox.astype(dtype))
-    condition = 2.0 / (math.sqrt(K - 1) * delta) + 1.0
-    return _frame(_target(Y, U_prox, delta), K, method, condition).astype(class_means.dtype)
+    U_prox = first_prox(Y) if prox is None else jax.lax.stop_gradient(prox.astype(Y.dtype))
+    condition = 2.0 / (math.sqrt(K - 1) * proximal_weight) + 1.0
+    return _frame(_target(Y, U_prox, proximal_weight), K, method, condition).astype(class_means.dtype)
 
 
 def nearest_etf_objective(
-    frame: jax.Array, class_means: jax.Array, prox: jax.Array, *, delta: float = 1e-3, normalize: bool = True
+    frame: jax.Array, class_means: jax.Array, prox: jax.Array, *, proximal_weight: float = 1e-3, normalize: bool = True
 ) -> jax.Array:
     """The objective that `nearest_etf` minimises: ||Y - U M/sqrt(K-1)||_F^2 + delta/2 ||U - U_prox||_F^2.
 
@@ -133,7 +135,7 @@ def nearest_etf_objective(
       frame: U, shape (..., d, K).
       class_means: Z, shape (..., d, K).
       prox: U_prox, shape (..., d, K).
-      delta: weight of the proximal term.
+      proximal_weight: delta.
       normalize: scale Z to unit Frobenius norm first.
 
     Returns:
@@ -151,4 +153,4 @@ def nearest_etf_objective(
     Y = scale_to_unit_norm(class_means) if normalize else class_means
     UM = frame - jnp.mean(frame, axis=-1, keepdims=True)
     fit = jnp.sum((Y - UM / math.sqrt(K - 1)) ** 2, axis=(-2, -1))
-    return fit + delta / 2 * jnp.sum((frame - prox) ** 2, axis=(-2, -1))
+    return fit + proximal_weight / 2 * jnp.sum((frame - prox) ** 2, axis=(-2, -1))

@@ -27,16 +27,16 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.classifiers._simplex_etf import HIGHEST, compute_dtype
+from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import compute_dtype
+from jaxlib_methods._core.linalg import matmul
+from jaxlib_methods.typing import PolarMethod
 
-METHODS = ("svd", "qdwh", "newton_schulz", "gram")
 # Above this, Newton-Schulz needs more passes over A than QDWH needs factorisations.
 NEWTON_SCHULZ_MAX_CONDITION = 2e3
 # Below this a CPU is faster with an SVD.
 GRAM_MIN_COLUMNS = 32
 _MAX_STEPS = 80
-
-matmul = functools.partial(jnp.matmul, precision=HIGHEST)
 
 
 def _t(X: jax.Array) -> jax.Array:
@@ -138,7 +138,9 @@ def _qdwh(A: jax.Array) -> jax.Array:
     return jax.lax.map(lambda a: jax.lax.linalg.qdwh(a)[0], flat).reshape(A.shape)
 
 
-def _factors(A: jax.Array, method: str | None, condition: float | None, *, spectrum: bool) -> tuple[jax.Array, ...]:
+def _factors(
+    A: jax.Array, method: PolarMethod | None, condition: float | None, *, spectrum: bool
+) -> tuple[jax.Array, ...]:
     """(U,), or with the spectrum (U, s, V) with A = U V diag(s) V^T."""
 
     def with_spectrum(U: jax.Array) -> tuple[jax.Array, ...]:
@@ -173,7 +175,7 @@ def _factors(A: jax.Array, method: str | None, condition: float | None, *, spect
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _polar(A: jax.Array, method: str | None, condition: float | None) -> jax.Array:
+def _polar(A: jax.Array, method: PolarMethod | None, condition: float | None) -> jax.Array:
     return _factors(A, method, condition, spectrum=False)[0]
 
 
@@ -207,7 +209,7 @@ def _polar_backward(method, condition, residuals, G):
 _polar.defvjp(_polar_forward, _polar_backward)
 
 
-def polar(A: jax.Array, *, method: str | None = None, condition: float | None = None) -> jax.Array:
+def polar(A: jax.Array, *, method: PolarMethod | None = None, condition: float | None = None) -> jax.Array:
     """The orthogonal polar factor of A: the matrix with orthonormal columns (rows, if A is wide) closest to A.
 
     U = argmin_{U^T U = I} ||A - U||_F = A (A^T A)^{-1/2} = Q V^T for A = Q S V^T. The backward pass divides by sums of
@@ -238,8 +240,8 @@ def polar(A: jax.Array, *, method: str | None = None, condition: float | None = 
     """
     if A.ndim < 2 or not jnp.issubdtype(A.dtype, jnp.floating):
         raise ValueError(f"A must be a real matrix (..., d, K), got shape {A.shape} of {A.dtype}")
-    if method is not None and method not in METHODS:
-        raise ValueError(f"method must be None or one of {METHODS}, got {method!r}")
+    if method is not None:
+        checks.one_of(PolarMethod, method=method)
     if condition is not None and not condition >= 1:
         raise ValueError(f"condition must be at least 1, got {condition}; leave it out when it is unknown")
     if A.shape[-2] < A.shape[-1]:

@@ -78,7 +78,7 @@ class ReducedCurvature(NamedTuple):
 
 def reduced_curvature(
     f: Callable[[PyTree, PyTree], jax.Array],
-    psi: Mapping,
+    mapping: Mapping,
     x1: PyTree,
     *,
     minimum: float | int | None = 0.0,
@@ -95,7 +95,8 @@ def reduced_curvature(
 
     Args:
       f: `f(x1, x2)`, twice differentiable, returning a scalar.
-      psi: the reduction mapping; exact in its second derivatives (`argmin_mapping` with a small tol, if implicit).
+      mapping: the reduction mapping; exact in its second derivatives (`argmin_mapping` with a small tolerance, if it is
+        implicit).
       x1: a minimiser of F, concrete floating arrays. mu and its bound mean little elsewhere; beta is right anywhere.
       minimum: min f. A warning tells if F is stationary above it: then the graph misses the minimisers, against the
         assumption that S_F is not empty. None for no such check.
@@ -122,7 +123,7 @@ def reduced_curvature(
     Source: Markou, Ajanthan, Gould (NeurIPS 2025), arXiv:2506.08428, Theorems 1 to 3 [markou2025sharper].
     """
     checks.at_least(2, num_eigenvalues=num_eigenvalues, remedy="a gap lies between two of them")
-    problem = _Problem.of(f, psi, x1)
+    problem = _Problem.of(f, mapping, x1)
     eps = float(np.finfo(problem.dtype).eps)
     rtol = max(1e-6, math.sqrt(eps)) if rtol is None else rtol
     R = _Metric(problem.R, problem.n1, eps, max_dense)
@@ -183,10 +184,10 @@ class _Problem(NamedTuple):
     lower: Operator  # w -> DPhi^T w
 
     @classmethod
-    def of(cls, f: Callable[[PyTree, PyTree], jax.Array], psi: Mapping, x1: PyTree) -> "_Problem":
+    def of(cls, f: Callable[[PyTree, PyTree], jax.Array], mapping: Mapping, x1: PyTree) -> "_Problem":
         x1 = jax.tree.map(jnp.asarray, x1)
         check_floating(x1, "x1")
-        x2 = psi(x1)
+        x2 = mapping(x1)
         check_output(x2)
         flat1, unravel1 = ravel_pytree(x1)
         flat2, unravel2 = ravel_pytree(x2)
@@ -194,9 +195,9 @@ class _Problem(NamedTuple):
         n1 = flat1.size
         in_x1 = lambda v: unravel1(v.astype(flat1.dtype))
         at = jnp.concatenate([flat1.astype(dtype), flat2.astype(dtype)])
-        psi_flat = lambda v: ravel_pytree(psi(in_x1(v)))[0].astype(dtype)
+        psi_flat = lambda v: ravel_pytree(mapping(in_x1(v)))[0].astype(dtype)
         f_flat = lambda x: f(in_x1(x[:n1]), unravel2(x[n1:].astype(flat2.dtype)))
-        F_flat = lambda v: f(in_x1(v), psi(in_x1(v)))
+        F_flat = lambda v: f(in_x1(v), mapping(in_x1(v)))
         value, gradient = jax.value_and_grad(F_flat)(at[:n1])
         if not (np.isfinite(value) and np.isfinite(gradient).all()):
             raise ValueError(f"F(x1) = {float(value)} or its gradient is not finite; x1 must be a minimiser of F")
@@ -306,7 +307,7 @@ def _warn_above_minimum(problem: _Problem, R: _Metric, mu: float, minimum: float
     if excess > 2 * can_fall + 100 * eps * max(1.0, abs(minimum)):
         warnings.warn(
             f"F(x1) = {problem.value:.6g} can fall by some {can_fall:.1g} only and stays above min f = {minimum:.6g}: "
-            "the graph of psi does not meet the minimisers of f, which the theorems assume; F has other minimisers "
+            "the graph of mapping does not meet the minimisers of f, which the theorems assume; F has other minimisers "
             "than f",
             stacklevel=3,
         )

@@ -89,7 +89,7 @@ def pipeline_delays(num_stages: int, accumulation: int = 1) -> tuple[int, ...]:
     return tuple((2 * (num_stages - i) + 1) // (2 * accumulation) for i in range(1, num_stages + 1))
 
 
-def delay_memory(params: PyTree, delay: Delay, *, gradients: bool = False) -> int:
+def delay_memory(params: PyTree, delay: Delay, *, late_gradients: bool = False) -> int:
     r"""Bytes of the ring buffers: $\sum_j \tau_j |w_j|$ for `keep_param_history`, one copy more for `delay_gradients`.
 
     The newest version is the parameters themselves and not counted. Nothing is allocated.
@@ -97,7 +97,7 @@ def delay_memory(params: PyTree, delay: Delay, *, gradients: bool = False) -> in
     Args:
       params: arrays, or `jax.ShapeDtypeStruct`s such as `jax.eval_shape` gives.
       delay: as `keep_param_history` takes it.
-      gradients: True for `delay_gradients`, whose rings have tau + 1 slots.
+      late_gradients: True for `delay_gradients`, whose rings have tau + 1 slots.
 
     Returns:
       The number of bytes.
@@ -111,7 +111,7 @@ def delay_memory(params: PyTree, delay: Delay, *, gradients: bool = False) -> in
       >>> delay_memory({"first": matrix, "last": matrix}, [("first", 7), ("last", 0)])
       16515072
     """
-    depths = _gradient_depths(params, delay) if gradients else delay_of_each_leaf(params, delay)
+    depths = _gradient_depths(params, delay) if late_gradients else delay_of_each_leaf(params, delay)
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)]
     return sum(depth * size for depth, size in zip(depths, sizes, strict=True))
 

@@ -36,7 +36,7 @@ class ScaleByDiscountedNesterovState(NamedTuple):
 
 
 def scale_by_discounted_nesterov(
-    momentum: optax.ScalarOrSchedule = 0.99, *, discount: bool = True
+    momentum: optax.ScalarOrSchedule = 0.99, *, discounted: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     r"""Eq. 10, without adaptivity: Nesterov momentum whose gradients are discounted by $1 - \gamma_t$.
 
@@ -47,7 +47,7 @@ def scale_by_discounted_nesterov(
 
     Args:
       momentum: gamma_t, a number, or a schedule that is evaluated at t = 1, 2, ..., such as `theory_momentum`.
-      discount: False leaves both factors (1 - gamma_t) out, which is ordinary Nesterov momentum.
+      discounted: False leaves both factors (1 - gamma_t) out, which is ordinary Nesterov momentum.
 
     Returns:
       An optax transformation with `ScaleByDiscountedNesterovState`.
@@ -76,7 +76,7 @@ def scale_by_discounted_nesterov(
         count = optax.safe_increment(state.count)
         at = lambda t: momentum(t) if callable(momentum) else momentum
         gamma_t, gamma_next = at(count), at(count + 1)
-        of_g = 1 - gamma_t if discount else 1
+        of_g = 1 - gamma_t if discounted else 1
 
         def weighted(a: Any, x: jax.Array, b: Any, y: jax.Array) -> jax.Array:
             cast = lambda scalar: jnp.asarray(scalar, y.dtype)
@@ -95,7 +95,7 @@ def discounted_nesterov(
     weight_decay: ArrayLike = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     *,
-    discount: bool = True,
+    discounted: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """The update that the theory analyses, eq. 10, with decoupled weight decay; `delayed_nesterov` is the one for use.
 
@@ -104,7 +104,7 @@ def discounted_nesterov(
       momentum: gamma_t, a number, or a schedule that is evaluated at t = 1, 2, ..., such as `theory_momentum`.
       weight_decay: the parameters shrink by learning_rate * weight_decay per step.
       mask: which parameters decay, as in `optax.adamw`.
-      discount: False leaves both factors (1 - gamma_t) out.
+      discounted: False leaves both factors (1 - gamma_t) out.
 
     Returns:
       The optimizer.
@@ -122,7 +122,7 @@ def discounted_nesterov(
     Source: Ajanthan, Ramasinghe, Zuo, Avraham, Long (ICML 2025), arXiv:2505.01099, eq. 10 [ajanthan2025nesterov].
     """
     return optax.chain(
-        scale_by_discounted_nesterov(momentum, discount=discount),
+        scale_by_discounted_nesterov(momentum, discounted=discounted),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

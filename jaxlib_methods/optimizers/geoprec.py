@@ -50,11 +50,11 @@ __all__ = [
 ]
 
 
-def pullback_metric(psi: Mapping, x1: PyTree) -> Callable[[PyTree], PyTree]:
+def pullback_metric(mapping: Mapping, x1: PyTree) -> Callable[[PyTree], PyTree]:
     """The pullback metric R(x1) = I + DPsi^T DPsi as a linear operator; Psi is linearised once.
 
     Args:
-      psi: the reduction mapping x1 -> x2.
+      mapping: the reduction mapping x1 -> x2.
       x1: the point, floating arrays.
 
     Returns:
@@ -72,7 +72,7 @@ def pullback_metric(psi: Mapping, x1: PyTree) -> Callable[[PyTree], PyTree]:
 
     Source: Markou, Ajanthan, Gould (NeurIPS 2025), arXiv:2506.08428 [markou2025sharper].
     """
-    _, jvp, vjp = linearize(psi, x1)
+    _, jvp, vjp = linearize(mapping, x1)
     return lambda v: jax.tree.map(jnp.add, v, vjp(jvp(v)))
 
 
@@ -86,7 +86,7 @@ class PullbackMetricState(NamedTuple):
 
 
 def scale_by_pullback_metric(
-    psi: Mapping, *, solver: ReductionSolver | None = None, tol: float = 1e-6, max_iterations: int = 10
+    mapping: Mapping, *, solver: ReductionSolver | None = None, tolerance: float = 1e-6, max_iterations: int = 10
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies the gradient of F by R(x1)^{-1} = (I + DPsi^T DPsi)^{-1}: the gradient in the metric of the graph.
 
@@ -94,19 +94,19 @@ def scale_by_pullback_metric(
     n1 numbers of at least float32. A gradient that is not finite gives such an update, and the next step recovers.
 
     Args:
-      psi: the reduction mapping x1 -> x2, the same as in F.
+      mapping: the reduction mapping x1 -> x2, the same as in F.
       solver: "cg", "woodbury", "projection" (Psi must be one: checked on init), or None to choose between the first
         two by size (module docstring).
-      tol: relative residual at which conjugate gradients stop.
+      tolerance: relative residual at which conjugate gradients stop.
       max_iterations: of conjugate gradients. As many as R has distinct eigenvalues are enough: two for a projection.
 
     Returns:
       A transformation whose `update` needs `params`, x1 (any pytree).
 
     Raises:
-      ValueError: an unknown solver; tol or max_iterations not positive; on init, x1 or Psi(x1) that are not finite
-        (where they are concrete) or not floating, and a "projection" that is none; on update, no params or gradients
-        of another structure.
+      ValueError: an unknown solver; tolerance or max_iterations not positive; on init, x1 or Psi(x1) that are not
+        finite (where they are concrete) or not floating, and a "projection" that is none; on update, no params or
+        gradients of another structure.
 
     Example:
       >>> import jax.numpy as jnp
@@ -119,11 +119,11 @@ def scale_by_pullback_metric(
     """
     if solver is not None:
         checks.one_of(ReductionSolver, solver=solver)
-    check_cg(tol, max_iterations)
+    check_cg(tolerance, max_iterations)
 
     def init(params: PyTree) -> PullbackMetricState:
         if jax.tree.leaves(params):
-            _check_mapping(psi, params, solver)
+            _check_mapping(mapping, params, solver)
         return PullbackMetricState(jax.tree.map(lambda p: jnp.zeros_like(p, common_compute_dtype(params)), params))
 
     # A system solved in bfloat16 is not solved: one type for the whole solve, at least float32.
@@ -131,11 +131,11 @@ def scale_by_pullback_metric(
         updates: PyTree, state: PullbackMetricState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, PullbackMetricState]:
         if params is None:
-            raise ValueError("the pullback metric is that of psi at params: call update(gradients, state, params)")
+            raise ValueError("the pullback metric is that of mapping at params: call update(gradients, state, params)")
         check_same(updates, params, "the gradient", "params", "differentiate F with respect to x1, and only that")
         if not jax.tree.leaves(params):
             return updates, state
-        x2, jvp, vjp = linearize(psi, params)
+        x2, jvp, vjp = linearize(mapping, params)
         dtype = common_compute_dtype(params)
         widen = functools.partial(_cast, dtype=dtype)
         b = widen(updates)
@@ -149,7 +149,7 @@ def scale_by_pullback_metric(
             z = _woodbury(lambda w: widen(vjp(w)), x2, b)
         else:
             R = lambda v: jax.tree.map(jnp.add, v, widen(vjp(forward(v))))
-            z = conjugate_gradients(R, b, state.z, tol=tol, max_iterations=max_iterations)
+            z = conjugate_gradients(R, b, state.z, tolerance=tolerance, max_iterations=max_iterations)
         usable = jnp.isfinite(inner(z, z))
         kept = jax.tree.map(lambda v: jnp.where(usable, v, 0), z)
         return jax.tree.map(lambda v, g: v.astype(g.dtype), z, updates), PullbackMetricState(kept)
@@ -159,10 +159,10 @@ def scale_by_pullback_metric(
 
 def geoprec_gd(
     learning_rate: optax.ScalarOrSchedule,
-    psi: Mapping,
+    mapping: Mapping,
     *,
     solver: ReductionSolver | None = None,
-    tol: float = 1e-6,
+    tolerance: float = 1e-6,
     max_iterations: int = 10,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
@@ -175,9 +175,9 @@ def geoprec_gd(
 
     Args:
       learning_rate: eta, a number or a schedule; 1 / beta_F from `reduced_curvature` is the theory's.
-      psi: the reduction mapping x1 -> x2, the same as in F.
+      mapping: the reduction mapping x1 -> x2, the same as in F.
       solver: "cg", "woodbury", "projection", or None to choose; see `scale_by_pullback_metric`.
-      tol: relative residual at which conjugate gradients stop.
+      tolerance: relative residual at which conjugate gradients stop.
       max_iterations: of conjugate gradients.
       weight_decay: decoupled, on x1 alone, times the learning rate; a number or a schedule. The paper has none.
       mask: what is decayed, as in `optax.add_decayed_weights`.
@@ -199,7 +199,7 @@ def geoprec_gd(
 
     Source: Markou, Ajanthan, Gould (NeurIPS 2025), arXiv:2506.08428 [markou2025sharper].
     """
-    rule = scale_by_pullback_metric(psi, solver=solver, tol=tol, max_iterations=max_iterations)
+    rule = scale_by_pullback_metric(mapping, solver=solver, tolerance=tolerance, max_iterations=max_iterations)
     return optax.chain(rule, optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
 
 
@@ -226,31 +226,33 @@ def _cast(tree: PyTree, dtype: jax.typing.DTypeLike) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 
-def _check_mapping(psi: Mapping, x1: PyTree, solver: ReductionSolver | None) -> None:
+def _check_mapping(mapping: Mapping, x1: PyTree, solver: ReductionSolver | None) -> None:
     """What can be known of Psi before the first step; values only where they are not traced."""
     check_floating(x1, "x1")
     concrete = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x1))
-    x2 = psi(x1) if concrete else jax.eval_shape(psi, x1)
+    x2 = mapping(x1) if concrete else jax.eval_shape(mapping, x1)
     check_output(x2)
     if solver == "projection":
-        check_same(x2, x1, "psi(x1)", "x1", "a projection maps a space to itself; use solver='cg' for other mappings")
+        check_same(
+            x2, x1, "mapping(x1)", "x1", "a projection maps a space to itself; use solver='cg' for other mappings"
+        )
     if not concrete:
         return
-    for name, tree in (("x1", x1), ("psi(x1)", x2)):
+    for name, tree in (("x1", x1), ("mapping(x1)", x2)):
         for path, leaf in zip(jax.tree.leaves(path_names(tree)), jax.tree.leaves(tree), strict=True):
             if not bool(jnp.all(jnp.isfinite(leaf))):
                 where = f" at {path!r}" if path else ""
-                raise ValueError(f"{name} is not finite{where}; start where psi is defined and smooth")
+                raise ValueError(f"{name} is not finite{where}; start where mapping is defined and smooth")
     if solver == "projection":
-        _check_projection(psi, x1)
+        _check_projection(mapping, x1)
 
 
-def _check_projection(psi: Mapping, x1: PyTree) -> None:
+def _check_projection(mapping: Mapping, x1: PyTree) -> None:
     """DPsi v = DPsi^T v = DPsi DPsi v for one random v, which holds for all v almost surely."""
     rng = np.random.default_rng(0)
     x1 = _cast(x1, common_compute_dtype(x1))
     v = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), x1)
-    _, jvp, vjp = linearize(psi, x1)
+    _, jvp, vjp = linearize(mapping, x1)
     Pv = jvp(v)
     tolerance = math.sqrt(float(jnp.finfo(common_compute_dtype(x1)).eps))
     for name, other in (("symmetric", vjp(v)), ("idempotent", jvp(Pv))):

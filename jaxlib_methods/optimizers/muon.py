@@ -13,6 +13,7 @@ How the rank anneals in one compiled program: shapes are static, so the decompos
 has exactly k dyads and costs what the bucket's rank costs. Compile time and code size grow with the number of buckets.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -37,16 +38,16 @@ from jaxlib_methods.optimizers._matrix_stacks import (
     whole,
 )
 from jaxlib_methods.optimizers.block_krylov import BlockKrylovConfig, svd_of_tall
-from jaxlib_methods.optimizers.nuclear_norm import NS_COEFFS, newton_schulz, spend
+from jaxlib_methods.optimizers.nuclear_norm import NewtonSchulzConfig, newton_schulz as polar_factor, spend
 from jaxlib_methods.optimizers.schedules import ROUND_OFF, check_fraction, dyads
 from jaxlib_methods.typing import PyTree, ShapeScaling
 
-__all__ = ["NuMuonState", "numuon", "scale_by_numuon"]
+__all__ = ["AdamConfig", "NuMuonState", "numuon", "scale_by_numuon"]
 
 RankSchedule = Callable[[jax.Array], jax.Array]
 
 RANK_BUCKETS = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
-DECOMPOSITION = BlockKrylovConfig()
+DECOMPOSITION, NEWTON_SCHULZ = BlockKrylovConfig(), NewtonSchulzConfig()
 ADAM_PATHS = (r"embed", r"(^|/)(wte|wpe|lm_head|head|unembed)(/|$)")
 
 
@@ -54,23 +55,21 @@ class NuMuonState(NamedTuple):
     """State of `scale_by_numuon`."""
 
     count: jax.Array  # int32 (): steps taken; the rank schedule is evaluated at it
-    mu: PyTree  # momentum, like the parameters, in mu_dtype
+    mu: PyTree  # momentum, like the parameters, in momentum_dtype
     bases: PyTree  # warm starts: one float32 or float64 (matrices, n, columns) for each shape (m, n); None without
 
 
 def scale_by_numuon(
     rank_schedule: float | int | RankSchedule,
-    ns_coeffs: tuple[float, float, float] = NS_COEFFS,
-    ns_steps: int = 5,
-    decay: jax.typing.ArrayLike = 0.95,
-    eps: jax.typing.ArrayLike = 1e-8,
-    mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     key: jax.Array,
+    momentum: jax.typing.ArrayLike = 0.95,
+    momentum_dtype: jax.typing.DTypeLike | None = None,
     nesterov: bool = False,
     fractional: bool = False,
-    weight_dimension_numbers: PyTree | Callable[[PyTree], PyTree] | None = None,
+    newton_schulz: NewtonSchulzConfig = NEWTON_SCHULZ,
     decomposition: BlockKrylovConfig = DECOMPOSITION,
+    weight_dimension_numbers: PyTree | Callable[[PyTree], PyTree] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     axis_name: str = "data",
 ) -> optax.GradientTransformationExtraArgs:
@@ -84,18 +83,16 @@ def scale_by_numuon(
     Args:
       rank_schedule: r, the share of the d = min(fan_in, fan_out) dyads in a step: a number in (0, 1], or a function of
         the step such as `cosine_rank_schedule`. r = 1 is Muon: Newton-Schulz, without a decomposition.
-      ns_coeffs: coefficients of Newton-Schulz, for r = 1.
-      ns_steps: its steps. Static.
-      decay: beta of the momentum, an exponential moving average.
-      eps: added to the norm that Newton-Schulz divides by.
-      mu_dtype: type of the momentum; None: that of the parameters.
       key: typed key of the start blocks.
-      nesterov: decompose (1 - decay) G + decay M instead of M. NuMuon does not, Muon does.
+      momentum: beta, the decay of the moving average M.
+      momentum_dtype: type of M; None: that of the parameters.
+      nesterov: decompose (1 - beta) G + beta M instead of M. NuMuon does not, Muon does.
       fractional: take the budget tau = max(1, r d) as it is, instead of rounding it up to k.
+      newton_schulz: for r = 1, see `NewtonSchulzConfig`. Static.
+      decomposition: for r < 1, see `BlockKrylovConfig`. Static.
       weight_dimension_numbers: as in `optax.contrib.muon`: which axes of a parameter are inputs and outputs, a
         `MuonDimensionNumbers` for all, a tree of them or a function of the parameters; the other axes are a batch.
         None: every parameter is a matrix (inputs, outputs).
-      decomposition: how the momentum is decomposed, see `BlockKrylovConfig`. Static.
       mesh: distribute the matrices over this mesh's `axis_name` and gather the steps; None: every device computes all.
       axis_name: of that mesh.
 
@@ -130,7 +127,7 @@ def scale_by_numuon(
         return max((K for K in ranks if not decomposition.is_exact(n, K)), default=0) if decomposition.warm_start else 0
 
     def init(params: PyTree) -> NuMuonState:
-        mu = optax.tree.zeros_like(params, dtype=mu_dtype)
+        mu = optax.tree.zeros_like(params, dtype=momentum_dtype)
         leaves = jax.tree.leaves(mu)
         if not leaves:  # optax.tree_utils.tree_map_params asks which parts of a state are like params
             return NuMuonState(jnp.zeros([], jnp.int32), mu, jnp.zeros([]))
@@ -144,7 +141,7 @@ def scale_by_numuon(
 
     def full_rank(X: jax.Array, basis: jax.Array | None, noise: None, r: jax.Array) -> tuple[jax.Array, Any]:
         del noise, r
-        return newton_schulz(X, ns_coeffs, ns_steps, eps), basis
+        return polar_factor(X, newton_schulz), basis
 
     def low_rank(
         K: int, X: jax.Array, basis: jax.Array | None, noise: jax.Array | None, r: jax.Array
@@ -192,8 +189,8 @@ def scale_by_numuon(
         if not grads:
             return updates, state._replace(count=optax.safe_increment(state.count))
         stacks = stacks_of(updates, weight_dimension_numbers)
-        moments = [_ema(g, m, decay) for g, m in zip(grads, jax.tree.leaves(state.mu), strict=True)]
-        looked_ahead = [_ema(g, m, decay) if nesterov else m for g, m in zip(grads, moments, strict=True)]
+        moments = [_ema(g, m, momentum) for g, m in zip(grads, jax.tree.leaves(state.mu), strict=True)]
+        looked_ahead = [_ema(g, m, momentum) if nesterov else m for g, m in zip(grads, moments, strict=True)]
         groups = equal_shapes(jax.tree.leaves(state.mu), stacks)
         Xs = []
         for (_, _, dtype), members in groups.items():
@@ -238,20 +235,22 @@ def _ranks(
     return lambda count: jnp.full_like(count, r, dtype=jnp.float32), () if r == 1 else (r,)
 
 
-def _ema(new: jax.Array, old: jax.Array, decay: jax.typing.ArrayLike) -> jax.Array:
+def _ema(new: jax.Array, old: jax.Array, momentum: jax.typing.ArrayLike) -> jax.Array:
     dtype = compute_dtype(old.dtype)
-    beta = jnp.asarray(decay, dtype)
+    beta = jnp.asarray(momentum, dtype)
     return beta * old.astype(dtype) + (1 - beta) * new.astype(dtype)
 
 
 def _scale_by_shape(
-    shape_scaling: ShapeScaling, consistent_rms: float | None, dimension_numbers: PyTree | Callable | None
+    shape_scaling: ShapeScaling | float, dimension_numbers: PyTree | Callable | None
 ) -> optax.GradientTransformation:
     def scale(stack: Stack) -> float:
-        if consistent_rms is not None or shape_scaling == "rms":
-            return (0.2 if consistent_rms is None else consistent_rms) * math.sqrt(max(stack.fan_in, stack.fan_out))
         ratio = stack.fan_out / stack.fan_in
-        return math.sqrt(ratio if shape_scaling == "spectral" else max(1.0, ratio))
+        if shape_scaling == "width":
+            return math.sqrt(max(1.0, ratio))
+        if shape_scaling == "spectral":
+            return math.sqrt(ratio)
+        return (0.2 if shape_scaling == "rms" else shape_scaling) * math.sqrt(max(stack.fan_in, stack.fan_out))
 
     def update(
         updates: PyTree, state: optax.EmptyState, params: PyTree | None = None
@@ -264,66 +263,76 @@ def _scale_by_shape(
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+@dataclasses.dataclass(frozen=True)
+class AdamConfig:
+    """Which parameters AdamW takes beside NuMuon, and how.
+
+    Args:
+      b1, b2, eps, eps_root, weight_decay: as in `optax.adamw`.
+      learning_rate: None: that of the matrices.
+      paths: regular expressions (`re.search`) on the paths of parameters that AdamW takes whatever their shape. Of the
+        default, an expression may match nothing; of your own, each must match a parameter.
+
+    Example:
+      >>> AdamConfig(b2=0.95).b1
+      0.9
+    """
+
+    b1: jax.typing.ArrayLike = 0.9
+    b2: jax.typing.ArrayLike = 0.999
+    eps: jax.typing.ArrayLike = 1e-8
+    eps_root: jax.typing.ArrayLike = 0.0
+    weight_decay: jax.typing.ArrayLike = 0.0
+    learning_rate: optax.ScalarOrSchedule | None = None
+    paths: Sequence[str] = ADAM_PATHS
+
+
+ADAM = AdamConfig()
+
+
 def numuon(
     learning_rate: optax.ScalarOrSchedule,
     rank_schedule: float | int | RankSchedule,
-    ns_coeffs: tuple[float, float, float] = NS_COEFFS,
-    ns_steps: int = 5,
-    decay: jax.typing.ArrayLike = 0.95,
-    eps: jax.typing.ArrayLike = 1e-8,
-    weight_decay: jax.typing.ArrayLike = 0.1,
-    weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     key: jax.Array,
+    momentum: jax.typing.ArrayLike = 0.95,
+    momentum_dtype: jax.typing.DTypeLike | None = None,
     nesterov: bool = False,
     fractional: bool = False,
-    adam_b1: jax.typing.ArrayLike = 0.9,
-    adam_b2: jax.typing.ArrayLike = 0.999,
-    adam_eps_root: jax.typing.ArrayLike = 0.0,
-    adam_weight_decay: jax.typing.ArrayLike = 0.0,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    adam_paths: Sequence[str] = ADAM_PATHS,
-    muon_weight_dimension_numbers: PyTree | Callable[[PyTree], PyTree] | None = None,
-    shape_scaling: ShapeScaling = "width",
-    consistent_rms: float | None = None,
+    weight_decay: jax.typing.ArrayLike = 0.1,
+    weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    shape_scaling: ShapeScaling | float = "width",
+    adam: AdamConfig = ADAM,
+    newton_schulz: NewtonSchulzConfig = NEWTON_SCHULZ,
     decomposition: BlockKrylovConfig = DECOMPOSITION,
+    weight_dimension_numbers: PyTree | Callable[[PyTree], PyTree] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     axis_name: str = "data",
 ) -> optax.GradientTransformationExtraArgs:
     """NuMuon for the hidden matrices of a network, and AdamW for its embeddings, its head, its vectors and scalars.
 
-    W <- (1 - lr wd) W - lr s D for the matrices. The arguments that it shares with `optax.contrib.muon` have the same
-    names, but `decay` for optax's beta; the defaults are NuMuon's: weight decay 0.1, no Nesterov (neither in AdamW),
-    embeddings and head left out.
+    W <- (1 - lr wd) W - lr s D for the matrices. The defaults are NuMuon's: weight decay 0.1, no Nesterov (neither in
+    AdamW), embeddings and head left out.
 
     Args:
       learning_rate: a number or a schedule.
       rank_schedule: share r of the dyads in a step, as the arguments not listed here, as in `scale_by_numuon`. r = 1 is
         Muon.
-      ns_coeffs: of Newton-Schulz, for r = 1.
-      ns_steps: of Newton-Schulz. Static.
-      decay: beta of the momentum.
-      eps: of Newton-Schulz and of AdamW.
-      weight_decay: of the matrices, multiplied by the learning rate.
-      weight_decay_mask: as in `optax.add_decayed_weights`.
-      mu_dtype: type of both optimizers' momentum.
       key: typed key of the start blocks.
+      momentum: beta, the decay of the moving average of the gradients.
+      momentum_dtype: type of both optimizers' momentum.
       nesterov: as in `scale_by_numuon`.
       fractional: as in `scale_by_numuon`.
-      adam_b1: of AdamW, as the next three.
-      adam_b2: of AdamW.
-      adam_eps_root: of AdamW.
-      adam_weight_decay: of AdamW.
-      adam_learning_rate: None: `learning_rate`.
-      adam_paths: regular expressions (`re.search`) on the paths of parameters that AdamW takes whatever their shape.
-        Of the default, an expression may match nothing; of your own, each must match a parameter.
-      muon_weight_dimension_numbers: as `weight_dimension_numbers` in `scale_by_numuon`; parameters with None go to
-        AdamW. By default those go there that do not have two axes.
+      weight_decay: of the matrices, multiplied by the learning rate.
+      weight_decay_mask: as in `optax.add_decayed_weights`.
       shape_scaling: s: "width" sqrt(max(1, fan_out / fan_in)), "spectral" sqrt(fan_out / fan_in), or "rms"
-        0.2 sqrt(max(fan_in, fan_out)), which gives a full-rank update AdamW's usual root mean square.
-      consistent_rms: the factor of "rms", and chooses it, as in optax.
+        0.2 sqrt(max(fan_in, fan_out)), which gives a full-rank update AdamW's usual root mean square; a number takes
+        the place of this 0.2, as `consistent_rms` does in optax.
+      adam: see `AdamConfig`.
+      newton_schulz: as in `scale_by_numuon`.
       decomposition: as in `scale_by_numuon`.
+      weight_dimension_numbers: as in `scale_by_numuon`; parameters with None go to AdamW. By default those go there
+        that do not have two axes.
       mesh: as in `scale_by_numuon`.
       axis_name: as in `scale_by_numuon`.
 
@@ -331,8 +340,8 @@ def numuon(
       The optimizer; `update` needs the parameters, as AdamW does.
 
     Raises:
-      ValueError: what `scale_by_numuon` refuses, an unknown scaling, consistent_rms with another scaling than "rms"; on
-        init, an expression of `adam_paths` that matches no parameter.
+      ValueError: what `scale_by_numuon` refuses, an unknown scaling; on init, an expression of `adam.paths` that
+        matches no parameter.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -349,53 +358,44 @@ def numuon(
     Source: Dolatabadi et al. (2026), arXiv:2603.03597 [dolatabadi2026numuon]; scalings: Jordan et al. (2024)
     [jordan2024muon], Liu et al. (2025), arXiv:2502.16982 [liu2025muon].
     """
-    checks.one_of(ShapeScaling, shape_scaling=shape_scaling)
-    if consistent_rms is not None and shape_scaling == "spectral":
-        raise ValueError(
-            f"consistent_rms={consistent_rms} chooses the scaling 'rms'; leave out shape_scaling='spectral'"
-        )
-    dimension_numbers = muon_weight_dimension_numbers
+    if isinstance(shape_scaling, str):
+        checks.one_of(ShapeScaling, shape_scaling=shape_scaling)
 
     def labels(params: PyTree) -> PyTree:
-        may_miss = adam_paths is ADAM_PATHS or not jax.tree.leaves(params)
-        by_path = trees.mask_tree(params, *adam_paths, allow_unmatched=may_miss)
-        if dimension_numbers is None:
+        may_miss = adam.paths is ADAM_PATHS or not jax.tree.leaves(params)
+        by_path = trees.mask_tree(params, *adam.paths, allow_unmatched=may_miss)
+        if weight_dimension_numbers is None:
             is_matrix = jax.tree.map(lambda leaf: leaf.ndim == 2, params)
         else:
-            is_matrix = jax.tree.map(lambda box: box.spec is not None, resolve(dimension_numbers, params))
+            is_matrix = jax.tree.map(lambda box: box.spec is not None, resolve(weight_dimension_numbers, params))
         return jax.tree.map(lambda adam, matrix: "numuon" if matrix and not adam else "adam", by_path, is_matrix)
 
-    return optax.partition(
-        {
-            "numuon": optax.chain(
-                scale_by_numuon(
-                    rank_schedule,
-                    ns_coeffs,
-                    ns_steps,
-                    decay,
-                    eps,
-                    mu_dtype,
-                    key=key,
-                    nesterov=nesterov,
-                    fractional=fractional,
-                    weight_dimension_numbers=dimension_numbers,
-                    decomposition=decomposition,
-                    mesh=mesh,
-                    axis_name=axis_name,
-                ),
-                _scale_by_shape(shape_scaling, consistent_rms, dimension_numbers),
-                optax.add_decayed_weights(weight_decay, weight_decay_mask),
-                optax.scale_by_learning_rate(learning_rate),
-            ),
-            "adam": optax.adamw(
-                learning_rate if adam_learning_rate is None else adam_learning_rate,
-                b1=adam_b1,
-                b2=adam_b2,
-                eps=eps,
-                eps_root=adam_eps_root,
-                weight_decay=adam_weight_decay,
-                mu_dtype=mu_dtype,
-            ),
-        },
-        labels,
+    rule = scale_by_numuon(
+        rank_schedule,
+        key=key,
+        momentum=momentum,
+        momentum_dtype=momentum_dtype,
+        nesterov=nesterov,
+        fractional=fractional,
+        newton_schulz=newton_schulz,
+        decomposition=decomposition,
+        weight_dimension_numbers=weight_dimension_numbers,
+        mesh=mesh,
+        axis_name=axis_name,
     )
+    adamw = optax.adamw(
+        learning_rate if adam.learning_rate is None else adam.learning_rate,
+        b1=adam.b1,
+        b2=adam.b2,
+        eps=adam.eps,
+        eps_root=adam.eps_root,
+        weight_decay=adam.weight_decay,
+        mu_dtype=momentum_dtype,
+    )
+    matrices = optax.chain(
+        rule,
+        _scale_by_shape(shape_scaling, weight_dimension_numbers),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return optax.partition({"numuon": matrices, "adam": adamw}, labels)

@@ -4,8 +4,8 @@ D = argmax <M, D> subject to ||D||_2 <= 1, ||D||_* <= tau
   = sum_i clip(tau - i, 0, 1) u_{i+1} v_{i+1}^T                                from M = U diag(sigma) V^T
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,35 @@ from jaxlib_methods._core.linalg import matmul, newton_schulz_step, transpose
 from jaxlib_methods.optimizers.block_krylov import block_krylov_svd
 from jaxlib_methods.typing import KrylovMethod
 
-__all__ = ["nuclear_norm_lmo"]
-
-NS_COEFFS = (3.4445, -4.7750, 2.0315)
+__all__ = ["NewtonSchulzConfig", "nuclear_norm_lmo"]
 
 
-def newton_schulz(
-    M: jax.Array, coefficients: Sequence[float] = NS_COEFFS, steps: int = 5, eps: jax.typing.ArrayLike = 1e-8
-) -> jax.Array:
-    """Muon's approximate polar factor of M (..., m, n) with m >= n: X <- a X + X (b A + c A^2), A = X^T X."""
-    X = M / (jnp.sqrt(jnp.sum(M * M, axis=(-2, -1), keepdims=True)) + jnp.asarray(eps, M.dtype))
-    for _ in range(steps):
-        X = newton_schulz_step(X, matmul(transpose(X), X), coefficients)
+@dataclasses.dataclass(frozen=True)
+class NewtonSchulzConfig:
+    """How Muon approximates a polar factor.
+
+    Args:
+      coefficients: a, b, c of a step X <- X (a + b G + c G^2), G = X^T X.
+      num_steps: how often.
+      eps: added to the norm that the matrix is divided by first.
+
+    Example:
+      >>> NewtonSchulzConfig().num_steps
+      5
+
+    Source: Jordan et al. (2024) [jordan2024muon].
+    """
+
+    coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
+    num_steps: int = 5
+    eps: float = 1e-8
+
+
+def newton_schulz(M: jax.Array, config: NewtonSchulzConfig) -> jax.Array:
+    """Muon's approximate polar factor of M (..., m, n) with m >= n."""
+    X = M / (jnp.sqrt(jnp.sum(M * M, axis=(-2, -1), keepdims=True)) + jnp.asarray(config.eps, M.dtype))
+    for _ in range(config.num_steps):
+        X = newton_schulz_step(X, matmul(transpose(X), X), config.coefficients)
     return X
 
 

@@ -28,7 +28,7 @@ Mapping = Callable[[PyTree], PyTree]
 
 
 def reduced_objective(
-    f: Callable[..., Any], psi: Mapping, *, argmin: bool = False, like: PyTree | None = None
+    f: Callable[..., Any], mapping: Mapping, *, argmin: bool = False, like: PyTree | None = None
 ) -> Callable[..., Any]:
     """F(x1) = f(x1, Psi(x1)), the objective restricted to the graph of the reduction mapping.
 
@@ -38,7 +38,7 @@ def reduced_objective(
 
     Args:
       f: `f(x1, x2, *args)`, the original objective; it may return auxiliary values for `has_aux`.
-      psi: the reduction mapping x1 -> x2.
+      mapping: the reduction mapping x1 -> x2.
       argmin: promises that Psi(x1) minimises f(x1, .). The gradient is then wrong by O(error of the minimiser). What f
         and Psi close over is a constant then; what is to be differentiated goes through `args`.
       like: an x2 of the original problem (arrays or `jax.ShapeDtypeStruct`). Psi is held against its structure and
@@ -61,10 +61,10 @@ def reduced_objective(
     """
 
     def checked(x1: PyTree) -> PyTree:
-        x2 = psi(x1)
+        x2 = mapping(x1)
         check_output(x2)
         if like is not None:
-            check_same(x2, like, "psi(x1)", "like", "let psi return x2 as f takes it")
+            check_same(x2, like, "mapping(x1)", "like", "let mapping return x2 as f takes it")
         return x2
 
     if not argmin:
@@ -82,7 +82,7 @@ def reduced_objective(
     return F
 
 
-def small_slope(psi: Mapping, slope: float) -> Mapping:
+def small_slope(mapping: Mapping, slope: float) -> Mapping:
     """The mapping alpha Psi, whose metric R = I + alpha^2 DPsi^T DPsi is closer to the identity.
 
     It leaves the minimisers where they are only if the structure that Psi encodes is scale invariant (a subspace, a
@@ -90,11 +90,11 @@ def small_slope(psi: Mapping, slope: float) -> Mapping:
     gradient descent on x1.
 
     Args:
-      psi: the reduction mapping x1 -> x2.
+      mapping: the reduction mapping x1 -> x2.
       slope: alpha, in (0, 1].
 
     Returns:
-      `x1 -> alpha psi(x1)`, to be used in `reduced_objective` and in the optimizer alike.
+      `x1 -> alpha mapping(x1)`, to be used in `reduced_objective` and in the optimizer alike.
 
     Raises:
       ValueError: a slope outside (0, 1].
@@ -109,14 +109,14 @@ def small_slope(psi: Mapping, slope: float) -> Mapping:
     Source: Markou, Ajanthan, Gould (NeurIPS 2025), arXiv:2506.08428 [markou2025sharper].
     """
     checks.within("(0, 1]", slope=slope, remedy="1 is the mapping itself")
-    return lambda x1: jax.tree.map(lambda leaf: slope * leaf, psi(x1))
+    return lambda x1: jax.tree.map(lambda leaf: slope * leaf, mapping(x1))
 
 
 def argmin_mapping(
-    G: Callable[[PyTree, PyTree], jax.Array],
+    inner_objective: Callable[[PyTree, PyTree], jax.Array],
     solve: Mapping,
     *,
-    tol: float = 1e-6,
+    tolerance: float = 1e-6,
     max_iterations: int | None = None,
 ) -> Mapping:
     """The implicit mapping Psi(x1) = argmin_u G(x1, u), differentiated by the implicit function theorem.
@@ -126,17 +126,17 @@ def argmin_mapping(
     sufficiency).
 
     Args:
-      G: the inner objective `G(x1, u)`.
+      inner_objective: `G(x1, u)`.
       solve: `solve(x1)` returns the minimiser u; any code that JAX can trace. DPsi is that at the point returned, so
         an inexact minimiser gives an inexact derivative.
-      tol: relative residual at which conjugate gradients stop; 1e-10 for exact second derivatives in float64.
+      tolerance: relative residual at which conjugate gradients stop; 1e-10 for exact second derivatives in float64.
       max_iterations: of conjugate gradients; None for ten times the number of unknowns.
 
     Returns:
       The mapping.
 
     Raises:
-      ValueError: tol or max_iterations not positive.
+      ValueError: tolerance or max_iterations not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -147,24 +147,24 @@ def argmin_mapping(
 
     Source: Markou, Ajanthan, Gould (NeurIPS 2025), arXiv:2506.08428 [markou2025sharper].
     """
-    check_cg(tol, max_iterations)
+    check_cg(tolerance, max_iterations)
 
-    by_cg = functools.partial(conjugate_gradients, tol=tol, max_iterations=max_iterations)
+    by_cg = functools.partial(conjugate_gradients, tolerance=tolerance, max_iterations=max_iterations)
 
     def psi(x1: PyTree) -> PyTree:
         u = jax.lax.stop_gradient(solve(jax.lax.stop_gradient(x1)))
-        stationarity = lambda u: jax.grad(G, argnums=1)(x1, u)
+        stationarity = lambda u: jax.grad(inner_objective, argnums=1)(x1, u)
         tangent = lambda G_uu, b: jax.lax.custom_linear_solve(G_uu, b, by_cg, symmetric=True)
         return jax.lax.custom_root(stationarity, u, lambda _, u: u, tangent)
 
     return psi
 
 
-def linearize(psi: Mapping, x1: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
+def linearize(mapping: Mapping, x1: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
     """Psi(x1), v -> DPsi v and w -> DPsi^T w, by reverse mode alone: that is what grad F needs of Psi anyway."""
     x1 = jax.tree.map(jnp.asarray, x1)
     check_floating(x1, "x1")
-    x2, vjp = jax.vjp(psi, x1)
+    x2, vjp = jax.vjp(mapping, x1)
     check_output(x2)
     transposed = lambda w: vjp(w)[0]
     _, jvp = jax.vjp(transposed, jax.tree.map(jnp.zeros_like, x2))  # linear, so where it is transposed does not matter
@@ -172,9 +172,14 @@ def linearize(psi: Mapping, x1: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTr
 
 
 def conjugate_gradients(
-    A: Callable[[PyTree], PyTree], b: PyTree, start: PyTree | None = None, *, tol: float, max_iterations: int | None
+    A: Callable[[PyTree], PyTree],
+    b: PyTree,
+    start: PyTree | None = None,
+    *,
+    tolerance: float,
+    max_iterations: int | None,
 ) -> PyTree:
-    """A^{-1} b for positive definite A on trees of one type, until |residual| <= tol |b|; NaN where A or b have any.
+    """A^{-1} b for positive definite A on trees of one type, until |residual| <= tolerance |b|; NaN if A or b have any.
 
     From t start with t = start^T b / start^T A start, which minimises the error in the norm of A. The function of
     jax.scipy takes its inner products as matrix products of flattened leaves, which explicit sharding refuses.
@@ -188,7 +193,7 @@ def conjugate_gradients(
         length = inner(start, A_start)
         t = jnp.where(length > 0, inner(start, b) / jnp.where(length > 0, length, 1), 0)
         z, r = jax.tree.map(lambda v: t * v, start), add(b, -t, A_start)
-    enough = tol**2 * inner(b, b)
+    enough = tolerance**2 * inner(b, b)
 
     def step(carry: tuple) -> tuple:
         z, r, p, rr, k = carry
@@ -213,8 +218,8 @@ def inner(a: PyTree, b: PyTree) -> jax.Array:
     return total(jax.tree.map(lambda u, v: jnp.sum(u * v), a, b))
 
 
-def check_cg(tol: float, max_iterations: int | None) -> None:
-    checks.positive(tol=tol, remedy="it is the relative residual at which the solver stops")
+def check_cg(tolerance: float, max_iterations: int | None) -> None:
+    checks.positive(tolerance=tolerance, remedy="it is the relative residual at which the solver stops")
     checks.at_least(1, max_iterations=max_iterations)
 
 
@@ -227,8 +232,8 @@ def check_floating(tree: PyTree, name: str) -> None:
 
 def check_output(x2: PyTree) -> None:
     if not jax.tree.leaves(x2):
-        raise ValueError(f"psi(x1) must hold at least one array, got {x2!r}")
-    check_floating(x2, "psi(x1)")
+        raise ValueError(f"mapping(x1) must hold at least one array, got {x2!r}")
+    check_floating(x2, "mapping(x1)")
 
 
 def check_same(tree: PyTree, like: PyTree, name: str, like_name: str, remedy: str) -> None:

@@ -164,25 +164,25 @@ def row_shared_adamw(
 
 
 def project_rows(
-    U: jax.Array, constrained: PyTree | Callable[[PyTree], PyTree], *, weights: bool = False
+    U: jax.Array, constrained: PyTree | Callable[[PyTree], PyTree], *, project_weights: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """Rows of the chosen leaves onto span(U), by P = U U^T.
 
     Before a rule it projects gradients, G <- G P, so that the rule does not see where in a pipeline a boundary cut
-    them. As the last link, with `weights`, it makes any optimizer keep the weights in the subspace, W <- (W + u) P; the
-    moments then still depend on the place of the boundaries.
+    them. As the last link, with `project_weights`, it makes any optimizer keep the weights in the subspace,
+    W <- (W + u) P; the moments then still depend on the place of the boundaries.
 
     Args:
       U: (d, k), orthonormal columns.
       constrained: bools with the structure of the parameters, or a function of them that returns such: which leaves
         (..., d) to project.
-      weights: project parameters plus updates, and not the updates.
+      project_weights: project parameters plus updates, and not the updates.
 
     Returns:
       An optax transformation without state.
 
     Raises:
-      ValueError: by its update, for `weights` without parameters.
+      ValueError: by its update, for `project_weights` without parameters.
 
     Example:
       >>> link = project_rows(jnp.array([[0.6], [0.8]]), True)
@@ -203,10 +203,10 @@ def project_rows(
     ) -> tuple[PyTree, optax.EmptyState]:
         del extra_args
         flags = constrained(updates) if callable(constrained) else constrained
-        if not weights:
+        if not project_weights:
             return jax.tree.map(lambda chosen, u: onto(u) if chosen else u, flags, updates), state
         if params is None:
-            raise ValueError("project_rows(weights=True) projects parameters; pass params to update")
+            raise ValueError("project_rows(project_weights=True) projects parameters; pass params to update")
         next_update = lambda chosen, u, w: onto(w + u.astype(w.dtype)) - w if chosen else u
         return jax.tree.map(next_update, flags, updates, params), state
 

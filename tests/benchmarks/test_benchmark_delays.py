@@ -16,7 +16,7 @@ def test_steps_compile_once_and_hold_the_announced_memory(kind):
     announced = {
         "bare": 0,
         "stale weights": optimizers.delays.delay_memory(params, tau),
-        "late gradients": optimizers.delays.delay_memory(params, tau, gradients=True),
+        "late gradients": optimizers.delays.delay_memory(params, tau, late_gradients=True),
     }[kind]
     assert nbytes(params) == 4 * size
     assert announced <= nbytes(state) - 2 * nbytes(params) < announced + 64  # moments, history, counters

@@ -1,21 +1,16 @@
 """The nearest simplex ETF: worked examples of the spec, symmetries, optimality, and the authors' route as oracle."""
 
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlib_methods.classifiers import (
-    centering_matrix,
-    distance_to_nearest_etf,
-    etf_weights,
-    helmert_basis,
-    nearest_etf,
-    nearest_etf_objective,
-    simplex_etf,
-)
+from jaxlib_methods.classifiers import etf_weights, nearest_etf, nearest_etf_objective, simplex_etf
 from jaxlib_methods.classifiers._nearest_etf import first_prox
-from jaxlib_methods.classifiers._polar import METHODS
+from jaxlib_methods.classifiers.simplex import centering_matrix, distance_to_nearest_etf, helmert_basis
+from jaxlib_methods.typing import PolarMethod
 
 DELTA = 1e-3
 
@@ -89,8 +84,8 @@ def test_helmert_basis_is_orthonormal_and_spans_the_sum_zero_vectors(K, x64):
 def test_distance_to_nearest_etf_is_the_minimum_that_the_solver_reaches(K, d, x64):
     Y, _, _ = problem(0, d, K)
     distance = distance_to_nearest_etf(jnp.asarray(5 * Y))
-    U = nearest_etf(jnp.asarray(Y), delta=1e-9)
-    reached = nearest_etf_objective(U, jnp.asarray(Y), U, delta=1e-9)
+    U = nearest_etf(jnp.asarray(Y), proximal_weight=1e-9)
+    reached = nearest_etf_objective(U, jnp.asarray(Y), U, proximal_weight=1e-9)
     np.testing.assert_allclose(distance, reached, atol=1e-8)
     for seed in range(4):
         random = simplex_etf(K, d, key=jax.random.key(seed), dtype=jnp.float64).T / np.sqrt(K)
@@ -103,7 +98,7 @@ def test_distance_to_nearest_etf_is_the_minimum_that_the_solver_reaches(K, d, x6
 
 def test_two_classes_in_the_plane_rotate_by_44_95951_degrees(x64):
     Y = np.array([[1.0, -1.0], [0.0, 0.0]]) / np.sqrt(2)
-    U = nearest_etf(jnp.asarray(Y), jnp.eye(2, dtype=jnp.float64), delta=DELTA)
+    U = nearest_etf(jnp.asarray(Y), jnp.eye(2, dtype=jnp.float64), proximal_weight=DELTA)
     angle = np.degrees(np.arctan2(U[1, 0], U[0, 0]))
     np.testing.assert_allclose(angle, np.degrees(np.arctan2(np.sqrt(2), np.sqrt(2) + 2 * DELTA)), rtol=1e-12)
     assert round(angle, 5) == 44.95951
@@ -126,26 +121,28 @@ def test_worked_two_by_two_gradient(x64):
     np.testing.assert_allclose(vjp(Y, np.eye(2), G), expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", typing.get_args(PolarMethod))
 def test_worked_three_by_three_solution_objective_and_gradient(method, x64):
     Y = np.diag([3.0, 2.0, 1.0]) @ (np.eye(3) - 1 / 3)
     Y /= np.linalg.norm(Y)
     eye = jnp.eye(3, dtype=jnp.float64)
-    U = nearest_etf(jnp.asarray(Y), eye, delta=DELTA, method=method)
+    U = nearest_etf(jnp.asarray(Y), eye, proximal_weight=DELTA, method=method)
     expected = [[0.940889, -0.133691, -0.311213], [0.048333, 0.962400, -0.267302], [0.335248, 0.236460, 0.911974]]
     np.testing.assert_allclose(U, expected, atol=6e-7)
-    np.testing.assert_allclose(nearest_etf_objective(U, jnp.asarray(Y), eye, delta=DELTA), 0.068334, atol=6e-7)
+    np.testing.assert_allclose(
+        nearest_etf_objective(U, jnp.asarray(Y), eye, proximal_weight=DELTA), 0.068334, atol=6e-7
+    )
     G = np.zeros((3, 3))
     G[0, 1] = 1
     dY = [[-0.233419, 0.502332, -0.268912], [-0.643919, 0.276560, 0.367359], [-0.330066, 0.183727, 0.146338]]
-    np.testing.assert_allclose(vjp(Y, eye, G, delta=DELTA, method=method), dY, atol=6e-7)
+    np.testing.assert_allclose(vjp(Y, eye, G, proximal_weight=DELTA, method=method), dY, atol=6e-7)
 
 
 @pytest.mark.parametrize(("K", "d"), [(3, 3), (5, 9), (10, 16)])
 def test_fixed_point_and_its_gradient(K, d, x64):
     U0, M = stiefel(0, d, K), np.eye(K) - 1 / K
     Y = U0 @ M / np.sqrt(K - 1)
-    U = nearest_etf(jnp.asarray(Y), jnp.asarray(U0), delta=DELTA)
+    U = nearest_etf(jnp.asarray(Y), jnp.asarray(U0), proximal_weight=DELTA)
     np.testing.assert_allclose(U, U0, atol=1e-12)
     np.testing.assert_allclose(nearest_etf_objective(U, jnp.asarray(Y), jnp.asarray(U0)), 0, atol=1e-12)
     lam = 2 / (K - 1) + DELTA
@@ -156,7 +153,7 @@ def test_fixed_point_and_its_gradient(K, d, x64):
     Z, q = U0.T @ G, np.ones((K, 1)) / np.sqrt(K)
     inside = (M @ Z @ M - M @ Z.T @ M) / (2 * lam) + q @ q.T @ Z / (lam + DELTA)
     expected = 2 / np.sqrt(K - 1) * (U0 @ inside + (G - U0 @ Z) / lam)
-    np.testing.assert_allclose(vjp(Y, U0, G, delta=DELTA), expected, rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(vjp(Y, U0, G, proximal_weight=DELTA), expected, rtol=1e-8, atol=1e-9)
 
 
 # Symmetries and optimality
@@ -194,10 +191,12 @@ def test_optimality_stationary_symmetric_and_no_feasible_point_is_better(x64):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_vjp_matches_finite_differences_to_1e_minus_7(K, d, normalize, x64):
     Y, _, G = problem(11, d, K)
-    U_prox = np.asarray(nearest_etf(jnp.asarray(Y), delta=1e-2))
+    U_prox = np.asarray(nearest_etf(jnp.asarray(Y), proximal_weight=1e-2))
     G = G @ (np.eye(K) - 1 / K)
     D = np.random.default_rng(0).standard_normal((d, K))
-    loss = jax.jit(lambda Y: jnp.sum(nearest_etf(Y, jnp.asarray(U_prox), delta=DELTA, normalize=normalize) * G))
+    loss = jax.jit(
+        lambda Y: jnp.sum(nearest_etf(Y, jnp.asarray(U_prox), proximal_weight=DELTA, normalize=normalize) * G)
+    )
     h = 1e-5
     # Fourth order: the scale h that beats round-off is too coarse for the second-order quotient.
     f = lambda k: float(loss(jnp.asarray(Y + k * h * D)))
@@ -209,9 +208,11 @@ def test_vjp_matches_finite_differences_to_1e_minus_7(K, d, normalize, x64):
 @pytest.mark.parametrize(("K", "d"), [(3, 3), (4, 6), (6, 6)])
 def test_cheap_gradient_equals_the_dense_declarative_one(K, d, x64):
     Y, U_prox, G = problem(7, d, K)
-    U = np.asarray(nearest_etf(jnp.asarray(Y), jnp.asarray(U_prox), delta=DELTA))
+    U = np.asarray(nearest_etf(jnp.asarray(Y), jnp.asarray(U_prox), proximal_weight=DELTA))
     dense = dense_declarative_vjp(U, Y, U_prox, G)
-    np.testing.assert_allclose(vjp(Y, U_prox, G, delta=DELTA), dense, rtol=1e-7, atol=1e-8 * np.abs(dense).max())
+    np.testing.assert_allclose(
+        vjp(Y, U_prox, G, proximal_weight=DELTA), dense, rtol=1e-7, atol=1e-8 * np.abs(dense).max()
+    )
 
 
 # The authors' route
@@ -248,7 +249,7 @@ def test_agrees_with_the_riemannian_trust_region_solver(K, d):
         Delta0=np.sqrt(K) / 8,
     )
     with jax.enable_x64(True):
-        U = np.asarray(nearest_etf(jnp.asarray(Y), jnp.asarray(U_prox), delta=DELTA))
+        U = np.asarray(nearest_etf(jnp.asarray(Y), jnp.asarray(U_prox), proximal_weight=DELTA))
     assert cost(U) <= solved.cost + 1e-12
     np.testing.assert_allclose(U, solved.point, atol=1e-5)
 
@@ -319,7 +320,7 @@ def test_one_dimension_less_than_classes_uses_the_helmert_basis():
     [
         (lambda: nearest_etf(jnp.ones((2, 5))), "num_features=2"),
         (lambda: nearest_etf(jnp.ones((5, 1))), "at least 2, got 1"),
-        (lambda: nearest_etf(jnp.ones((5, 3)), delta=0.0), "delta must be positive, got 0.0"),
+        (lambda: nearest_etf(jnp.ones((5, 3)), proximal_weight=0.0), "proximal_weight must be positive, got 0.0"),
         (lambda: nearest_etf(jnp.ones((5, 3)), jnp.ones((3, 5))), r"\(3, 5\) and \(5, 3\)"),
         (lambda: nearest_etf(jnp.ones((5, 3), jnp.int32)), "int32"),
         (lambda: simplex_etf(5, 3), "spans 4 dimensions"),

@@ -1,12 +1,17 @@
 """polar(): every method against the SVD in float64, its derivative against finite differences and a Sylvester solve."""
 
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlib_methods.classifiers import polar
-from jaxlib_methods.classifiers._polar import GRAM_MIN_COLUMNS, METHODS, NEWTON_SCHULZ_MAX_CONDITION
+from jaxlib_methods.classifiers._polar import GRAM_MIN_COLUMNS, NEWTON_SCHULZ_MAX_CONDITION
+from jaxlib_methods.typing import PolarMethod
+
+METHODS = typing.get_args(PolarMethod)
 
 
 def matrix_with_spectrum(s, d, seed=0, dtype=np.float64):

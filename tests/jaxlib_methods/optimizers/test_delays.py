@@ -244,7 +244,7 @@ def test_memory_is_known_before_and_is_what_is_allocated():
     for link, gradients in ((keep_param_history(tau), False), (delay_gradients(tau), True)):
         history = link.init(params).history
         allocated = sum(leaf.nbytes for leaf in jax.tree.leaves(history))
-        assert delay_memory(shapes, tau, gradients=gradients) == allocated
+        assert delay_memory(shapes, tau, late_gradients=gradients) == allocated
     one = sum(leaf.nbytes for leaf in jax.tree.leaves(params["stage0"]))
     assert delay_memory(params, tau) == one * (3 + 2 + 1)  # N (P + 1) / 2 with the newest versions
     assert delay_memory(params, 0) == 0

@@ -37,7 +37,7 @@ def test_figure_1_gradient_descent_takes_128_steps_and_geoprec_gd_one():
 def test_solvers_agree_with_the_dense_inverse(solver, n2):
     _, psi, x1 = smooth_problem(8, n2)
     g = normal(8, seed=9)
-    rule = scale_by_pullback_metric(psi, solver=solver, tol=1e-12, max_iterations=50)
+    rule = scale_by_pullback_metric(psi, solver=solver, tolerance=1e-12, max_iterations=50)
     z, _ = rule.update(g, rule.init(x1), x1)
     np.testing.assert_allclose(z, np.linalg.solve(dense_metric(psi, x1)[0], g), atol=1e-8)
 
@@ -57,7 +57,7 @@ def nested_problem():
 def test_any_pytree_into_any_other(solver):
     psi, x1 = nested_problem()
     g = jax.tree.map(lambda p: jnp.cos(p) + 1, x1)
-    rule = scale_by_pullback_metric(psi, solver=solver, tol=1e-12, max_iterations=50)
+    rule = scale_by_pullback_metric(psi, solver=solver, tolerance=1e-12, max_iterations=50)
     z, state = jax.jit(rule.update)(g, rule.init(x1), x1)
     assert jax.tree.structure(z) == jax.tree.structure(x1) == jax.tree.structure(state.z)
     expected = np.linalg.solve(dense_metric(psi, x1)[0], ravel_pytree(g)[0])
@@ -75,7 +75,7 @@ def test_projection_has_a_closed_form_and_eigenvalues_one_and_two():
     np.testing.assert_allclose(pullback_metric(psi, x1)(z), v, atol=1e-12)
     # Two distinct eigenvalues: two iterations, also for a multiple of a projection.
     for mapping in (psi, small_slope(psi, 0.3)):
-        cg = scale_by_pullback_metric(mapping, solver="cg", tol=1e-14, max_iterations=2)
+        cg = scale_by_pullback_metric(mapping, solver="cg", tolerance=1e-14, max_iterations=2)
         z, _ = cg.update(v, cg.init(x1), x1)
         np.testing.assert_allclose(pullback_metric(mapping, x1)(z), v, atol=1e-12)
 
@@ -105,14 +105,14 @@ def test_psi_is_linearised_once_a_step_and_warm_starts_save_iterations():
         calls.append(None)
         return jnp.sin(A @ x1)
 
-    rule = scale_by_pullback_metric(psi, solver="cg", tol=1e-12, max_iterations=50)
+    rule = scale_by_pullback_metric(psi, solver="cg", tolerance=1e-12, max_iterations=50)
     x1, g = normal(8), normal(8, seed=1)
     state = rule.init(x1)
     calls.clear()
     z, state = rule.update(g, state, x1)
     assert len(calls) == 1
     # From the exact solution, times whatever factor, no iteration is needed; from zero, one is not enough.
-    one = scale_by_pullback_metric(psi, solver="cg", tol=1e-9, max_iterations=1)
+    one = scale_by_pullback_metric(psi, solver="cg", tolerance=1e-9, max_iterations=1)
     warm, _ = one.update(-3.0 * g, PullbackMetricState(z), x1)
     np.testing.assert_allclose(warm, -3.0 * z, atol=1e-9)
     cold, _ = one.update(-3.0 * g, one.init(x1), x1)
@@ -135,7 +135,7 @@ def test_every_truncated_solve_descends_whatever_it_starts_from():
 
 def test_a_gradient_that_is_not_finite_spoils_one_step_only():
     _, psi, x1 = smooth_problem()
-    rule = scale_by_pullback_metric(psi, solver="cg", tol=1e-12, max_iterations=50)
+    rule = scale_by_pullback_metric(psi, solver="cg", tolerance=1e-12, max_iterations=50)
     bad, state = rule.update(jnp.ones(5).at[1].set(jnp.nan), rule.init(x1), x1)
     assert jnp.isnan(bad).any() and jnp.isfinite(state.z).all()
     bad, state = rule.update(jnp.ones(5), state, jnp.full(5, jnp.nan))  # no Psi there
@@ -169,7 +169,7 @@ def test_geoprec_gd_is_newton_and_gauss_newton_for_an_isotropic_hessian_only():
     affine, curved = lambda x: A @ x + 1.0, lambda x: jnp.sin(A @ x)
 
     def step(f, psi):
-        start, after = run(geoprec_gd(1.0, psi, tol=1e-13, max_iterations=50), reduced_objective(f, psi), x1, 1)
+        start, after = run(geoprec_gd(1.0, psi, tolerance=1e-13, max_iterations=50), reduced_objective(f, psi), x1, 1)
         return after - start
 
     def newton(f, psi):
@@ -226,8 +226,8 @@ def test_bad_input_is_named():
     x1 = {"w": jnp.ones(3)}
     with pytest.raises(ValueError, match="got 'newton'"):
         geoprec_gd(0.1, double, solver="newton")
-    with pytest.raises(ValueError, match=r"tol must be positive, got 0\.0"):
-        geoprec_gd(0.1, double, tol=0.0)
+    with pytest.raises(ValueError, match=r"tolerance must be positive, got 0\.0"):
+        geoprec_gd(0.1, double, tolerance=0.0)
     with pytest.raises(ValueError, match="max_iterations must be at least 1, got 0"):
         scale_by_pullback_metric(double, max_iterations=0)
 
@@ -242,13 +242,13 @@ def test_bad_input_is_named():
 
     with pytest.raises(ValueError, match="x1 must hold real floating arrays, got int32 at 'w'"):
         rule.init({"w": jnp.ones(3, jnp.int32)})
-    with pytest.raises(ValueError, match=r"psi\(x1\) must hold real floating arrays, got int64"):
+    with pytest.raises(ValueError, match=r"mapping\(x1\) must hold real floating arrays, got int64"):
         scale_by_pullback_metric(lambda x: jnp.argmax(x["w"])).init(x1)
     with pytest.raises(ValueError, match="at least one array"):
         scale_by_pullback_metric(lambda x: ()).init(x1)
     with pytest.raises(ValueError, match="x1 is not finite at 'w'"):
         rule.init({"w": jnp.array([1.0, jnp.nan, 0.0])})
-    with pytest.raises(ValueError, match=r"psi\(x1\) is not finite; start where psi is defined"):
+    with pytest.raises(ValueError, match=r"mapping\(x1\) is not finite; start where mapping is defined"):
         scale_by_pullback_metric(lambda x: jnp.log(x["w"] - 1)).init(x1)
     jax.eval_shape(rule.init, x1)  # traced values are not looked at
 
@@ -258,8 +258,8 @@ def test_bad_input_is_named():
     [
         (lambda x: 2 * x, "it is not idempotent"),
         (lambda x: jnp.stack([x[0] + x[1], 0 * x[1]]), "it is not symmetric"),
-        (lambda x: x[:1], r"psi\(x1\) has shape \(1,\), x1 has \(2,\)"),
-        (lambda x: (x, x), "psi.* has the structure"),
+        (lambda x: x[:1], r"mapping\(x1\) has shape \(1,\), x1 has \(2,\)"),
+        (lambda x: (x, x), "mapping.* has the structure"),
     ],
 )
 def test_a_projection_must_be_one(psi, message):

@@ -12,8 +12,8 @@ from optax.contrib import MuonDimensionNumbers
 
 from jaxlib_methods import trees
 from jaxlib_methods.optimizers import BlockKrylovConfig, numuon, scale_by_numuon
-from jaxlib_methods.optimizers.muon import NuMuonState
-from jaxlib_methods.optimizers.nuclear_norm import newton_schulz, nuclear_norm_lmo
+from jaxlib_methods.optimizers.muon import AdamConfig, NuMuonState
+from jaxlib_methods.optimizers.nuclear_norm import NewtonSchulzConfig, newton_schulz, nuclear_norm_lmo
 from jaxlib_methods.optimizers.schedules import cosine_rank_schedule, piecewise_rank_schedule
 
 KEY = jax.random.key(0)
@@ -101,7 +101,9 @@ def test_budgets_out_of_range_are_refused(tau):
 
 
 def test_newton_schulz_scalar_trace(x64):
-    one = lambda x, steps: float(newton_schulz(jnp.array([[x, 0.0], [0.0, np.sqrt(1 - x * x)]]), steps=steps)[0, 0])
+    one = lambda x, steps: float(
+        newton_schulz(jnp.array([[x, 0.0], [0.0, np.sqrt(1 - x * x)]]), NewtonSchulzConfig(num_steps=steps))[0, 0]
+    )
     trace = [one(0.5, steps) for steps in range(1, 6)]
     np.testing.assert_allclose(trace, [1.18886, 0.89620, 0.82437, 0.93789, 0.76544], atol=2e-5)
     assert one(1.0, 1) == pytest.approx(0.701, abs=1e-6)
@@ -109,15 +111,15 @@ def test_newton_schulz_scalar_trace(x64):
 
 
 def test_newton_schulz_of_identity_and_of_a_diagonal(x64):
-    np.testing.assert_allclose(newton_schulz(jnp.eye(4)), 0.76544 * np.eye(4), atol=1e-5)
-    X = newton_schulz(jnp.diag(jnp.array([10.0, 5.0, 2.0, 1.0])))
+    np.testing.assert_allclose(newton_schulz(jnp.eye(4), NewtonSchulzConfig()), 0.76544 * np.eye(4), atol=1e-5)
+    X = newton_schulz(jnp.diag(jnp.array([10.0, 5.0, 2.0, 1.0])), NewtonSchulzConfig())
     np.testing.assert_allclose(jnp.diagonal(X), [0.7835, 1.1306, 1.0259, 0.7350], atol=5e-5)
 
 
 def test_newton_schulz_lands_in_its_interval(x64):
     inputs = np.geomspace(0.002, 0.3, 64)
     inputs = np.append(inputs, np.sqrt(1 - np.sum(inputs**2)))
-    singular = np.diagonal(newton_schulz(jnp.asarray(np.diag(inputs))))
+    singular = np.diagonal(newton_schulz(jnp.asarray(np.diag(inputs)), NewtonSchulzConfig()))
     assert singular.min() >= 0.68 and singular.max() <= 1.205
 
 
@@ -164,7 +166,6 @@ def test_piecewise_schedule():
         ),
         (lambda: scale_by_numuon(0.5, key=KEY, decomposition=BlockKrylovConfig(num_iterations=0)), "num_iterations"),
         (lambda: numuon(0.1, 0.5, key=KEY, shape_scaling="mup"), "shape_scaling must be one of"),
-        (lambda: numuon(0.1, 0.5, key=KEY, shape_scaling="spectral", consistent_rms=0.2), "consistent_rms"),
     ],
 )
 def test_bad_settings_are_refused(make, message):
@@ -197,7 +198,7 @@ def test_steps_are_those_of_a_numpy_loop_along_an_annealing_rank(nesterov, x64):
     grads = [tree(seed, dtype=jnp.float64) for seed in range(6)]
     rule = scale_by_numuon(
         schedule,
-        decay=0.9,
+        momentum=0.9,
         key=KEY,
         decomposition=BlockKrylovConfig(oversampling=12, rank_buckets=(0.25, 0.75)),
         nesterov=nesterov,
@@ -340,9 +341,9 @@ def test_paths_shapes_weight_decay_and_scalings(standard_promotion):
         ({}, 2.0),
         ({"shape_scaling": "spectral"}, 2.0),
         ({"shape_scaling": "rms"}, 0.8),
-        ({"consistent_rms": 0.3}, 1.2),
+        ({"shape_scaling": 0.3}, 1.2),
     ]:
-        tx = numuon(0.1, 0.5, key=KEY, weight_decay=0.2, adam_learning_rate=0.01, **scaling)
+        tx = numuon(0.1, 0.5, key=KEY, weight_decay=0.2, adam=AdamConfig(learning_rate=0.01), **scaling)
         updates, state = tx.update(grads, tx.init(params), params)
         for path in (("embed", "embedding"), ("block", "bias")):
             np.testing.assert_allclose(updates[path[0]][path[1]], expected[path[0]][path[1]], rtol=1e-6)
@@ -363,14 +364,14 @@ def test_dimension_numbers_and_paths_choose_the_optimizer(standard_promotion):
     spec = {"qkv": MuonDimensionNumbers(0, (1, 2)), "proj": None, "tail": MuonDimensionNumbers()}
     shapes = lambda tx: [leaf.shape for leaf in jax.tree.leaves(trees.find_states(tx.init(params), NuMuonState)[0].mu)]
     assert shapes(numuon(0.1, 0.5, key=KEY)) == [(4, 4), (4, 4)]
-    assert shapes(numuon(0.1, 0.5, key=KEY, muon_weight_dimension_numbers=spec)) == [(4, 2, 6), (4, 4)]
+    assert shapes(numuon(0.1, 0.5, key=KEY, weight_dimension_numbers=spec)) == [(4, 2, 6), (4, 4)]
     by_function = lambda params: jax.tree.map(lambda p: MuonDimensionNumbers() if p.ndim == 2 else None, params)
-    only_proj = numuon(0.1, 0.5, key=KEY, adam_paths=["tail"], muon_weight_dimension_numbers=by_function)
+    only_proj = numuon(0.1, 0.5, key=KEY, adam=AdamConfig(paths=["tail"]), weight_dimension_numbers=by_function)
     assert shapes(only_proj) == [(4, 4)]
     updates, _ = only_proj.update(params, only_proj.init(params), params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     with pytest.raises(ValueError, match="'wte' matches no leaf"):
-        numuon(0.1, 0.5, key=KEY, adam_paths=["wte"]).init(params)
+        numuon(0.1, 0.5, key=KEY, adam=AdamConfig(paths=["wte"])).init(params)
 
 
 # ------------------------------------------------------------------------------------------------------ devices

@@ -237,7 +237,7 @@ def test_the_optimizer_is_stable_below_its_threshold_and_not_above(tau, discount
     limit = threshold(gamma, tau, discount)
 
     def energy(step):
-        optimizer = optax.chain(keep_param_history(tau), discounted_nesterov(step, gamma, discount=discount))
+        optimizer = optax.chain(keep_param_history(tau), discounted_nesterov(step, gamma, discounted=discount))
 
         def one(carry, _):
             y, state = carry

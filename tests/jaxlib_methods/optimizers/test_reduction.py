@@ -111,7 +111,7 @@ def test_varpro_identities():
 def test_implicit_mapping_has_the_derivatives_of_the_explicit_one():
     f, exact, M, A = factorisation()
     del M
-    psi = argmin_mapping(f, exact, tol=1e-13)
+    psi = argmin_mapping(f, exact, tolerance=1e-13)
     V, W = normal(6, 2, seed=8), normal(5, 2, seed=9)
     (_, forward), (_, expected) = (jax.jvp(g, (A,), (V,)) for g in (psi, exact))
     np.testing.assert_allclose(forward, expected, atol=1e-9)
@@ -135,7 +135,7 @@ def test_implicit_mapping_of_trees_by_an_iterative_solver():
         return jax.tree.map(settle, x1)
 
     x1 = {"a": normal(3), "b": normal(2, 2, seed=1)}
-    psi = argmin_mapping(G, solve, tol=1e-13)
+    psi = argmin_mapping(G, solve, tolerance=1e-13)
     gradient = jax.grad(lambda x1: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(psi(x1))))(x1)
     u = solve(x1)
     for k in x1:
@@ -251,8 +251,8 @@ def test_bad_input_is_named():
     for alpha in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=rf"slope must lie in \(0, 1\], got {alpha}"):
             small_slope(double, alpha)
-    with pytest.raises(ValueError, match="tol must be positive"):
-        argmin_mapping(lambda a, b: jnp.sum(a * b), double, tol=-1.0)
+    with pytest.raises(ValueError, match="tolerance must be positive"):
+        argmin_mapping(lambda a, b: jnp.sum(a * b), double, tolerance=-1.0)
     wrong = reduced_objective(lambda a, b: jnp.sum(a * b), lambda x: x[:, None], like=jnp.ones(3))
-    with pytest.raises(ValueError, match=r"psi\(x1\) has shape \(3, 1\), like has \(3,\)"):
+    with pytest.raises(ValueError, match=r"mapping\(x1\) has shape \(3, 1\), like has \(3,\)"):
         wrong(jnp.ones(3))

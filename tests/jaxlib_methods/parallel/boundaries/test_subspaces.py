@@ -281,7 +281,7 @@ def test_projecting_weights_alone_depends_on_the_place_of_the_boundaries_and_pro
     assert float(jnp.linalg.norm(kernel(inside) - kernel(at_boundary))) > 0.1 * float(jnp.linalg.norm(kernel(inside)))
 
     adam = functools.partial(optax.adam, 1e-2)
-    after = optimizers.row_shared.project_rows(SUBSPACE.U, constrained, weights=True)
+    after = optimizers.row_shared.project_rows(SUBSPACE.U, constrained, project_weights=True)
     both = optax.chain(optimizers.row_shared.project_rows(SUBSPACE.U, constrained), adam(), after)
 
     def moved(optimizer, gradients):
@@ -396,5 +396,5 @@ def test_errors_name_the_argument():
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(CONFIG, **changes)
     with pytest.raises(ValueError, match="pass params"):
-        link = optimizers.row_shared.project_rows(SUBSPACE.U, True, weights=True)
+        link = optimizers.row_shared.project_rows(SUBSPACE.U, True, project_weights=True)
         link.update(jnp.zeros((2, 24)), link.init(jnp.zeros((2, 24))))

@@ -13,15 +13,18 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlib_methods.typing import PyTree
+from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import widen
+from jaxlib_methods._core.linalg import eye_like, haar, matmul, newton_schulz_step, orthonormal, transpose
+from jaxlib_methods.typing import OrthogonalRetraction, PyTree
 
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def _t(W: jax.Array) -> jax.Array:
-    return jnp.swapaxes(W, -1, -2)
+__all__ = [
+    "bjorck",
+    "haar_orthogonal",
+    "orthogonal_retraction",
+    "orthogonality_error",
+    "riemannian_gradient",
+]
 
 
 def haar_orthogonal(
@@ -54,11 +57,7 @@ def haar_orthogonal(
     """
     if len(shape) < 2:
         raise ValueError(f"an orthogonal matrix needs two axes, got shape {tuple(shape)}")
-    *batch, n, m = shape
-    compute = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    Q, R = jnp.linalg.qr(jax.random.normal(key, (*batch, max(n, m), min(n, m)), compute))
-    Q = Q * jnp.sign(jnp.diagonal(R, axis1=-2, axis2=-1))[..., None, :]
-    W = (_t(Q) if n < m else Q).astype(dtype)
+    W = haar(key, shape, dtype)
     return W if out_sharding is None else jax.sharding.reshard(W, out_sharding)
 
 
@@ -78,40 +77,39 @@ def orthogonality_error(W: jax.Array) -> jax.Array:
 
     Source: Lu, Gould, Ajanthan (2020), arXiv:2006.12169 [lu2020bidirectionally].
     """
-    W = W if W.shape[-2] >= W.shape[-1] else _t(W)
-    G = _matmul(_t(W), W)
-    return jnp.sqrt(jnp.sum((G - jnp.eye(G.shape[-1], dtype=G.dtype)[(None,) * (G.ndim - 2)]) ** 2, axis=(-2, -1)))
+    W = W if W.shape[-2] >= W.shape[-1] else transpose(W)
+    G = matmul(transpose(W), W)
+    return jnp.sqrt(jnp.sum((G - eye_like(G)) ** 2, axis=(-2, -1)))
 
 
-def bjorck(W: jax.Array, *, steps: int = 2) -> jax.Array:
+def bjorck(W: jax.Array, *, num_steps: int = 2) -> jax.Array:
     """Bjorck's orthogonalisation W <- W (3/2 I - 1/2 W^T W), quadratically convergent to the polar factor.
 
     Args:
       W: (..., n, m) with spectral norm below sqrt(3). bfloat16 is iterated in float32: its products would leave an
         error of 1e-2.
-      steps: iterations; two are enough after an optimizer's step.
+      num_steps: iterations; two are enough after an optimizer's step.
 
     Returns:
       Nearly (semi-)orthogonal matrices of the same shape and type.
 
     Raises:
-      ValueError: negative steps.
+      ValueError: a negative num_steps.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> W = haar_orthogonal(jax.random.key(0), (6, 6)) + 0.02 * jax.random.normal(jax.random.key(1), (6, 6))
-      >>> [f"{float(orthogonality_error(bjorck(W, steps=s))):.0e}" for s in (0, 1, 2)]
+      >>> [f"{float(orthogonality_error(bjorck(W, num_steps=s))):.0e}" for s in (0, 1, 2)]
       ['2e-01', '1e-02', '1e-04']
 
     Source: Lu, Gould, Ajanthan (2020), arXiv:2006.12169 [lu2020bidirectionally].
     """
-    if steps < 0:
-        raise ValueError(f"steps must not be negative, got {steps}")
+    checks.not_negative(num_steps=num_steps)
     wide = W.shape[-2] < W.shape[-1]
-    X = (_t(W) if wide else W).astype(jnp.float64 if W.dtype == jnp.float64 else jnp.float32)
-    for _ in range(steps):
-        X = 1.5 * X - 0.5 * _matmul(X, _matmul(_t(X), X))
-    return (_t(X) if wide else X).astype(W.dtype)
+    X = widen(transpose(W) if wide else W)
+    for _ in range(num_steps):
+        X = newton_schulz_step(X, matmul(transpose(X), X), (1.5, -0.5))
+    return (transpose(X) if wide else X).astype(W.dtype)
 
 
 def riemannian_gradient(W: jax.Array, G: jax.Array) -> jax.Array:
@@ -135,23 +133,21 @@ def riemannian_gradient(W: jax.Array, G: jax.Array) -> jax.Array:
     Source: Lu, Gould, Ajanthan (2020), arXiv:2006.12169 [lu2020bidirectionally].
     """
     if W.shape[-2] < W.shape[-1]:
-        return _t(riemannian_gradient(_t(W), _t(G)))
-    S = _matmul(_t(W), G)
-    return G - _matmul(W, (S + _t(S)) / 2)
+        return transpose(riemannian_gradient(transpose(W), transpose(G)))
+    S = matmul(transpose(W), G)
+    return G - matmul(W, (S + transpose(S)) / 2)
 
 
-def _retract(W: jax.Array, method: str) -> jax.Array:
+def _retract(W: jax.Array, method: OrthogonalRetraction) -> jax.Array:
     if method == "bjorck":
-        return bjorck(W, steps=2)
+        return bjorck(W, num_steps=2)
     wide = W.shape[-2] < W.shape[-1]
-    Q, R = jnp.linalg.qr(_t(W) if wide else W)
-    sign = jnp.diagonal(R, axis1=-2, axis2=-1)
-    Q = Q * jnp.where(sign < 0, -1, 1).astype(Q.dtype)[..., None, :]
-    return _t(Q) if wide else Q
+    Q = orthonormal(transpose(W) if wide else W)
+    return transpose(Q) if wide else Q
 
 
 def orthogonal_retraction(
-    inner: optax.GradientTransformation, *, method: str = "qr"
+    inner: optax.GradientTransformation, *, method: OrthogonalRetraction = "qr"
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps weights orthogonal under any optimizer: project its step to the tangent space, take it, retract.
 
@@ -180,17 +176,15 @@ def orthogonal_retraction(
     Source: Lu, Gould, Ajanthan (2020), arXiv:2006.12169; the retraction is this library's choice
     [lu2020bidirectionally].
     """
-    if method not in ("qr", "bjorck"):
-        raise ValueError(f"method must be 'qr' or 'bjorck', got {method!r}")
+    checks.one_of(OrthogonalRetraction, method=method)
     inner = optax.with_extra_args_support(inner)
-    compute = lambda x: x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
     def tangent(G: jax.Array, W: jax.Array) -> jax.Array:
-        return riemannian_gradient(compute(W), compute(G)).astype(G.dtype)
+        return riemannian_gradient(widen(W), widen(G)).astype(G.dtype)
 
     def step(u: jax.Array, W: jax.Array) -> jax.Array:
-        X = compute(W)
-        return (_retract(X + riemannian_gradient(X, compute(u)), method) - X).astype(u.dtype)
+        X = widen(W)
+        return (_retract(X + riemannian_gradient(X, widen(u)), method) - X).astype(u.dtype)
 
     def on_matrices(f: Callable[..., jax.Array], u: jax.Array, W: jax.Array) -> jax.Array:
         if W.ndim < 2:

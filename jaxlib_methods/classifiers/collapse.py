@@ -18,9 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlib_methods.classifiers._heads import validate_batch
-from jaxlib_methods.classifiers._polar import matmul
-from jaxlib_methods.classifiers._simplex_etf import compute_dtype
+from jaxlib_methods._core.dtypes import compute_dtype
+from jaxlib_methods._core.linalg import matmul
+from jaxlib_methods.classifiers.class_means import validate_batch
+
+__all__ = [
+    "ClassStatistics",
+    "collapse_metrics",
+    "cosine_margins",
+    "init_class_statistics",
+    "merge_class_statistics",
+    "nearest_centre_agreement",
+    "neural_collapse",
+    "update_class_statistics",
+]
 
 
 class ClassStatistics(NamedTuple):

@@ -15,6 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlib_methods._core import checks
+from jaxlib_methods.typing import ActivationRoot
+
+__all__ = ["GPNConstants", "gpn", "gpn_constants"]
+
 _RANGE = 14.0  # exp(-14^2 / 2) = 3e-43: nothing that grows polynomially is left outside
 
 
@@ -78,7 +83,7 @@ def _gaussian_moments(f: Callable[[Any], Any]) -> Callable[[Callable[..., np.nda
     return lambda g: float(np.sum(g(z, value, slope) * density))
 
 
-def gpn_constants(f: Callable[[Any], Any], *, root: str = "minus") -> GPNConstants:
+def gpn_constants(f: Callable[[Any], Any], *, root: ActivationRoot = "minus") -> GPNConstants:
     """Constants a, b for which phi = a f + b is Gaussian-Poincare normalised, in float64 by adaptive quadrature.
 
     Args:
@@ -99,8 +104,7 @@ def gpn_constants(f: Callable[[Any], Any], *, root: str = "minus") -> GPNConstan
 
     Source: Lu, Gould, Ajanthan (2020), arXiv:2006.12169 [lu2020bidirectionally].
     """
-    if root not in ("minus", "plus"):
-        raise ValueError(f"root must be 'minus' or 'plus', got {root!r}")
+    checks.one_of(ActivationRoot, root=root)
     moment = _gaussian_moments(f)
     slope2, mean, square = moment(lambda z, f, df: df**2), moment(lambda z, f, df: f), moment(lambda z, f, df: f**2)
     if not np.isfinite([slope2, mean, square]).all() or slope2 <= 0:
@@ -116,7 +120,7 @@ def gpn_constants(f: Callable[[Any], Any], *, root: str = "minus") -> GPNConstan
     return GPNConstants(a, b, a * mean + b, chi, v, moment(lambda z, f, df: (a * df) ** 4))
 
 
-def gpn(f: Callable[[Any], Any], *, root: str = "minus") -> Callable[[jax.Array], jax.Array]:
+def gpn(f: Callable[[Any], Any], *, root: ActivationRoot = "minus") -> Callable[[jax.Array], jax.Array]:
     """The activation phi = a f + b with E[phi^2] = E[phi'^2] = 1 under a standard normal input.
 
     Args:

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxlib_methods.classifiers import (
+from jaxlib_methods.classifiers import neural_collapse, simplex_etf
+from jaxlib_methods.classifiers.collapse import (
     collapse_metrics,
     init_class_statistics,
     merge_class_statistics,
-    neural_collapse,
-    simplex_etf,
     update_class_statistics,
 )
 

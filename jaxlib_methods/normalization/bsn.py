@@ -1,7 +1,8 @@
 """Bidirectionally self-normalising networks: very deep plain networks whose forward and backward norms stay flat.
 
-Symbols: h^l = W^l x^{l-1}, x^l = phi(h^l), W^l in O(n), y^l = dE/dh^l. Orthogonal weights (`_orthogonal.py`) and GPN
-activations (`_gpn.py`) keep ||x^l|| and ||y^l|| constant over the layers, up to fluctuations of order sqrt(L / n).
+Symbols: h^l = W^l x^{l-1}, x^l = phi(h^l), W^l in O(n), y^l = dE/dh^l. Orthogonal weights (`orthogonal`) and GPN
+activations (`gaussian_poincare`) keep ||x^l|| and ||y^l|| constant over the layers, up to fluctuations of order
+sqrt(L / n).
 """
 
 import math
@@ -11,7 +12,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.normalization._orthogonal import haar_orthogonal
+from jaxlib_methods._core import checks
+from jaxlib_methods.normalization.orthogonal import haar_orthogonal
+
+__all__ = [
+    "BSNParams",
+    "SignalNorms",
+    "apply_bsn",
+    "init_bsn",
+    "rescale_inputs",
+    "signal_norms",
+]
 
 
 def rescale_inputs(x: jax.Array) -> jax.Array:
@@ -51,8 +62,8 @@ class BSNParams(NamedTuple):
 
 
 def init_bsn(
-    key: jax.Array,
     *,
+    key: jax.Array,
     depth: int,
     width: int,
     num_inputs: int,
@@ -77,13 +88,12 @@ def init_bsn(
 
     Example:
       >>> import jax
-      >>> [W.shape for W in init_bsn(jax.random.key(0), depth=3, width=8, num_inputs=4, num_outputs=2)]
+      >>> [W.shape for W in init_bsn(key=jax.random.key(0), depth=3, width=8, num_inputs=4, num_outputs=2)]
       [(8, 4), (2, 8, 8), (2, 8)]
 
     Source: Lu, Gould, Ajanthan (2020), arXiv:2006.12169 [lu2020bidirectionally].
     """
-    if depth < 1 or width < 1:
-        raise ValueError(f"depth and width must be at least 1, got {depth} and {width}")
+    checks.at_least(1, depth=depth, width=width)
     keys = jax.random.split(key, 3)
     return BSNParams(
         haar_orthogonal(keys[0], (width, num_inputs), dtype),
@@ -107,7 +117,7 @@ def apply_bsn(params: BSNParams, x: jax.Array, activation: Callable[[jax.Array],
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> params = init_bsn(jax.random.key(0), depth=3, width=8, num_inputs=4, num_outputs=2)
+      >>> params = init_bsn(key=jax.random.key(0), depth=3, width=8, num_inputs=4, num_outputs=2)
       >>> apply_bsn(params, jnp.ones((5, 4)), jnp.tanh).shape
       (5, 2)
 
@@ -150,7 +160,7 @@ class SignalNorms(NamedTuple):
 def signal_norms(
     params: BSNParams,
     x: jax.Array,
-    loss: Callable[[jax.Array], jax.Array],
+    loss_fn: Callable[[jax.Array], jax.Array],
     activation: Callable[[jax.Array], jax.Array],
 ) -> SignalNorms:
     """Forward and backward signal norms of every layer.
@@ -161,7 +171,7 @@ def signal_norms(
     Args:
       params: weights.
       x: inputs (B, num_inputs).
-      loss: logits -> E, a scalar.
+      loss_fn: logits -> E, a scalar.
       activation: phi.
 
     Returns:
@@ -169,7 +179,7 @@ def signal_norms(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> params = init_bsn(jax.random.key(0), depth=3, width=8, num_inputs=8, num_outputs=8)
+      >>> params = init_bsn(key=jax.random.key(0), depth=3, width=8, num_inputs=8, num_outputs=8)
       >>> x = rescale_inputs(jax.random.normal(jax.random.key(1), (5, 8)))
       >>> norms = signal_norms(params, x, lambda logits: jnp.sum(logits), lambda z: z)  # linear: exact at any depth
       >>> [bool(jnp.allclose(norm, norm[0], rtol=1e-4)) for norm in norms]
@@ -181,7 +191,7 @@ def signal_norms(
 
     def energy(probes: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, squares = _run(params, x, activation, probes)
-        return loss(logits), squares
+        return loss_fn(logits), squares
 
     y, squares = jax.grad(energy, has_aux=True)(jnp.zeros(shape, x.dtype))
     return SignalNorms(squares, jnp.sqrt(jnp.sum(y * y, axis=(1, 2))))

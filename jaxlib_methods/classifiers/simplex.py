@@ -10,18 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-HIGHEST = jax.lax.Precision.HIGHEST
+from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import widen
+from jaxlib_methods._core.linalg import haar, matmul
 
-
-def compute_dtype(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
-    """At least float32: a frame solved in bfloat16 is no frame."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+__all__ = [
+    "centering_matrix",
+    "distance_to_nearest_etf",
+    "etf_weights",
+    "helmert_basis",
+    "simplex_etf",
+]
 
 
 def check_frame_size(num_classes: int, num_features: int) -> None:
     """Raises ValueError unless K >= 2 and d >= K - 1 (the ETF spans K - 1 dimensions)."""
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}; a simplex needs two vertices")
+    checks.at_least(2, num_classes=num_classes, remedy="a simplex needs two vertices")
     if num_features < num_classes - 1:
         raise ValueError(
             f"a simplex ETF of {num_classes} classes spans {num_classes - 1} dimensions, "
@@ -125,13 +129,9 @@ def simplex_etf(
     """
     check_frame_size(num_classes, num_features)
     thin = min(num_classes, num_features)
-    if key is None:
-        U = jnp.eye(num_features, thin, dtype=dtype)
-    else:
-        U, R = jnp.linalg.qr(jax.random.normal(key, (num_features, thin), dtype))
-        U = U * jnp.sign(jnp.diagonal(R))[None, :]  # without the signs the law is not uniform
+    U = jnp.eye(num_features, thin, dtype=dtype) if key is None else haar(key, (num_features, thin), dtype)
     if num_features == num_classes - 1:
-        U = jnp.matmul(U, helmert_basis(num_classes, dtype).T, precision=HIGHEST)
+        U = matmul(U, helmert_basis(num_classes, dtype).T)
     return etf_weights(U)
 
 
@@ -160,9 +160,8 @@ def distance_to_nearest_etf(vectors: jax.Array) -> jax.Array:
     """
     d, K = vectors.shape[-2:]
     check_frame_size(K, d)
-    if not jnp.issubdtype(vectors.dtype, jnp.floating):
-        raise ValueError(f"vectors must be floating, got {vectors.dtype}")
-    Y = vectors.astype(compute_dtype(vectors.dtype))
+    checks.floating(vectors=vectors)
+    Y = widen(vectors)
     norm = jnp.sqrt(jnp.sum(Y * Y, axis=(-2, -1), keepdims=True))
     YM = (Y - jnp.mean(Y, axis=-1, keepdims=True)) / jnp.maximum(norm, 1e-12)
     nuclear = jnp.sum(jnp.linalg.svd(YM, compute_uv=False), axis=-1)

@@ -15,16 +15,13 @@ from jaxlib_methods.classifiers import (
     FixedETFHead,
     NearestETFHead,
     NormalizedHead,
-    class_sums,
     dot_regression_loss,
     etf_weights,
     nearest_etf,
-    normalize_features,
-    running_class_means,
     simplex_etf,
-    validate_batch,
 )
 from jaxlib_methods.classifiers._polar import GRAM_MIN_COLUMNS
+from jaxlib_methods.classifiers.class_means import class_sums, normalize_features, running_class_means, validate_batch
 
 D, K, B = 8, 4, 16
 LABELS = jnp.arange(B, dtype=jnp.int32) % K
@@ -369,7 +366,7 @@ def nan_features():
         (lambda: NearestETFHead(3, 5), "num_features=3"),
         (lambda: FixedETFHead(3, 5), "num_features=3"),
         (lambda: NearestETFHead(D, K, temperature=0.0), "temperature must be positive, got 0.0"),
-        (lambda: NearestETFHead(D, K, delta=-1.0), "delta must be positive, got -1.0"),
+        (lambda: NearestETFHead(D, K, proximal_weight=-1.0), "proximal_weight must be positive, got -1.0"),
         (lambda: NearestETFHead(D, K, average="mean"), "average .* got 'mean'"),
         (lambda: NearestETFHead(D, K, unseen="mean"), "unseen .* got 'mean'"),
         (lambda: NearestETFHead(D, K)(features()), "labels are needed in training"),
