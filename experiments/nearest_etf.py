@@ -41,8 +41,8 @@ from jaxlib_methods.classifiers import (
     NormalizedHead,
     dot_regression_loss,
     neural_collapse,
-    validate_batch,
 )
+from jaxlib_methods.classifiers.class_means import validate_batch
 from jaxlib_methods.optimizers import agd, agd_initializer
 
 PyTree = Any

@@ -99,11 +99,11 @@ def load(config: Config) -> classification.Data:
 class Network(NamedTuple):
     """What all seeds and learning rates of a network share."""
 
-    init: Callable[[jax.Array], normalization.BSNParams]
+    init: Callable[[jax.Array], normalization.bsn.BSNParams]
     loss_fn: loop.LossFn
     optimizer: optax.GradientTransformation
     evaluate: Callable[[loop.TrainState], dict[str, float]]
-    norms: Callable[[normalization.BSNParams], normalization.SignalNorms]  # on the first 64 images
+    norms: Callable[[normalization.bsn.BSNParams], normalization.bsn.SignalNorms]  # on the first 64 images
 
 
 @functools.lru_cache(maxsize=1)  # a network's cases follow one another
@@ -119,11 +119,11 @@ def make_network(data: classification.Data, row: Row) -> Network:
         x = pixels.reshape(pixels.shape[0], -1).astype(jnp.float32)
         return normalization.rescale_inputs((x - mean[None, :]) / std[None, :])
 
-    def logits_fn(params: normalization.BSNParams, model_state: PyTree, pixels: jax.Array) -> jax.Array:
+    def logits_fn(params: normalization.bsn.BSNParams, model_state: PyTree, pixels: jax.Array) -> jax.Array:
         del model_state
         return normalization.apply_bsn(params, inputs(pixels), phi)
 
-    def loss_fn(params: normalization.BSNParams, model_state: PyTree, batch: images.Split, key: jax.Array):
+    def loss_fn(params: normalization.bsn.BSNParams, model_state: PyTree, batch: images.Split, key: jax.Array):
         del key
         logits = logits_fn(params, model_state, batch.images)
         wrong = 100.0 * (jnp.argmax(logits, axis=1) != batch.labels).astype(jnp.float32)
@@ -135,7 +135,7 @@ def make_network(data: classification.Data, row: Row) -> Network:
     sgd = optax.inject_hyperparams(optax.sgd)(config.learning_rates[0])  # one program for all learning rates
     return Network(
         lambda key: normalization.init_bsn(
-            key,
+            key=key,
             depth=row.depth,
             width=config.width,
             num_inputs=train.images[0].size,
@@ -180,7 +180,9 @@ def run(data: classification.Data, row: Row, seed: int, workdir: pathlib.Path, r
         **{name: last[name] for name in ("test_error", "validation_error") if name in last},
         "log10 forward ratio": safe_log(np.float64(before.forward[-1]) / before.forward[0]),
         "log10 backward ratio": safe_log(np.float64(before.backward[0]) / np.maximum(before.backward[-1], 1e-300)),
-        "orthogonality_error": float(jnp.max(normalization.orthogonality_error(state.params.hidden), initial=0.0)),
+        "orthogonality_error": float(
+            jnp.max(normalization.orthogonal.orthogonality_error(state.params.hidden), initial=0.0)
+        ),
         "learning_rate": rate,
     }
     as_lists = lambda norms: {name: np.asarray(x, np.float64).tolist() for name, x in norms._asdict().items()}
