@@ -94,7 +94,7 @@ class _SmallNet(nnx.Module):
 
     def __init__(self, channels: int, width: int, rngs: nnx.Rngs):
         sizes = (channels, width, 2 * width, 4 * width)
-        conv = functools.partial(models.Conv, kernel_size=(3, 3), strides=(2, 2), use_bias=False, rngs=rngs)
+        conv = functools.partial(models.convolution.Conv, kernel_size=(3, 3), strides=(2, 2), use_bias=False, rngs=rngs)
         self.conv = nnx.List([conv(a, b) for a, b in itertools.pairwise(sizes)])
         self.bn = nnx.List([_batch_norm(b, rngs) for b in sizes[1:]])
         self.num_features = sizes[-1]

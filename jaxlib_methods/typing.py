@@ -12,16 +12,22 @@ from typing import Any, Literal, TypeAlias
 import jax
 
 __all__ = [
+    "GPTMLP",
+    "Activation",
     "ActivationRoot",
     "ApplyFn",
     "AttackDirection",
     "AttackKind",
     "AttackNorm",
+    "AttentionImplementation",
     "AveragingMethod",
     "AxisName",
     "ChannelTies",
     "ClassAverage",
+    "ConvolutionPadding",
     "Direction",
+    "GPTNorm",
+    "GPTPosition",
     "GateGradients",
     "Implementation",
     "Incompatibility",
@@ -48,6 +54,7 @@ __all__ = [
     "PyTree",
     "QuadraticTruncation",
     "ReductionSolver",
+    "ResNetStem",
     "Rounding",
     "SGMVariant",
     "SecondMoments",
@@ -55,6 +62,7 @@ __all__ = [
     "SynchronousSchedule",
     "TransformFold",
     "UnseenClasses",
+    "VGGVariant",
     "WeightProjection",
 ]
 
@@ -65,6 +73,7 @@ ApplyFn: TypeAlias = Callable[[PyTree, Any], Any]  # (params, inputs) -> outputs
 LossFn: TypeAlias = Callable[[PyTree, Any], jax.Array]  # (params, batch) -> a scalar
 
 # String options, by name.
+Activation: TypeAlias = Literal["none", "relu", "relu6"]
 ActivationRoot: TypeAlias = Literal["minus", "plus"]
 AttackDirection: TypeAlias = Literal["forward", "backward", "both"]
 AttackKind: TypeAlias = Literal[
@@ -72,9 +81,16 @@ AttackKind: TypeAlias = Literal[
 ]
 AttackNorm: TypeAlias = Literal["linf", "l2", "l2_per_channel"]
 AveragingMethod: TypeAlias = Literal["avg", "weight_update", "ema"]
+AttentionImplementation: TypeAlias = Literal["xla", "cudnn"]
 ChannelTies: TypeAlias = Literal["max", "min", "union"]
 ClassAverage: TypeAlias = Literal["ema", "cumulative"]
 Direction: TypeAlias = Literal["forward", "backward"]
+Direction: TypeAlias = Literal["forward", "backward"]  # of what crosses a boundary between stages
+TransformFold: TypeAlias = Literal["in place", "each", "master"]  # of a transform into a parameter
+ConvolutionPadding: TypeAlias = Literal["SAME", "VALID"]
+GPTMLP: TypeAlias = Literal["relu", "gelu", "swiglu"]
+GPTNorm: TypeAlias = Literal["layer", "rms"]
+GPTPosition: TypeAlias = Literal["learned", "rotary"]
 GateGradients: TypeAlias = Literal["mpmg", "mnmg"]
 Implementation: TypeAlias = Literal["xla", "pallas_gpu", "pallas_tpu"]
 Incompatibility: TypeAlias = Literal["none", "partial", "full"]
@@ -100,6 +116,7 @@ PruningSchedule: TypeAlias = Literal["exponential", "linear"]
 PruningScope: TypeAlias = Literal["global", "per_layer"]
 QuadraticTruncation: TypeAlias = Literal["distance", "cost"]
 ReductionSolver: TypeAlias = Literal["cg", "woodbury", "projection"]
+ResNetStem: TypeAlias = Literal["cifar", "strided", "imagenet"]
 Rounding: TypeAlias = Literal["argmin", "sequential"]
 SGMVariant: TypeAlias = Literal["messages", "path_costs"]
 SecondMoments: TypeAlias = Literal["error", "keep", "reset"]
@@ -107,4 +124,5 @@ ShapeScaling: TypeAlias = Literal["width", "spectral", "rms"]
 SynchronousSchedule: TypeAlias = Literal["gpipe", "1f1b", "circular"]
 TransformFold: TypeAlias = Literal["in place", "each", "master"]
 UnseenClasses: TypeAlias = Literal["global_mean", "zero"]
+VGGVariant: TypeAlias = Literal["c", "d", "like"]
 WeightProjection: TypeAlias = Literal["softmax", "sparsemax", "argmax", "tanh", "round"]

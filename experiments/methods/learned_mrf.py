@@ -70,7 +70,7 @@ class Segmenter(nnx.Module):
     """A few 3 x 3 convolutions, then per pixel: logits, and for a layer also how much of a boundary it is."""
 
     def __init__(self, config: Config, method: Method, channels: int, num_labels: int, rngs: nnx.Rngs):
-        conv = functools.partial(models.Conv, rngs=rngs)
+        conv = functools.partial(models.convolution.Conv, rngs=rngs)
         widths = (channels, *(config.width,) * config.depth)
         self.convs = nnx.List([conv(a, b, kernel_size=(3, 3)) for a, b in itertools.pairwise(widths)])
         self.logits = conv(config.width, num_labels, kernel_size=(1, 1))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from jaxlib_methods.models._convolution import Conv
+from jaxlib_methods.models.convolution import Conv
 
 _FILTERS = ((11, 96), (5, 256), (3, 384), (3, 384), (3, 256))  # (window, channels), every stride 2 but the first
 

@@ -2,14 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
-from jaxlib_methods.models._gpt import GPT, GPTConfig
-
-PyTree = Any
+from jaxlib_methods.models.gpt import GPT, GPTConfig
+from jaxlib_methods.typing import PyTree
 
 
 class GPTStages(NamedTuple):

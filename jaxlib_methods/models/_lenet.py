@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from jaxlib_methods.models._convolution import Conv
+from jaxlib_methods.models.convolution import Conv
 
 
 class LeNet300(nnx.Module):

@@ -7,10 +7,10 @@ from flax import nnx
 
 from jaxlib_methods.models._alexnet import AlexNet
 from jaxlib_methods.models._lenet import LeNet5, LeNet300
-from jaxlib_methods.models._recurrent import GRUClassifier, LSTMClassifier
 from jaxlib_methods.models._resnet import ResNet, WideResNet
-from jaxlib_methods.models._small_convolutional import ResNet8, SimpleCNN
 from jaxlib_methods.models._vgg import VGG
+from jaxlib_methods.models.recurrent import GRUClassifier, LSTMClassifier
+from jaxlib_methods.models.small_convolutional import ResNet8, SimpleCNN
 
 _BUILDERS: dict[str, Callable[..., nnx.Module]] = {
     "lenet300": LeNet300,

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlib_methods.models._convolution import Conv
+from jaxlib_methods._core import checks
+from jaxlib_methods.models.convolution import Conv
+from jaxlib_methods.typing import ResNetStem
 
 
 def _conv(features_in: int, features: int, window: int, stride: int, rngs: nnx.Rngs) -> Conv:
@@ -110,13 +112,11 @@ class ResNet(nnx.Module):
         *,
         depth: int = 18,
         input_shape: Sequence[int] = (32, 32, 3),
-        stem: str = "cifar",
+        stem: ResNetStem = "cifar",
         rngs: nnx.Rngs,
     ):
-        if depth not in _SHAPES:
-            raise ValueError(f"depth must be one of {', '.join(map(str, sorted(_SHAPES)))}, got {depth}")
-        if stem not in _STEMS:
-            raise ValueError(f"stem must be one of {', '.join(_STEMS)}, got {stem!r}")
+        checks.one_of(sorted(_SHAPES), depth=depth)
+        checks.one_of(ResNetStem, stem=stem)
         shape = _SHAPES[depth]
         self.pools = stem == "imagenet"
         self.conv = _conv(input_shape[-1], shape.width, *_STEMS[stem], rngs)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from jaxlib_methods.models._convolution import Conv
+from jaxlib_methods._core import checks
+from jaxlib_methods.models.convolution import Conv
+from jaxlib_methods.typing import VGGVariant
 
 _STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (channels, convolutions), each ends in a pooling
 
@@ -42,13 +44,12 @@ class VGG(nnx.Module):
         self,
         num_classes: int,
         *,
-        variant: str = "d",
+        variant: VGGVariant = "d",
         input_shape: Sequence[int] = (32, 32, 3),
         first_stride: int | None = None,
         rngs: nnx.Rngs,
     ):
-        if variant not in ("c", "d", "like"):
-            raise ValueError(f"variant must be 'c', 'd' or 'like', got {variant!r}")
+        checks.one_of(VGGVariant, variant=variant)
         *size, channels = input_shape
         if first_stride is None:
             first_stride = 2 if min(size) >= 64 else 1

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-KINDS = ("potts", "truncated_linear", "toeplitz", "table")
+from jaxlib_methods._core import checks
+from jaxlib_methods.typing import PairwiseKind
 
 
 @functools.partial(
@@ -31,7 +32,7 @@ class Pairwise:
     | `"table"` | table[mu, lam] |
 
     Attributes:
-      kind: one of `KINDS`; static.
+      kind: as in the table; static.
       weight: scalar array; non-negative for `"potts"` and `"truncated_linear"`.
       profile: (R + 1,) array for `"toeplitz"`, else None. R is static through the shape.
       table: (L, L) array for `"table"`, else None.
@@ -47,7 +48,7 @@ class Pairwise:
              [2., 2., 0.]], dtype=float32)
     """
 
-    kind: str
+    kind: PairwiseKind
     weight: Any
     profile: Any = None
     table: Any = None
@@ -55,8 +56,7 @@ class Pairwise:
     semimetric: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
+        checks.one_of(PairwiseKind, kind=self.kind)
         if self.kind == "truncated_linear" and self.truncation < 1:
             raise ValueError(
                 f"truncation must be a positive int, got {self.truncation}; a fractional one is a 'toeplitz' profile"

@@ -159,7 +159,7 @@ class TestTrials:
 
 
 def test_simple_cnn_keeps_6235_of_its_connections_and_no_bias():
-    graph, params = nnx.split(models.SimpleCNN(10, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(models.small_convolutional.SimpleCNN(10, rngs=nnx.Rngs(0)))
 
     def loss(params, batch):
         images, labels = batch

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from jaxlib_methods.models._convolution import Conv, convolve
+from jaxlib_methods.models.convolution import Conv, convolve
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def turned(x):
 class TestRotary:
     def test_scores_depend_on_the_distance_alone(self, key):
         q, k = jax.random.normal(key, (2, 16))
-        everywhere = lambda vector: models.rotate(jnp.broadcast_to(vector, (1, 40, 1, 16)))[0, :, 0]
+        everywhere = lambda vector: models.gpt.rotate(jnp.broadcast_to(vector, (1, 40, 1, 16)))[0, :, 0]
         scores = np.asarray(everywhere(q) @ everywhere(k).T)
         for distance in range(-20, 21):
             diagonal = np.diagonal(scores, distance)
@@ -171,10 +171,10 @@ class TestRotary:
 
     def test_lengths_stay_and_position_zero_is_not_turned(self, key):
         x = jax.random.normal(key, (2, 9, 3, 8))
-        y = models.rotate(x)
+        y = models.gpt.rotate(x)
         np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
         np.testing.assert_array_equal(y[:, 0], x[:, 0])
-        assert models.rotate(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+        assert models.gpt.rotate(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_grouped_heads_are_repeated_heads(key):
@@ -232,7 +232,7 @@ def test_rotary_models_take_any_length_and_learned_positions_end():
 
 
 def test_flash_attention_is_asked_for_where_it_exists(monkeypatch):
-    implementation = models._gpt._implementation
+    implementation = models.gpt._implementation
     half = dataclasses.replace(GPT_CONFIGS["gpt2_small"], dtype="bfloat16")
     assert implementation(half) == "xla"
     hopper = type("Device", (), {"device_kind": "NVIDIA H200", "compute_capability": "9.0"})

@@ -121,7 +121,7 @@ class TestForward:
         np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-4)
 
     def test_resnet8_shortcuts_have_no_parameters(self, key):
-        model = models.ResNet8(10, rngs=nnx.Rngs(0))
+        model = models.small_convolutional.ResNet8(10, rngs=nnx.Rngs(0))
         x = jax.random.normal(key, (2, 8, 8, 3))
         conv = lambda layer, x, s=1: (
             jax.lax.conv_general_dilated(
@@ -220,7 +220,7 @@ class TestRecurrentLayersEqualFlaxCells:
     """The oracle is flax's cell, run in a Python loop with the same weights."""
 
     def test_lstm(self, key):
-        model = models.LSTMClassifier(3, hidden=5, input_shape=(4, 2), rngs=nnx.Rngs(0))
+        model = models.recurrent.LSTMClassifier(3, hidden=5, input_shape=(4, 2), rngs=nnx.Rngs(0))
         cell = nnx.OptimizedLSTMCell(5, 5, rngs=nnx.Rngs(1))
         bias = jax.random.normal(key, (20,))
         model.input_gates.bias[...] = cell.dense_h.bias[...] = bias
@@ -229,7 +229,7 @@ class TestRecurrentLayersEqualFlaxCells:
         self.compare(model, cell, (jnp.zeros((6, 5)), jnp.zeros((6, 5))), key)
 
     def test_gru(self, key):
-        model = models.GRUClassifier(3, hidden=5, input_shape=(4, 2), rngs=nnx.Rngs(0))
+        model = models.recurrent.GRUClassifier(3, hidden=5, input_shape=(4, 2), rngs=nnx.Rngs(0))
         cell = nnx.GRUCell(5, 5, rngs=nnx.Rngs(1))
         model.input_gates.bias[...] = cell.dense_i.bias[...] = jax.random.normal(key, (15,))
         cell.dense_i.kernel[...] = model.input_gates.kernel[...]
@@ -259,11 +259,14 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("build", "message"),
         [
-            (lambda rngs: models.VGG(10, variant="e", rngs=rngs), "'c', 'd' or 'like', got 'e'"),
+            (lambda rngs: models.VGG(10, variant="e", rngs=rngs), "'c', 'd', 'like', got 'e'"),
             (lambda rngs: models.ResNet(10, depth=34, rngs=rngs), "18, 20, 32, 44, 50, 56, 110, got 34"),
-            (lambda rngs: models.ResNet(10, stem="mnist", rngs=rngs), "cifar, strided, imagenet, got 'mnist'"),
+            (lambda rngs: models.ResNet(10, stem="mnist", rngs=rngs), "'cifar', 'strided', 'imagenet', got 'mnist'"),
             (lambda rngs: models.WideResNet(10, depth=17, rngs=rngs), r"6 n \+ 4.*got 17"),
-            (lambda rngs: models.GRUClassifier(10, input_shape=(5,), rngs=rngs), r"steps, features.*got \(5,\)"),
+            (
+                lambda rngs: models.recurrent.GRUClassifier(10, input_shape=(5,), rngs=rngs),
+                r"steps, features.*got \(5,\)",
+            ),
         ],
     )
     def test_bad_choices(self, build, message):

@@ -98,7 +98,7 @@ def test_numbers_that_flax_layers_keep_follow():
     assert net.depthwise.feature_group_count == 8
 
 
-@pytest.mark.parametrize("build", [models.MobileNetV2For3D, models.I3D])
+@pytest.mark.parametrize("build", [models.video.MobileNetV2For3D, models.video.I3D])
 def test_video_classifiers_lose_channels(build):
     net = nnx.eval_shape(lambda: build(3, input_shape=(8, 32, 32, 3), width=0.125, rngs=nnx.Rngs(0)))
     example = abstract((1, 8, 32, 32, 3))

@@ -71,8 +71,8 @@ class TestModels:
     @pytest.mark.parametrize(
         ("build", "shape", "layers", "parameters"),
         [
-            (models.MobileNetV2For3D, (16, 112, 112, 3), 53, 2_354_048),
-            (models.I3D, (16, 224, 224, 3), 58, 12_287_264),
+            (models.video.MobileNetV2For3D, (16, 112, 112, 3), 53, 2_354_048),
+            (models.video.I3D, (16, 224, 224, 3), 58, 12_287_264),
         ],
     )
     def test_video_classifiers_as_published(self, build, shape, layers, parameters):
@@ -150,8 +150,8 @@ class TestTies:
     def test_patches_on_the_cpu_do_not_show(self):
         class Net(nnx.Module):
             def __init__(self):
-                self.conv = models.Conv(1, 4, (3, 3), rngs=nnx.Rngs(0))
-                self.head = models.Conv(4, 2, (1, 1), rngs=nnx.Rngs(0))
+                self.conv = models.convolution.Conv(1, 4, (3, 3), rngs=nnx.Rngs(0))
+                self.head = models.convolution.Conv(4, 2, (1, 1), rngs=nnx.Rngs(0))
 
             def __call__(self, x):
                 return self.head(jax.checkpoint(lambda x: nnx.relu(self.conv(x)))(x))

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlib_methods.models._convolution import Conv
-from jaxlib_methods.models._unet3d import ConvBlock3D
+from jaxlib_methods.models.convolution import Conv
+from jaxlib_methods.models.unet3d import ConvBlock3D
+
+__all__ = ["I3D", "MobileNetV2For3D"]
 
 # (expansion, channels, blocks, stride of the first block along each axis)
 _INVERTED = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+__all__ = ["Conv", "convolve"]
+
 
 def _patches_times_kernel(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any) -> jax.Array:
     window = kernel.shape[:-2]
@@ -43,7 +45,8 @@ def convolve(
     dimension_numbers: Any = None,
     feature_group_count: int = 1,
     precision: Any = None,
-    **kwargs: Any,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
 ) -> jax.Array:
     """Stands in for `lax.conv_general_dilated` in `nnx.Conv(conv_general_dilated=convolve)`.
 
@@ -56,8 +59,7 @@ def convolve(
       rhs_dilation: likewise.
       dimension_numbers: ignored but for XLA's convolution; the layout is N(D)HWC, (D)HWIO, N(D)HWC.
       feature_group_count: groups; more than one uses XLA's convolution everywhere.
-      precision: of XLA's convolution.
-      **kwargs: passed on to XLA's convolution.
+      precision, preferred_element_type, out_sharding: of XLA's convolution.
 
     Returns:
       Images of shape (B, H', W', F), or volumes (B, D', H', W', F).
@@ -67,7 +69,6 @@ def convolve(
       >>> convolve(jnp.ones((1, 3, 3, 1)), jnp.ones((2, 2, 1, 1)), (1, 1), "VALID").squeeze().tolist()
       [[4.0, 4.0], [4.0, 4.0]]
     """
-
     layout = ("NDHWC", "DHWIO", "NDHWC") if kernel.ndim == 5 else ("NHWC", "HWIO", "NHWC")
 
     def by_xla(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -81,7 +82,8 @@ def convolve(
             dimension_numbers=dimension_numbers or layout,
             feature_group_count=feature_group_count,
             precision=precision,
-            **kwargs,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
         )
 
     dilated = any(d != 1 for dilation in (lhs_dilation, rhs_dilation) for d in dilation or ())

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+__all__ = ["GRUClassifier", "LSTMClassifier"]
+
 
 class _Classifier(nnx.Module):
     """Linear, one recurrent layer, and a linear read-out of its last state; one bias for each gate."""

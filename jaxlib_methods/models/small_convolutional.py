@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlib_methods.models._convolution import Conv
+from jaxlib_methods.models.convolution import Conv
+
+__all__ = ["ResNet8", "SimpleCNN"]
 
 
 class SimpleCNN(nnx.Module):

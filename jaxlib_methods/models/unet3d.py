@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlib_methods.models._convolution import Conv
+from jaxlib_methods.models.convolution import Conv
+from jaxlib_methods.typing import Activation, ConvolutionPadding
+
+__all__ = ["ConvBlock3D", "UNet3D"]
 
 
 class ConvBlock3D(nnx.Module):
@@ -39,8 +42,8 @@ class ConvBlock3D(nnx.Module):
         *,
         strides: int | tuple[int, ...] = 1,
         groups: int = 1,
-        padding: str | None = None,
-        activation: str = "relu",
+        padding: ConvolutionPadding | None = None,
+        activation: Activation = "relu",
         epsilon: float = 1e-5,
         rngs: nnx.Rngs,
     ):

@@ -9,18 +9,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-_CHOICES = {
-    "position": ("learned", "rotary"),
-    "norm": ("layer", "rms"),
-    "mlp": ("relu", "gelu", "swiglu"),
-    "attention": (None, "xla", "cudnn"),
-}
+from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import compute_dtype
+from jaxlib_methods._core.linalg import matmul
+from jaxlib_methods.typing import GPTMLP, AttentionImplementation, GPTNorm, GPTPosition
+
+__all__ = ["GPT", "GPT_CONFIGS", "GPTConfig", "rotate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +76,9 @@ class GPTConfig:
     heads: int = 4
     kv_heads: int | None = None
     mlp_width: int | None = None
-    position: str = "learned"
-    norm: str = "layer"
-    mlp: str = "relu"
+    position: GPTPosition = "learned"
+    norm: GPTNorm = "layer"
+    mlp: GPTMLP = "relu"
     qkv_bias: bool = False
     bias: bool = True
     head_bias: bool = True
@@ -90,17 +89,17 @@ class GPTConfig:
     rotary_base: float = 10_000.0
     dtype: str = "float32"
     param_dtype: str = "float32"
-    attention: str | None = None
+    attention: AttentionImplementation | None = None
     subspace: int | None = None
     full_rank_blocks: int = 1
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "layers", "width", "heads", "kv_heads", "mlp_width", "subspace"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        sizes = ("vocab_size", "block_size", "layers", "width", "heads", "kv_heads", "mlp_width", "subspace")
+        checks.at_least(1, **{name: getattr(self, name) for name in sizes})
+        checks.one_of(GPTPosition, position=self.position)
+        checks.one_of(GPTNorm, norm=self.norm)
+        checks.one_of(GPTMLP, mlp=self.mlp)
+        checks.one_of(AttentionImplementation | None, attention=self.attention)
         if self.width % self.heads:
             raise ValueError(f"heads must divide width, got {self.heads} heads and width {self.width}")
         if self.kv_heads is not None and self.heads % self.kv_heads:
@@ -185,14 +184,9 @@ def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequencies[None, :]
     cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
-    a, b = jnp.split(x.astype(_accumulator(x.dtype)), 2, axis=-1)
+    a, b = jnp.split(x.astype(compute_dtype(x.dtype)), 2, axis=-1)
     cos, sin = cos.astype(a.dtype), sin.astype(a.dtype)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def _accumulator(dtype: Any) -> Any:
-    """Float32, or float64 for itself."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def _norm(config: GPTConfig, rngs: nnx.Rngs) -> nnx.Module:
@@ -235,7 +229,7 @@ def _lift(y: jax.Array, U: jax.Array | None) -> jax.Array:
     """Coordinates (..., k) to the residual stream, y U^T; exact to the rounding of y's dtype on every backend."""
     if U is None:
         raise ValueError("a model with config.subspace is called with its basis; pass U, an array (width, subspace)")
-    return jnp.matmul(y, U.T.astype(y.dtype), precision="highest")
+    return matmul(y, U.T.astype(y.dtype))
 
 
 class _Embed(nnx.Module):
@@ -288,7 +282,7 @@ class _Attention(nnx.Module):
         return self.out(y.reshape(x.shape))
 
 
-def _implementation(config: GPTConfig) -> str:
+def _implementation(config: GPTConfig) -> AttentionImplementation:
     if config.attention is not None:
         return config.attention
     device = jax.devices()[0]
@@ -346,7 +340,7 @@ class _Head(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)
         kernel = self.tokens.embedding[...].T if self.config.tied else self.logits.kernel[...]
-        wide = _accumulator(x.dtype)
+        wide = compute_dtype(x.dtype)
         logits = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=wide)
         return logits + self.logits.bias[...].astype(wide)[None, None] if self.config.head_bias else logits
 
