@@ -1,4 +1,4 @@
-"""python -m experiments list | run NAME [options] | report [FOLDER]"""
+"""python -m experiments list | run NAME [options] | report [FOLDER] | new NAME --family FAMILY"""
 
 import sys
 

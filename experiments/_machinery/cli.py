@@ -1,4 +1,4 @@
-"""python -m experiments list | run NAME [options] | report [FOLDER]"""
+"""python -m experiments list | run NAME [options] | report [FOLDER] | new NAME --family FAMILY"""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments", description="Train, resume and tabulate the experiments."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list | run | report")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list | run | report | new")
     commands.add_parser("list", help="name, description and paper of every experiment")
 
     run = commands.add_parser("run", help="train one; `run NAME --help` shows its options", add_help=False)
@@ -36,6 +36,12 @@ def _parser() -> argparse.ArgumentParser:
         help="take the runs into the records, the pages and the index of this folder (experiments/results)",
     )
     report.add_argument("--allow-dirty", action="store_true", help="also runs of a tree with uncommitted changes")
+
+    new = commands.add_parser("new", help="print or write the skeleton of a method")
+    new.add_argument("name", help="of the function, and of the experiment")
+    new.add_argument("--family", required=True, help="a package of jaxlib_methods")
+    new.add_argument("--kind", choices=("function", "loss", "transformation"), default="function")
+    new.add_argument("--write", action="store_true", help="write the files instead of printing them")
     return parser
 
 
@@ -67,6 +73,10 @@ def main(argv: list[str]) -> int:
             from experiments._machinery import report
 
             return report.main(options)
+        if options.command == "new":
+            from experiments._machinery import skeleton
+
+            return skeleton.main(options)
         _configure_jax()
         from experiments._machinery import runner
 

@@ -18,18 +18,20 @@ from experiments._machinery.report import Table, as_markdown, configuration, hea
 VERDICTS = ("reproduced", "direction shown", "not shown at this size", "contradicted")
 INDEX_HEAD = "| experiment | claim | target | ours | seeds | verdict |\n| --- | --- | ---: | ---: | ---: | --- |\n"
 PAGE = """\
-# {name}
+# {name}: what is measured
 
 **Claim.** {claim}
 
 **Verdict.** *{verdicts}*: the reason.
 
+What the run is: the paper, data, network, steps, and what the numbers are.
+
 <!-- table -->
 <!-- /table -->
 
-**What differs from the paper.**
+![what the figure shows](figures/{name}.png)
 
-**Commands.**
+## What differs from the paper
 
 <!-- commands -->
 <!-- /commands -->
