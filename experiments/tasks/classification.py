@@ -104,6 +104,7 @@ class Task(Data):
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]  # key -> (params, model_state)
     apply: Callable[..., tuple[jax.Array, PyTree]]  # (params, model_state, images, train) -> (logits, model_state)
+    forward: Callable[..., tuple[jax.Array, PyTree]]  # the same of images that are standardised already
     loss_fn: loop.LossFn  # mean cross-entropy
     logits: Callable[[PyTree, PyTree, jax.Array], jax.Array]  # (params, model_state, images), in evaluation mode
 
@@ -168,11 +169,14 @@ def load(options: Options, build: Build, **changes: Any) -> Task:
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         return nnx.split(build(key, dataset), nnx.Param, ...)[1:]
 
-    def apply(params: PyTree, model_state: PyTree, pixels: jax.Array, train: bool) -> tuple[jax.Array, PyTree]:
+    def forward(params: PyTree, model_state: PyTree, inputs: jax.Array, train: bool) -> tuple[jax.Array, PyTree]:
         model = nnx.merge(graph, params, model_state)
         model.train() if train else model.eval()
-        logits = model(standardise(pixels))
+        logits = model(inputs)
         return logits, nnx.split(model, nnx.Param, ...)[2]
+
+    def apply(params: PyTree, model_state: PyTree, pixels: jax.Array, train: bool) -> tuple[jax.Array, PyTree]:
+        return forward(params, model_state, standardise(pixels), train)
 
     def loss_fn(params: PyTree, model_state: PyTree, batch: images.Split, key: jax.Array):
         del key
@@ -180,7 +184,7 @@ def load(options: Options, build: Build, **changes: Any) -> Task:
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean(), (model_state, {})
 
     logits = lambda params, model_state, pixels: apply(params, model_state, pixels, False)[0]
-    return Task(options, dataset, data.split, standardise, data.augment, init, apply, loss_fn, logits)
+    return Task(options, dataset, data.split, standardise, data.augment, init, apply, forward, loss_fn, logits)
 
 
 def crop_and_flip(batch: images.Split, key: jax.Array) -> images.Split:

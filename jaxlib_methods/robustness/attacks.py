@@ -197,9 +197,9 @@ def pgd(
         (radius, step_size, floor, low, high),
         scaling,
         norm=norm,
-        num_steps=int(num_steps),
-        num_restarts=int(num_restarts),
-        random_start=bool(random_start),
+        num_steps=num_steps,
+        num_restarts=num_restarts,
+        random_start=random_start,
     )
     if not isinstance(finite, jax.core.Tracer) and not bool(finite):
         raise ValueError(
