@@ -13,7 +13,6 @@ import jax
 
 __all__ = [
     "GPTMLP",
-    "Activation",
     "ActivationRoot",
     "ApplyFn",
     "AttackDirection",
@@ -73,25 +72,22 @@ ApplyFn: TypeAlias = Callable[[PyTree, Any], Any]  # (params, inputs) -> outputs
 LossFn: TypeAlias = Callable[[PyTree, Any], jax.Array]  # (params, batch) -> a scalar
 
 # String options, by name.
-Activation: TypeAlias = Literal["none", "relu", "relu6"]
 ActivationRoot: TypeAlias = Literal["minus", "plus"]
 AttackDirection: TypeAlias = Literal["forward", "backward", "both"]
 AttackKind: TypeAlias = Literal[
     "constant", "random", "scale", "random_sign", "delay", "bias", "invisible_noise", "adaptive"
 ]
 AttackNorm: TypeAlias = Literal["linf", "l2", "l2_per_channel"]
-AveragingMethod: TypeAlias = Literal["avg", "weight_update", "ema"]
 AttentionImplementation: TypeAlias = Literal["xla", "cudnn"]
+AveragingMethod: TypeAlias = Literal["avg", "weight_update", "ema"]
 ChannelTies: TypeAlias = Literal["max", "min", "union"]
 ClassAverage: TypeAlias = Literal["ema", "cumulative"]
-Direction: TypeAlias = Literal["forward", "backward"]
-Direction: TypeAlias = Literal["forward", "backward"]  # of what crosses a boundary between stages
-TransformFold: TypeAlias = Literal["in place", "each", "master"]  # of a transform into a parameter
 ConvolutionPadding: TypeAlias = Literal["SAME", "VALID"]
+Direction: TypeAlias = Literal["forward", "backward"]  # of what crosses a boundary between stages
+GateGradients: TypeAlias = Literal["mpmg", "mnmg"]
 GPTMLP: TypeAlias = Literal["relu", "gelu", "swiglu"]
 GPTNorm: TypeAlias = Literal["layer", "rms"]
 GPTPosition: TypeAlias = Literal["learned", "rotary"]
-GateGradients: TypeAlias = Literal["mpmg", "mnmg"]
 Implementation: TypeAlias = Literal["xla", "pallas_gpu", "pallas_tpu"]
 Incompatibility: TypeAlias = Literal["none", "partial", "full"]
 InitializerKind: TypeAlias = Literal[
@@ -118,11 +114,11 @@ QuadraticTruncation: TypeAlias = Literal["distance", "cost"]
 ReductionSolver: TypeAlias = Literal["cg", "woodbury", "projection"]
 ResNetStem: TypeAlias = Literal["cifar", "strided", "imagenet"]
 Rounding: TypeAlias = Literal["argmin", "sequential"]
-SGMVariant: TypeAlias = Literal["messages", "path_costs"]
 SecondMoments: TypeAlias = Literal["error", "keep", "reset"]
+SGMVariant: TypeAlias = Literal["messages", "path_costs"]
 ShapeScaling: TypeAlias = Literal["width", "spectral", "rms"]
 SynchronousSchedule: TypeAlias = Literal["gpipe", "1f1b", "circular"]
-TransformFold: TypeAlias = Literal["in place", "each", "master"]
+TransformFold: TypeAlias = Literal["in place", "each", "master"]  # of a transform into a parameter
 UnseenClasses: TypeAlias = Literal["global_mean", "zero"]
 VGGVariant: TypeAlias = Literal["c", "d", "like"]
 WeightProjection: TypeAlias = Literal["softmax", "sparsemax", "argmax", "tanh", "round"]

@@ -17,6 +17,14 @@ so that a path expression tells their scale and bias from the weights and biases
 """
 
 from jaxlib_methods._moved import moved_names
+from jaxlib_methods.models import (
+    convolution as convolution,
+    gpt as gpt,
+    recurrent as recurrent,
+    small_convolutional as small_convolutional,
+    unet3d as unet3d,
+    video as video,
+)
 from jaxlib_methods.models._alexnet import AlexNet as AlexNet
 from jaxlib_methods.models._gpt_stages import (
     GPTStages as GPTStages,

@@ -1,11 +1,13 @@
 """The 3D-UNet of RANP: four resolutions, batch norm, nearest upsampling."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxlib_methods.models.convolution import Conv
-from jaxlib_methods.typing import Activation, ConvolutionPadding
+from jaxlib_methods.typing import ConvolutionPadding
 
 __all__ = ["ConvBlock3D", "UNet3D"]
 
@@ -20,8 +22,8 @@ class ConvBlock3D(nnx.Module):
       strides: three integers, or one for all.
       groups: of the convolution; as many as channels make it depthwise.
       padding: as much on all sides as keeps the size (an odd window), or "SAME".
-      activation: "relu", "relu6" or "none".
-      epsilon: of the batch norm.
+      activation: elementwise; None for none.
+      eps: of the batch norm.
       rngs: of the initialisation.
 
     Example:
@@ -43,8 +45,8 @@ class ConvBlock3D(nnx.Module):
         strides: int | tuple[int, ...] = 1,
         groups: int = 1,
         padding: ConvolutionPadding | None = None,
-        activation: Activation = "relu",
-        epsilon: float = 1e-5,
+        activation: Callable[[jax.Array], jax.Array] | None = nnx.relu,
+        eps: float = 1e-5,
         rngs: nnx.Rngs,
     ):
         window = (window,) * 3 if isinstance(window, int) else tuple(window)
@@ -58,12 +60,12 @@ class ConvBlock3D(nnx.Module):
             use_bias=False,
             rngs=rngs,
         )
-        self.bn = nnx.BatchNorm(features, momentum=0.9, epsilon=epsilon, rngs=rngs)
+        self.bn = nnx.BatchNorm(features, momentum=0.9, epsilon=eps, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.bn(self.conv(x))
-        return x if self.activation == "none" else getattr(nnx, self.activation)(x)
+        return x if self.activation is None else self.activation(x)
 
 
 class UNet3D(nnx.Module):

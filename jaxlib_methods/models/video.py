@@ -36,10 +36,10 @@ class _InvertedResidual(nnx.Module):
     def __init__(self, features_in: int, features: int, expansion: int, stride: int, *, rngs: nnx.Rngs):
         hidden = expansion * features_in
         self.expand = nnx.List(
-            [ConvBlock3D(features_in, hidden, 1, activation="relu6", rngs=rngs)] if expansion > 1 else []
+            [ConvBlock3D(features_in, hidden, 1, activation=nnx.relu6, rngs=rngs)] if expansion > 1 else []
         )
-        self.depthwise = ConvBlock3D(hidden, hidden, 3, strides=stride, groups=hidden, activation="relu6", rngs=rngs)
-        self.project = ConvBlock3D(hidden, features, 1, activation="none", rngs=rngs)
+        self.depthwise = ConvBlock3D(hidden, hidden, 3, strides=stride, groups=hidden, activation=nnx.relu6, rngs=rngs)
+        self.project = ConvBlock3D(hidden, features, 1, activation=None, rngs=rngs)
         self.adds = stride == 1 and features_in == features
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -76,7 +76,7 @@ class MobileNetV2For3D(nnx.Module):
     ):
         scaled = lambda n: max(1, int(n * width))
         channels = scaled(32)
-        self.stem = ConvBlock3D(input_shape[-1], channels, 3, strides=(1, 2, 2), activation="relu6", rngs=rngs)
+        self.stem = ConvBlock3D(input_shape[-1], channels, 3, strides=(1, 2, 2), activation=nnx.relu6, rngs=rngs)
         blocks = []
         for expansion, n, count, stride in _INVERTED:
             for index in range(count):
@@ -84,7 +84,7 @@ class MobileNetV2For3D(nnx.Module):
                 channels = scaled(n)
         self.block = nnx.List(blocks)
         last = max(1280, scaled(1280)) if width >= 1 else 1280
-        self.last = ConvBlock3D(channels, last, 1, activation="relu6", rngs=rngs)
+        self.last = ConvBlock3D(channels, last, 1, activation=nnx.relu6, rngs=rngs)
         self.dropout = nnx.Dropout(0.2, rngs=rngs)
         self.dense = nnx.Linear(last, num_classes, rngs=rngs)
 
@@ -121,7 +121,7 @@ class _Inception(nnx.Module):
 
 
 def _unit(features_in: int, features: int, window: int, strides: int, rngs: nnx.Rngs) -> ConvBlock3D:
-    return ConvBlock3D(features_in, features, window, strides=strides, padding="SAME", epsilon=1e-3, rngs=rngs)
+    return ConvBlock3D(features_in, features, window, strides=strides, padding="SAME", eps=1e-3, rngs=rngs)
 
 
 class I3D(nnx.Module):

@@ -128,20 +128,15 @@ def _cholesky_orth(W: jax.Array, Q: jax.Array | None = None, alive: jax.Array | 
 def _krylov_space(M: jax.Array, B: jax.Array, num_iterations: int, method: KrylovMethod) -> tuple[jax.Array, jax.Array]:
     """Q, an orthonormal basis of the Krylov space, and T = M Q."""
     orth = _cholesky_orth if method == "cholesky" else _householder_orth
-    Q = T = None
-    for _ in range(num_iterations):
+    Q = B = orth(matmul(transpose(M), matmul(M, B)), None)
+    products = []
+    for _ in range(num_iterations - 1):
         MB = matmul(M, B)
-        Y = matmul(transpose(M), MB)
-        if Q is None:
-            B = orth(Y, None)
-            Q = B
-        else:
-            T = MB if T is None else jnp.concatenate([T, MB], axis=-1)
-            outside = lambda Y: Y - matmul(Q, matmul(transpose(Q), Y))
-            B = orth(outside(orth(outside(Y), None)), Q)  # twice is enough
-            Q = jnp.concatenate([Q, B], axis=-1)
-    MB = matmul(M, B)
-    return Q, MB if T is None else jnp.concatenate([T, MB], axis=-1)
+        products.append(MB)
+        outside = lambda Y, Q=Q: Y - matmul(Q, matmul(transpose(Q), Y))
+        B = orth(outside(orth(outside(matmul(transpose(M), MB)), None)), Q)  # twice is enough
+        Q = jnp.concatenate([Q, B], axis=-1)
+    return Q, jnp.concatenate([*products, matmul(M, B)], axis=-1)
 
 
 def svd_of_tall(

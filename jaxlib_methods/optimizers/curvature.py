@@ -21,7 +21,7 @@ cuts S obliquely can lower mu: f = (x1 x2 - 1)^2 / 2 has mu_f = 2 at (1, 1), and
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -231,7 +231,7 @@ class _Metric:
             factor = scipy.linalg.cho_factor(_dense(R, n1))
             self.solve = lambda b: scipy.linalg.cho_solve(factor, b)
         else:
-            on = scipy.sparse.linalg.LinearOperator((n1, n1), matvec=R, dtype=np.float64)
+            on = _linear_operator(R, n1)
             self.solve = lambda b: scipy.sparse.linalg.cg(on, b, rtol=10 * eps)[0]
 
 
@@ -275,6 +275,14 @@ class _Spectrum(NamedTuple):
         )
 
 
+def _linear_operator(matvec: Operator, size: int) -> Any:
+    """SciPy's, whose constructor returns a subclass with other arguments than its own."""
+    from scipy.sparse.linalg import LinearOperator
+
+    make: Any = LinearOperator
+    return make((size, size), matvec=matvec, dtype=np.float64)
+
+
 def _ends(
     operator: Operator, size: int, metric: _Metric | None, num_eigenvalues: int, max_dense: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -284,8 +292,9 @@ def _ends(
 
     if size <= max(max_dense, 2 * num_eigenvalues):
         A = _dense(operator, size)
-        return scipy.linalg.eigh(A, None if metric is None else _dense(metric.apply, size))
-    on = lambda matvec: scipy.sparse.linalg.LinearOperator((size, size), matvec=matvec, dtype=np.float64)
+        values, V = scipy.linalg.eigh(A, None if metric is None else _dense(metric.apply, size))
+        return np.asarray(values), np.asarray(V)
+    on = lambda matvec: _linear_operator(matvec, size)
     generalised = {} if metric is None else {"M": on(metric.apply), "Minv": on(metric.solve)}
     start = np.random.default_rng(0).standard_normal(size)
     values, V = scipy.sparse.linalg.eigsh(on(operator), 2 * num_eigenvalues, which="BE", v0=start, **generalised)

@@ -116,14 +116,14 @@ def scale_by_numuon(
     schedule, buckets = _ranks(rank_schedule, decomposition.rank_buckets)
     if mesh is not None and axis_name not in mesh.shape:
         raise ValueError(f"axis_name must be one of the mesh's axes {tuple(mesh.shape)}, got {axis_name!r}")
-    shares = 1 if mesh is None else mesh.shape[axis_name]
+    shares = 1 if mesh is None else int(mesh.shape[axis_name])
 
     def padded(batch: int) -> int:
         return -(-batch // shares) * shares
 
     def basis_width(n: int) -> int:
         """Columns of the warm start: the largest rank that needs one."""
-        ranks = [dyads(bucket, n) for bucket in buckets]
+        ranks = [int(dyads(bucket, n)) for bucket in buckets]
         return max((K for K in ranks if not decomposition.is_exact(n, K)), default=0) if decomposition.warm_start else 0
 
     def init(params: PyTree) -> NuMuonState:

@@ -134,7 +134,7 @@ def momentum_schedule(
 
     Source: Dozat (ICLR workshop 2016) [dozat2016incorporating]; the constants are PyTorch's.
     """
-    return b1 * (1 - 0.5 * jnp.exp(step * (momentum_decay * math.log(0.96))))
+    return jnp.asarray(b1 * (1 - 0.5 * jnp.exp(step * (momentum_decay * math.log(0.96)))))
 
 
 def theory_momentum(step: jax.Array) -> jax.Array:

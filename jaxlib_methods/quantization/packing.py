@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlib_methods.kernels import packed_matmul as kernel
 from jaxlib_methods.quantization.lattice import Lattice, assert_quantized, label_sets
-from jaxlib_methods.typing import PyTree
+from jaxlib_methods.typing import Implementation, PyTree
 
 __all__ = [
     "PackedWeight",
@@ -116,7 +116,7 @@ def packed_bytes(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def packed_matmul(x: jax.Array, weight: PackedWeight, *, implementation: str | None = None) -> jax.Array:
+def packed_matmul(x: jax.Array, weight: PackedWeight, *, implementation: Implementation | None = None) -> jax.Array:
     """A dense layer's product with a packed kernel, x @ W, decoded on the way.
 
     Args:

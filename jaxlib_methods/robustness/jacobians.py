@@ -44,9 +44,9 @@ def logits_and_jacobian(apply_fn: ApplyFn, params: PyTree, images: jax.Array) ->
     return logits, jnp.moveaxis(jax.vmap(lambda e: pull_back(e)[0])(basis), 0, 1)
 
 
-def logit_gram(logits: jax.Array, jacobian: jax.Array) -> jax.Array:
+def logit_gram(logits: jax.Array, J: jax.Array) -> jax.Array:
     """Gram matrices [batch, d, d] of the Jacobian's rows relative to the best label's, for `log_hessian_norm`."""
-    rows = jacobian.reshape(*jacobian.shape[:2], -1)
+    rows = J.reshape(*J.shape[:2], -1)
     rows = rows - jnp.take_along_axis(rows, jnp.argmax(logits, axis=1)[:, None, None], axis=1)
     return jnp.einsum("bin,bjn->bij", rows, rows, precision=jax.lax.Precision.HIGHEST)
 

@@ -196,7 +196,7 @@ def find_verifiers(pipe: Pipeline, state: PyTree) -> dict[Direction, VerifierSta
     Returns:
       Direction -> the verifiers [P, D, ...] that watch messages in it; only those that there are.
     """
-    found = {}
+    found: dict[Any, VerifierState] = {}
     for direction, ends in pipe.hook_states(state)._asdict().items():
         verifiers = trees.find_states(None if ends is None else ends.receiving, VerifierState)
         if verifiers:
