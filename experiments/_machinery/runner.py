@@ -51,7 +51,7 @@ def _run(method: ModuleType, config: Any, workdir: pathlib.Path) -> dict[str, An
     """Records and targets of all cases, after the figures are drawn."""
     shared = method.load(config) if hasattr(method, "load") else config
     cases = list(run_all(method, config, shared, workdir))
-    found = [(case.name, case.seed, case.metrics) for case in cases]
+    found = [(case.name, case.seed, case.metrics) for case in cases if case.metrics]
     if hasattr(method, "compare"):
         found += method.compare(shared, cases)
     if jax.process_index() == 0:

@@ -1,11 +1,11 @@
-"""The pipeline experiment: a smoke run, its optimizers by delay, and two processes of which one is killed."""
+"""The pipeline experiment: its microbatches, its optimizers by delay, and two processes of which one is killed."""
 
 import json
-import math
 import pathlib
 import shutil
 import signal
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,45 +13,28 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import pipeline
-from experiments._machinery import runner
+from experiments._machinery import cases, runner
 from experiments._machinery.errors import ExperimentError
+from experiments.methods import pipeline
+from experiments.tasks import pipelines
 from jaxlib_methods import optimizers
 from tests.experiments import processes
 
 EXPERIMENT = pathlib.Path(pipeline.__file__)
 
 
-@pytest.fixture
-def optax_promotes():
-    with jax.numpy_dtype_promotion("standard"):  # scale_by_adam needs it
-        yield
-
-
-def test_smoke_run_leaves_losses_by_updates_and_tokens_and_a_figure(tmp_path, optax_promotes):
-    config = pipeline.Config(**pipeline.SMOKE)
-    metrics = runner.run(pipeline, config, tmp_path, smoke=True)["metrics"]
-    lines = {}
-    for method, per_update in (("gpipe", 4), ("nesterov", 1)):
-        assert 2 < metrics[f"validation_loss {method} P=2"] < math.log(256) + 0.5
-        assert metrics[f"diverged {method} P=2"] == 0
-        path = tmp_path / "cases" / f"P2-{method}-lr0.01-seed0" / "log.jsonl"
-        lines[method] = [json.loads(line) for line in path.read_text().splitlines()]
-        assert [line["updates"] for line in lines[method]] == [8 // per_update, 16 // per_update]
-        assert [line["tokens"] for line in lines[method]] == [8 * 4 * 16, 16 * 4 * 16]
-    # Untrained, both see the same parameters and microbatches.
-    assert lines["gpipe"][0]["loss"] == pytest.approx(lines["nesterov"][0]["loss"], abs=0.2)
-    assert (tmp_path / "pipeline.png").stat().st_size > 10_000
-
-
 def test_microbatches_depend_on_seed_and_number_alone():
-    config = pipeline.Config(**pipeline.SMOKE)
     tokens = np.arange(1000) % 251
-    inputs, targets = pipeline.microbatches(tokens, config, 3, 4, 9)
+    task = types.SimpleNamespace(
+        text=types.SimpleNamespace(train=tokens),
+        config=types.SimpleNamespace(block_size=16),
+        options=pipeline.Config(**pipeline.SMOKE),
+    )
+    inputs, targets = pipelines.microbatches(task, 3, 4, 9)
     assert inputs.shape == targets.shape == (5, 4, 16) and inputs.dtype == np.int32
     np.testing.assert_array_equal((inputs + 1) % 251, targets)
-    np.testing.assert_array_equal(inputs[2:4], pipeline.microbatches(tokens, config, 3, 6, 8)[0])
-    assert not np.array_equal(inputs, pipeline.microbatches(tokens, config, 4, 4, 9)[0])
+    np.testing.assert_array_equal(inputs[2:4], pipelines.microbatches(task, 3, 6, 8)[0])
+    assert not np.array_equal(inputs, pipelines.microbatches(task, 4, 4, 9)[0])
 
 
 @pytest.mark.parametrize("delay", [0, 1, 3])
@@ -104,11 +87,11 @@ OPTIONS = ("--smoke", "--methods", "nesterov", "--steps", "400", "--evaluate-eve
 
 def losses(workdir):
     """Every line of the log as (step, training loss), and the validation loss at the end."""
-    case = workdir / "cases" / "P2-nesterov-lr0.01-seed0"
+    case = cases.folder(workdir, "nesterov P=2", 0, 0.01)
     lines = [json.loads(line) for line in (case / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(40, 401, 40))
-    final = json.loads((workdir / "result.json").read_text())["metrics"]["validation_loss nesterov P=2"]
-    return [line["loss"] for line in lines] + [final]
+    (record,) = json.loads((workdir / "result.json").read_text())["records"]
+    return [line["loss"] for line in lines] + [record["metrics"]["validation_loss"]]
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
-"""The experiment on subspace networks: a smoke run, equal parameters, and what it refuses."""
+"""The experiment on subspace networks: moves of the basis, equal parameters, and what it refuses."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import subspace
-from experiments._machinery import loop as training, runner
+from experiments._machinery import loop
+from experiments.methods import subspace
 from experiments.tasks import language_modelling as language_model
 from jaxlib_methods import models
 from jaxlib_methods.parallel import boundaries
@@ -22,26 +21,15 @@ def optax_promotes():
         yield
 
 
-def test_smoke_run_leaves_losses_bytes_and_a_figure(tmp_path):
-    config = subspace.Config(**subspace.SMOKE | {"batch_size": 11})
-    metrics = runner.run(subspace, config, tmp_path, smoke=True)["metrics"]
-    for name in ("top_k", "subspace_moving"):
-        assert 2 < metrics[f"validation_loss {name}"] < math.log(256) + 0.5
-    assert (metrics["bytes forward subspace_moving"], metrics["bytes backward subspace_moving"]) == (4 * 4 + 1, 4 * 4)
-    assert 0 < metrics["captured first"] < metrics["captured last"] < 1 and abs(metrics["move cost"]) < 0.1
-    assert metrics["bytes forward top_k"] == metrics["bytes backward top_k"] == 3 * 5
-    assert (tmp_path / "subspace.png").stat().st_size > 10_000
-
-
-def test_a_move_projects_the_constrained_weights_onto_the_new_subspace_and_changes_nothing_else(tmp_path):
+def test_a_move_projects_the_constrained_weights_onto_the_new_subspace_and_changes_nothing_else():
     """Z U^T becomes Z U^T U' U'^T: the moved network is the dense one with these weights."""
     config = subspace.Config(**subspace.SMOKE | {"batch_size": 11})
     task = language_model.load(config)
-    runs = subspace._Runs(config, task, "subspace_moving", tmp_path)
+    runs = subspace.Training(config, task, "subspace_moving")
     rng = np.random.default_rng(0)
     draw = lambda tree: jax.tree.map(lambda p: jnp.asarray(rng.normal(scale=0.3, size=p.shape), p.dtype), tree)
     params = draw(jax.eval_shape(runs.network.init, jax.random.key(0)))
-    state = training.init_state(params, runs.optimizer, key=jax.random.key(1), model_state=runs.network.states())
+    state = loop.init_state(params, runs.optimizer, key=jax.random.key(1), model_state=runs.network.states())
     state = state._replace(opt_state=optax.tree_utils.tree_set(state.opt_state, m=draw(params)))
     windows = task.calibration(22).reshape(2, 11, -1)
     captured, moved = runs.move(state, windows)
@@ -106,7 +94,7 @@ def test_errors_name_the_option():
         ({"layers": 1}, "layers must be at least 2"),
         ({"longer": 0}, "longer must be at least 1"),
         ({"basis_every": 0}, "basis_every must be at least 1"),
-        ({"learning_rates": ()}, "at least one"),
+        ({"learning_rates": ()}, "learning_rates is empty"),
         ({"preset": "gpt2_small"}, "set tied=False"),
     ):
         with pytest.raises(ValueError, match=message):
