@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from experiments._machinery import loop
+from experiments._machinery.records import Case
 from experiments.methods import subspace
 from experiments.tasks import language_modelling as language_model
 from jaxlib_methods import models
@@ -75,17 +76,15 @@ def test_the_subspace_network_has_the_parameters_of_the_dense_one():
 
 
 def test_steps_ratio_is_read_off_the_curve():
-    curve = lambda *losses: {
-        "curve": [{"step": 10 * (i + 1), "validation_loss": loss} for i, loss in enumerate(losses)],
-        "validation_loss": losses[-1],
-    }
-    dense, longer = [curve(3.0, 2.0)] * 2, [curve(4.0, 3.0, 2.5, 1.9), curve(4.0, 3.0, 2.5, 2.1)]
-    assert subspace.steps_ratio(dense, longer, 20) == [2.0]
-    assert subspace.steps_ratio([], longer, 20) == []
-    published = subspace.Config(preset="llama_small", layers=8, width=1024, heads=8, rank=160)
-    assert subspace.PAPER(published) == {"steps_ratio": pytest.approx(3.12, abs=0.005)} and not subspace.PAPER(
-        subspace.Config()
-    )
+    def case(name, seed, *losses):
+        curve = [{"step": 10 * (i + 1), "validation_loss": loss} for i, loss in enumerate(losses)]
+        return Case(name, name, seed, {"validation_loss": losses[-1]}, curve, {}, None)
+
+    cases = [case("dense", seed, 3.0, 2.0) for seed in (0, 1)]
+    cases += [case("subspace_long", 0, 4.0, 3.0, 2.5, 1.9), case("subspace_long", 1, 4.0, 3.0, 2.5, 2.1)]
+    shared = subspace.Shared(subspace.Config(steps=20), None)
+    assert subspace.compare(shared, cases) == [("subspace_long", 0, {"steps_ratio": 2.0})]
+    assert subspace.compare(shared, cases[2:]) == []
 
 
 def test_errors_name_the_option():
