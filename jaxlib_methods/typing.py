@@ -85,6 +85,7 @@ ClassAverage: TypeAlias = Literal["ema", "cumulative"]
 ConvolutionPadding: TypeAlias = Literal["SAME", "VALID"]
 Direction: TypeAlias = Literal["forward", "backward"]  # of what crosses a boundary between stages
 GateGradients: TypeAlias = Literal["mpmg", "mnmg"]
+Direction: TypeAlias = Literal["forward", "backward"]
 GPTMLP: TypeAlias = Literal["relu", "gelu", "swiglu"]
 GPTNorm: TypeAlias = Literal["layer", "rms"]
 GPTPosition: TypeAlias = Literal["learned", "rotary"]

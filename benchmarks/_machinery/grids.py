@@ -22,14 +22,19 @@ class Problem(NamedTuple):
 
 
 PROBLEMS = {
-    "tsukuba": Problem(mp.truncated_linear(20.0, truncation=2), 20.0, np.arange(3.0), 16),
-    "teddy": Problem(mp.truncated_linear(10.0, truncation=1), 10.0, np.arange(2.0), 60),
-    "map": Problem(mp.truncated_linear(4.0, truncation=6), 4.0, np.arange(7.0), 29),
-    "venus": Problem(mp.truncated_quadratic(50.0, truncation=7, truncate="distance"), 50.0, np.arange(8.0) ** 2, 20),
-    "penguin": Problem(
-        mp.truncated_quadratic(25.0, truncation=200, truncate="cost"), 25.0, np.minimum(np.arange(16.0) ** 2, 200), 256
+    "tsukuba": Problem(mp.potentials.truncated_linear(20.0, truncation=2), 20.0, np.arange(3.0), 16),
+    "teddy": Problem(mp.potentials.truncated_linear(10.0, truncation=1), 10.0, np.arange(2.0), 60),
+    "map": Problem(mp.potentials.truncated_linear(4.0, truncation=6), 4.0, np.arange(7.0), 29),
+    "venus": Problem(
+        mp.potentials.truncated_quadratic(50.0, truncation=7, truncate="distance"), 50.0, np.arange(8.0) ** 2, 20
     ),
-    "house": Problem(mp.quadratic(5.0, num_labels=256), 5.0, np.arange(256.0) ** 2, 256),
+    "penguin": Problem(
+        mp.potentials.truncated_quadratic(25.0, truncation=200, truncate="cost"),
+        25.0,
+        np.minimum(np.arange(16.0) ** 2, 200),
+        256,
+    ),
+    "house": Problem(mp.potentials.quadratic(5.0, num_labels=256), 5.0, np.arange(256.0) ** 2, 256),
 }
 
 
@@ -43,9 +48,9 @@ def unaries(name: str) -> np.ndarray:
     if (DATA / "denoise" / f"{name}-input.png").exists():
         flat = lambda x: x if x.ndim == 2 else x[..., 0]
         image, mask = (flat(read(DATA / "denoise" / f"{name}-{kind}.png")) for kind in ("input", "mask"))
-        return np.asarray(mp.denoising_unaries(image, mask=mask, num_labels=problem.labels))
+        return np.asarray(mp.costs.denoising_unaries(image, mask=mask, num_labels=problem.labels))
     left, right = (read(next((DATA / "stereo" / name).glob(f"*{side}*"))) for side in ("left", "right"))
-    return np.asarray(mp.birchfield_tomasi(left, right, problem.labels))
+    return np.asarray(mp.costs.birchfield_tomasi(left, right, problem.labels))
 
 
 @functools.cache

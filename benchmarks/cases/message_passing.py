@@ -87,7 +87,7 @@ def _energies(name: str, options: Options) -> Iterator[Record]:
     for method, target in (("isgmr", isgmr), ("trwp", of_trwp)):
         for n, at in reported.items():
             solve = lambda method=method, n=n: grids.energy(
-                name, getattr(mp, method)(grids.mrf(name), iterations=n).labels
+                name, getattr(mp, method)(grids.mrf(name), num_iterations=n).labels
             )
             wanted.append((f"{method}@{n}", target[at], solve))
     wanted += [
@@ -163,7 +163,7 @@ def _iteration(name: str, options: Options) -> Iterator[Record]:
     table = v[np.minimum(distance, len(v) - 1)]
     naive = jax.jit(functools.partial(trwp.naive, iterations=ITERATIONS))
     implementations = {
-        "trwp": Implementation(lambda: mp.trwp(mrf, iterations=ITERATIONS).beliefs),
+        "trwp": Implementation(lambda: mp.trwp(mrf, num_iterations=ITERATIONS).beliefs),
         "scan a user would write": Implementation(naive, (mrf.unaries, jnp.asarray(table))),
         "torch": peer(
             "torch", lambda torch: Implementation(trwp.in_torch(grids.unaries(name), table, iterations=ITERATIONS))
@@ -189,19 +189,19 @@ def _to_trws(name: str, options: Options) -> Iterator[Record]:
     mrf, target = grids.mrf(name), TARGETS[name][-1]
     implementations: dict[str, Implementation | Skip] = {}
     plain: dict[str, Any] = {"rounding": "sequential"}
-    fast = plain | {"rho": 0.6}
+    fast = plain | {"edge_probability": 0.6}
     needed = _first_below(target, functools.partial(mp.trwp, mrf, **fast), mp.coarse_to_fine(mrf))
     options.note(f"{case}: {target} reached after {needed} iterations from coarse grids, rho 0.6")
     if needed is not None:
-        solve = lambda m: mp.trwp(m, messages=mp.coarse_to_fine(m), iterations=needed, **fast).labels
+        solve = lambda m: mp.trwp(m, messages=mp.coarse_to_fine(m), num_iterations=needed, **fast).labels
         implementations["trwp from coarse grids"] = Implementation(jax.jit(solve), (mrf,))
     needed_plain = _first_below(target, functools.partial(mp.trwp, mrf, **plain), None)
     options.note(f"{case}: {target} reached after {needed_plain} iterations of TRWP-4 with sequential rounding")
     if needed_plain is not None:
-        implementations["trwp"] = Implementation(lambda: mp.trwp(mrf, iterations=needed_plain, **plain).labels)
+        implementations["trwp"] = Implementation(lambda: mp.trwp(mrf, num_iterations=needed_plain, **plain).labels)
         # Looking at the energy costs: early stopping looks every fifth iteration, at a gap that the target's is known
         # to have.
-        bound = mp.trwp(mrf, evaluate_every=needed_plain, iterations=needed_plain).bounds[-1]
+        bound = mp.trwp(mrf, evaluate_every=needed_plain, num_iterations=needed_plain).bounds[-1]
         gap = 1.0001 * (target - float(bound)) / target
         early = lambda: mp.trwp(mrf, evaluate_every=5, tolerance=gap, **plain).labels
         implementations["trwp, stopping early"] = Implementation(early)
@@ -209,10 +209,10 @@ def _to_trws(name: str, options: Options) -> Iterator[Record]:
     yield from measure(Case("message_passing", case, implementations, min_rounds=5, warm_up=1), options)
 
 
-def _first_below(target: float, solve: Callable[..., mp.Solution], messages: Any) -> int | None:
+def _first_below(target: float, solve: Callable[..., mp.solvers.Solution], messages: Any) -> int | None:
     """Iterations until the rounded energy is at most the target, at most 50."""
     for done in range(0, 50, 10):
-        solution = solve(iterations=10, evaluate_every=1, messages=messages)
+        solution = solve(num_iterations=10, evaluate_every=1, messages=messages)
         reached = np.flatnonzero(np.asarray(solution.energies) <= target)
         if len(reached):
             return done + int(reached[0]) + 1
@@ -253,7 +253,7 @@ def _growth(options: Options) -> Iterator[Record]:
             mrf = mp.GridMRF(
                 jax.random.uniform(jax.random.key(0), shape, maxval=100.0), grids.PROBLEMS["tsukuba"].pairwise
             )
-            solve = lambda mrf=mrf, s=s: mp.trwp(mrf, iterations=ITERATIONS, directions=s["directions"]).beliefs
+            solve = lambda mrf=mrf, s=s: mp.trwp(mrf, num_iterations=ITERATIONS, num_directions=s["directions"]).beliefs
             yield from measure(
                 Case("message_passing", case, {"trwp": Implementation(solve)}, min_rounds=5, seconds=3.0, warm_up=1),
                 options,

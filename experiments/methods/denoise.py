@@ -108,7 +108,7 @@ def load(config: Config) -> grid_mrf.Task:
             picture = grids.damaged_photograph(config.shrink, config.noise, config.missing, config.seed)
         else:
             picture = grids.middlebury_picture(pathlib.Path(config.data_dir) / "denoise", name)
-        unaries = mp.denoising_unaries(picture.observed, picture.mask, NUM_LABELS)
+        unaries = mp.costs.denoising_unaries(picture.observed, picture.mask, NUM_LABELS)
         return picture, grid_mrf.make_instance(unaries, problem)
 
     return grid_mrf.load(config, read)

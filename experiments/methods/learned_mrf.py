@@ -79,7 +79,11 @@ class Segmenter(nnx.Module):
         if self.has_layer:
             self.boundary = conv(config.width, 1, kernel_size=(1, 1))
             self.layer = mp.MessagePassing(
-                num_labels, method=method, iterations=config.iterations, directions=config.directions, init_weight=0.5
+                num_labels,
+                method=method,
+                num_iterations=config.iterations,
+                num_directions=config.directions,
+                init_weight=0.5,
             )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -90,7 +94,7 @@ class Segmenter(nnx.Module):
         if not self.has_layer:
             return logits
         boundaries = jax.nn.sigmoid(self.boundary(h)[..., 0])
-        return self.layer(logits, mp.boundary_weights(boundaries, directions=self.directions))
+        return self.layer(logits, mp.boundary_weights(boundaries, num_directions=self.directions))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -154,7 +154,7 @@ def load(config: Config) -> grid_mrf.Task:
         else:
             pair = grids.middlebury_pair(pathlib.Path(config.data_dir) / "stereo" / name, SCALES[name])
             problem = PROBLEMS[name]
-        unaries = mp.birchfield_tomasi(pair.left, pair.right, config.num_labels(name))
+        unaries = mp.costs.birchfield_tomasi(pair.left, pair.right, config.num_labels(name))
         return pair, grid_mrf.make_instance(unaries, problem)
 
     return grid_mrf.load(config, read)

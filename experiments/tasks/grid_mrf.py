@@ -108,9 +108,9 @@ def pairwise_cost(problem: Problem, num_labels: int) -> tuple[Any, np.ndarray]:
         reach = min(int(np.ceil(truncation ** (1 / power))), num_labels - 1)
         costs = np.minimum(costs[: reach + 1], truncation)
     if kind == "linear" and truncation is not None:
-        pairwise = mp.truncated_linear(weight, truncation=truncation)
+        pairwise = mp.potentials.truncated_linear(weight, truncation=truncation)
     elif truncation is not None:
-        pairwise = mp.truncated_quadratic(weight, truncation=truncation, truncate="cost")
+        pairwise = mp.potentials.truncated_quadratic(weight, truncation=truncation, truncate="cost")
     else:
         pairwise = getattr(mp, kind)(weight, num_labels=num_labels)
     return pairwise, weight * costs

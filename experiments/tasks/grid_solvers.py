@@ -19,7 +19,7 @@ class Instance(NamedTuple):
     """One problem on a grid, V = profile[min(|x_i - x_j|, R)]."""
 
     unaries: np.ndarray  # (H, W, L) float32
-    pairwise: Any  # a jaxlib_methods.message_passing.Pairwise
+    pairwise: Any  # a jaxlib_methods.message_passing.potentials.Pairwise
     profile: np.ndarray  # (R + 1,) float64, the same costs for energies in float64
 
 
@@ -87,14 +87,14 @@ def _message_passing(instance: Instance, base: str, directions: int, iterations:
     messages, best_bound, done, rounded = None, -np.inf, 0, None
     for k in _evaluations(iterations, every):
         for _ in range(k - done):
-            solution = solver(mrf, iterations=1, directions=directions, messages=messages)
+            solution = solver(mrf, num_iterations=1, num_directions=directions, messages=messages)
             messages = solution.messages
         done = k
         labels = np.asarray(solution.labels)
         curve.append({"iteration": k, "energy": energy(instance, labels)})
         if directions == 4:
-            rounded = np.asarray(mp.sequential_rounding(mrf, messages))
-            best_bound = max(best_bound, float(mp.chain_lower_bound(mrf, messages)))
+            rounded = np.asarray(mp.bounds.sequential_rounding(mrf, messages))
+            best_bound = max(best_bound, float(mp.bounds.chain_lower_bound(mrf, messages)))
             curve[-1] |= {"sequential": energy(instance, rounded), "bound": best_bound}
     return curve, labels, rounded
 
@@ -109,10 +109,10 @@ def _from_scratch(instance: Instance, base: str, directions: int, iterations: in
     series = {"sgm": (1,), "sgm_path_costs": REPORTED, "mean_field": MEAN_FIELD_SERIES}[base]
     series = [k for k in series if k <= iterations]
     if base == "mean_field":
-        run = lambda k: mp.mean_field(mrf, iterations=k, directions=directions)
+        run = lambda k: mp.mean_field(mrf, num_iterations=k, num_directions=directions)
     else:
         variant = "messages" if base == "sgm" else "path_costs"
-        run = lambda k: mp.sgm(mrf, iterations=k, directions=directions, variant=variant)
+        run = lambda k: mp.sgm(mrf, num_iterations=k, num_directions=directions, variant=variant)
     curve = []
     for k in series:
         labels = np.asarray(run(k).labels)
@@ -151,7 +151,7 @@ def _milliseconds(instance: Instance, base: str, directions: int, iterations: in
         solver = functools.partial(mp.sgm, variant="path_costs")
     else:
         solver = getattr(mp, base)
-    run = lambda: jax.block_until_ready(solver(mrf, iterations=iterations, directions=directions).beliefs)
+    run = lambda: jax.block_until_ready(solver(mrf, num_iterations=iterations, num_directions=directions).beliefs)
     run()
     samples = []
     for _ in range(3):

@@ -1,107 +1,90 @@
 """Approximate and exact inference in pairwise MRFs on image grids, as differentiable layers.
 
-    mrf = GridMRF(birchfield_tomasi(left, right, 16), truncated_linear(20.0, truncation=2))
-    solution = trwp(mrf, iterations=40, rounding="sequential")          # labels, beliefs, messages
+    mrf = GridMRF(costs.birchfield_tomasi(left, right, 16), potentials.truncated_linear(20.0, truncation=2))
+    solution = trwp(mrf, num_iterations=40, rounding="sequential")      # labels, beliefs, messages
     certified = trwp(mrf, evaluate_every=5, tolerance=1e-3)             # stops at a proven gap
-    fast = trwp(mrf, iterations=6, rho=0.6, rounding="sequential", messages=coarse_to_fine(mrf))  # a low energy soon
+    start = coarse_to_fine(mrf)                                         # a low energy soon, with
+    fast = trwp(mrf, num_iterations=6, edge_probability=0.6, rounding="sequential", messages=start)
     gradient = jax.grad(lambda m: loss(trwp(m).beliefs))(mrf)           # to unaries, edge weights and V
 
-Which solver: `trwp` reaches the lowest energies and comes with a lower bound; `isgmr` is loopy min-sum; `sgm` is one
-pass; `mean_field` is the baseline. `MessagePassing` is the layer with learned compatibilities. The exact solvers
-(enumeration, chains, graph cuts) are oracles for small problems. Problems with the same static structure share one
-compiled program.
+| method | here | building blocks in |
+|---|---|---|
+| TRWP: the lowest energies, with a lower bound | `trwp`, `coarse_to_fine` | `bounds` |
+| ISGMR: loopy min-sum; SGM: one pass | `isgmr`, `sgm` | `solvers` (`Solution`) |
+| mean field, the baseline | `mean_field` | |
+| a layer with learned compatibilities | `MessagePassing`, `boundary_weights` | |
+| the problem: unaries, pairwise costs, edge weights | `GridMRF`, `energy` | `grid`, `costs`, `potentials` |
+| exact solvers, oracles for small problems | | `exact`, `graph_cuts` |
+
+The building blocks are public submodules, as in `message_passing.potentials.potts`. Problems with the same static
+structure share one compiled program.
 """
 
-from jaxlib_methods.kernels.scanline import Pairwise as Pairwise
-from jaxlib_methods.message_passing._bounds import (
-    chain_lower_bound as chain_lower_bound,
-    sequential_rounding as sequential_rounding,
+from jaxlib_methods._moved import moved_names
+from jaxlib_methods.message_passing import (
+    bounds as bounds,
+    costs as costs,
+    exact as exact,
+    graph_cuts as graph_cuts,
+    potentials as potentials,
 )
 from jaxlib_methods.message_passing._coarse import coarse_to_fine as coarse_to_fine
-from jaxlib_methods.message_passing._cost_volumes import (
-    birchfield_tomasi as birchfield_tomasi,
-    denoising_unaries as denoising_unaries,
-    gradient_cues as gradient_cues,
-)
-from jaxlib_methods.message_passing._exact import (
-    ExactSolution as ExactSolution,
-    chain_min_marginals as chain_min_marginals,
-    enumerate_energies as enumerate_energies,
-    solve_by_enumeration as solve_by_enumeration,
-    solve_chain as solve_chain,
-)
-from jaxlib_methods.message_passing._graph_cuts import (
-    GraphCutSolution as GraphCutSolution,
-    IshikawaGraph as IshikawaGraph,
-    NonConvexPrior as NonConvexPrior,
-    alpha_expansion as alpha_expansion,
-    ishikawa_graph as ishikawa_graph,
-    iteratively_reweighted_graph_cut as iteratively_reweighted_graph_cut,
-    non_convex_prior as non_convex_prior,
-    solve_by_graph_cut as solve_by_graph_cut,
-)
-from jaxlib_methods.message_passing._grid import (
-    DIRECTIONS as DIRECTIONS,
-    GridMRF as GridMRF,
-    both_directions as both_directions,
-    energy as energy,
-)
 from jaxlib_methods.message_passing._layer import MessagePassing as MessagePassing, boundary_weights as boundary_weights
 from jaxlib_methods.message_passing._mean_field import mean_field as mean_field
-from jaxlib_methods.message_passing._potentials import (
-    cauchy as cauchy,
-    huber as huber,
-    linear as linear,
-    negative_potts as negative_potts,
-    potts as potts,
-    quadratic as quadratic,
-    table as table,
-    toeplitz as toeplitz,
-    truncated_linear as truncated_linear,
-    truncated_quadratic as truncated_quadratic,
-)
-from jaxlib_methods.message_passing._solvers import Solution as Solution, isgmr as isgmr, sgm as sgm, trwp as trwp
+from jaxlib_methods.message_passing.grid import GridMRF as GridMRF, energy as energy
+from jaxlib_methods.message_passing.solvers import isgmr as isgmr, sgm as sgm, trwp as trwp
 
 __all__ = [
-    "DIRECTIONS",
-    "ExactSolution",
-    "GraphCutSolution",
     "GridMRF",
-    "IshikawaGraph",
     "MessagePassing",
-    "NonConvexPrior",
-    "Pairwise",
-    "Solution",
-    "alpha_expansion",
-    "birchfield_tomasi",
-    "both_directions",
     "boundary_weights",
-    "cauchy",
-    "chain_lower_bound",
-    "chain_min_marginals",
+    "bounds",
     "coarse_to_fine",
-    "denoising_unaries",
+    "costs",
     "energy",
-    "enumerate_energies",
-    "gradient_cues",
-    "huber",
+    "exact",
+    "graph_cuts",
     "isgmr",
-    "ishikawa_graph",
-    "iteratively_reweighted_graph_cut",
-    "linear",
     "mean_field",
-    "negative_potts",
-    "non_convex_prior",
-    "potts",
-    "quadratic",
-    "sequential_rounding",
+    "potentials",
     "sgm",
-    "solve_by_enumeration",
-    "solve_by_graph_cut",
-    "solve_chain",
-    "table",
-    "toeplitz",
-    "truncated_linear",
-    "truncated_quadratic",
     "trwp",
 ]
+
+__getattr__ = moved_names(
+    __name__,
+    {
+        "DIRECTIONS": "message_passing.grid.DIRECTIONS",
+        "ExactSolution": "message_passing.exact.ExactSolution",
+        "GraphCutSolution": "message_passing.graph_cuts.GraphCutSolution",
+        "IshikawaGraph": "message_passing.graph_cuts.IshikawaGraph",
+        "NonConvexPrior": "message_passing.graph_cuts.NonConvexPrior",
+        "Pairwise": "message_passing.potentials.Pairwise",
+        "Solution": "message_passing.solvers.Solution",
+        "alpha_expansion": "message_passing.graph_cuts.alpha_expansion",
+        "birchfield_tomasi": "message_passing.costs.birchfield_tomasi",
+        "both_directions": "message_passing.grid.both_directions",
+        "cauchy": "message_passing.potentials.cauchy",
+        "chain_lower_bound": "message_passing.bounds.chain_lower_bound",
+        "chain_min_marginals": "message_passing.exact.chain_min_marginals",
+        "denoising_unaries": "message_passing.costs.denoising_unaries",
+        "enumerate_energies": "message_passing.exact.enumerate_energies",
+        "gradient_cues": "message_passing.costs.gradient_cues",
+        "huber": "message_passing.potentials.huber",
+        "ishikawa_graph": "message_passing.graph_cuts.ishikawa_graph",
+        "iteratively_reweighted_graph_cut": "message_passing.graph_cuts.iteratively_reweighted_graph_cut",
+        "linear": "message_passing.potentials.linear",
+        "negative_potts": "message_passing.potentials.negative_potts",
+        "non_convex_prior": "message_passing.graph_cuts.non_convex_prior",
+        "potts": "message_passing.potentials.potts",
+        "quadratic": "message_passing.potentials.quadratic",
+        "sequential_rounding": "message_passing.bounds.sequential_rounding",
+        "solve_by_enumeration": "message_passing.exact.solve_by_enumeration",
+        "solve_by_graph_cut": "message_passing.graph_cuts.solve_by_graph_cut",
+        "solve_chain": "message_passing.exact.solve_chain",
+        "table": "message_passing.potentials.table",
+        "toeplitz": "message_passing.potentials.toeplitz",
+        "truncated_linear": "message_passing.potentials.truncated_linear",
+        "truncated_quadratic": "message_passing.potentials.truncated_quadratic",
+    },
+)

@@ -11,36 +11,38 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.kernels.scanline import Pairwise
-from jaxlib_methods.message_passing import _schedule
-from jaxlib_methods.message_passing._grid import GridMRF, check
-from jaxlib_methods.message_passing._schedule import Messages, Schedule
+from jaxlib_methods._core import checks
+from jaxlib_methods.message_passing import _sweeps
+from jaxlib_methods.message_passing._lines import Messages
+from jaxlib_methods.message_passing._problem import Problem, Schedule
+from jaxlib_methods.message_passing.grid import GridMRF
+from jaxlib_methods.typing import Implementation
 
 
 def coarse_to_fine(
     mrf: GridMRF,
     *,
-    levels: int = 2,
-    iterations: int = 5,
-    rho: float | int = 0.5,
-    implementation: str | None = None,
+    num_levels: int = 2,
+    num_iterations: int = 5,
+    edge_probability: float | int = 0.5,
+    implementation: Implementation | None = None,
 ) -> Messages:
     """Messages for `trwp(..., messages=...)` and `isgmr` with 4 directions, by TRWP on coarser grids.
 
     Level k has ceil(H / 2^k) x ceil(W / 2^k) pixels; each starts from the messages of the level above it, halved. An
     iteration on level k costs about 4^-k of one on the full grid. Not in the paper. Constants to differentiation.
 
-    The shortest way to a low energy that was found, on Tsukuba and Teddy: this start, then `trwp` with rho 0.6 and
-    sequential rounding, 6 and 5 iterations to where TRW-S is after 50 and plain TRWP after 39 and 21. The bound that
-    comes with rho 0.6 is loose; the default 0.5 is what certifies. It is the best of some two dozen settings on those
-    two problems: try others on yours. Both calls under one `jax.jit` that returns labels alone save the traffic of
-    messages and beliefs.
+    The shortest way to a low energy that was found, on Tsukuba and Teddy: this start, then `trwp` with an edge
+    probability of 0.6 and sequential rounding, 6 and 5 iterations to where TRW-S is after 50 and plain TRWP after 39
+    and 21. The bound that comes with 0.6 is loose; the default 0.5 is what certifies. It is the best of some two dozen
+    settings on those two problems: try others on yours. Both calls under one `jax.jit` that returns labels alone save
+    the traffic of messages and beliefs.
 
     Args:
       mrf: the problem.
-      levels: number of coarser grids; static.
-      iterations: of TRWP on each; static.
-      rho: edge appearance probability there; static.
+      num_levels: coarser grids; static.
+      num_iterations: of TRWP on each; static.
+      edge_probability: rho there; static.
       implementation: of the sweeps.
 
     Returns:
@@ -52,63 +54,45 @@ def coarse_to_fine(
     Example:
       >>> from jaxlib_methods import message_passing as mp
       >>> unaries = jax.random.uniform(jax.random.key(0), (16, 24, 5), maxval=10.0)
-      >>> mrf = mp.GridMRF(unaries, mp.truncated_linear(2.0, truncation=2))
-      >>> start = coarse_to_fine(mrf, levels=2, iterations=3)
-      >>> float(mp.chain_lower_bound(mrf, start)) <= float(mp.energy(mrf, mp.trwp(mrf, messages=start).labels))
+      >>> mrf = mp.GridMRF(unaries, mp.potentials.truncated_linear(2.0, truncation=2))
+      >>> start = coarse_to_fine(mrf, num_levels=2, num_iterations=3)
+      >>> float(mp.bounds.chain_lower_bound(mrf, start)) <= float(mp.energy(mrf, mp.trwp(mrf, messages=start).labels))
       True
     """
-    check(mrf, 4)
+    checks.at_least(1, num_levels=num_levels, num_iterations=num_iterations)
+    problem = Problem.of(mrf, Schedule(4, float(edge_probability), False, implementation, num_iterations))
     *_, height, width, _ = mrf.unaries.shape
-    for name, value in (("levels", levels), ("iterations", iterations)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    smallest = -(-min(height, width) // 2**levels)
-    if smallest < 2:
+    if -(-min(height, width) // 2**num_levels) < 2:
         raise ValueError(
-            f"levels={levels} leaves fewer than two rows or columns of {height} x {width} pixels; use fewer levels"
+            f"num_levels={num_levels} leaves fewer than two rows or columns of {height} x {width} pixels; use fewer"
         )
-    batched = mrf.unaries.ndim == 4
-    unaries = mrf.unaries if batched else mrf.unaries[None]
-    weights = None if mrf.edge_weights is None else mrf.edge_weights[:4]
-    if weights is not None and not batched:
-        weights = weights[:, None]
-    schedule = Schedule(4, float(rho), False, implementation)
-    return jax.lax.stop_gradient(_coarse_to_fine(schedule, levels, iterations, unaries, mrf.pairwise, weights))
+    return jax.lax.stop_gradient(_coarse_to_fine(num_levels, problem))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _coarse_to_fine(
-    schedule: Schedule,
-    levels: int,
-    iterations: int,
-    unaries: jax.Array,
-    pairwise: Pairwise,
-    weights: jax.Array | None,
-) -> Messages:
-    pyramid = [(unaries, pairwise, weights)]
-    for _ in range(levels):
-        pyramid.append(coarser(*pyramid[-1]))
+@functools.partial(jax.jit, static_argnums=0)
+def _coarse_to_fine(num_levels: int, problem: Problem) -> Messages:
+    pyramid = [problem]
+    for _ in range(num_levels):
+        pyramid.append(coarser(pyramid[-1]))
     messages = None
-    for level in range(levels, 0, -1):
-        p = _schedule.problem(schedule, *pyramid[level])
-        messages = _schedule.zero_messages(schedule, p) if messages is None else messages
-        messages, _ = _schedule.run(schedule, p, messages, iterations)
-        messages = finer(messages, pyramid[level - 1][0].shape)
+    for level in range(num_levels, 0, -1):
+        p = pyramid[level].lines()
+        messages = p.zeros(4) if messages is None else messages
+        messages, _ = _sweeps.run(problem.schedule, p, messages, problem.schedule.num_iterations)
+        messages = finer(messages, pyramid[level - 1].unaries.shape)
     return messages
 
 
-def coarser(
-    unaries: jax.Array, pairwise: Pairwise, weights: jax.Array | None
-) -> tuple[jax.Array, Pairwise, jax.Array | None]:
+def coarser(problem: Problem) -> Problem:
     """The problem on blocks of 2 x 2 pixels. Without edge weights, V takes the blocks cut by the border for whole."""
-    blocks = _blocks(unaries, 1)
-    if weights is None:
+    unaries, pairwise = _blocks(problem.unaries, 1).sum((2, 4)), problem.pairwise
+    if problem.weights is None:
         double = jnp.asarray(2, jnp.result_type(pairwise.weight)) * pairwise.weight
-        return blocks.sum((2, 4)), dataclasses.replace(pairwise, weight=double), None
-    w = _blocks(weights[..., None], 2)[..., 0]  # (D, B, H', 2, W', 2)
+        return dataclasses.replace(problem, unaries=unaries, pairwise=dataclasses.replace(pairwise, weight=double))
+    w = _blocks(problem.weights[..., None], 2)[..., 0]  # (D, B, H', 2, W', 2)
     # What enters a block from the left does so at its first column, from the right at its last; a cut block has one.
     entering = [w[0, ..., 0].sum(2), w[1, ..., 1].sum(2), w[2, :, :, 0].sum(-1), w[3, :, :, 1].sum(-1)]
-    return blocks.sum((2, 4)), pairwise, jnp.stack(entering)
+    return dataclasses.replace(problem, unaries=unaries, weights=jnp.stack(entering))
 
 
 def _blocks(x: jax.Array, axis: int) -> jax.Array:

@@ -1,17 +1,18 @@
 """Message passing as a layer of a network: logits in, logits out, with learned label compatibilities."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlib_methods._core import checks
 from jaxlib_methods.kernels.scanline import Pairwise
-from jaxlib_methods.message_passing._grid import DIRECTIONS, GridMRF, both_directions, shift_grid
 from jaxlib_methods.message_passing._mean_field import mean_field
-from jaxlib_methods.message_passing._solvers import isgmr, trwp
-
-_METHODS = ("trwp", "isgmr", "mean_field")
+from jaxlib_methods.message_passing.grid import DIRECTIONS, GridMRF, both_directions, shift_grid
+from jaxlib_methods.message_passing.solvers import isgmr, trwp
+from jaxlib_methods.typing import MessagePassingMethod
 
 
 class MessagePassing(nnx.Module):
@@ -23,7 +24,8 @@ class MessagePassing(nnx.Module):
     Args:
       num_labels: L.
       method: "trwp", "isgmr" or "mean_field".
-      iterations, directions, rho, checkpoint_every: of the solver; `rho` is that of TRWP.
+      num_iterations, num_directions, edge_probability, checkpoint_every: of the solver; `edge_probability` is rho of
+        TRWP.
       init_weight: positive initial cost of two neighbours of different labels, in units of the logits.
       dtype: of the table.
 
@@ -34,7 +36,7 @@ class MessagePassing(nnx.Module):
       ValueError: for an unknown method or an initial weight that is not positive.
 
     Example:
-      >>> layer = MessagePassing(3, iterations=2)
+      >>> layer = MessagePassing(3, num_iterations=2)
       >>> logits = jnp.zeros((1, 4, 5, 3)).at[..., 1].set(4.0).at[0, 2, 2, 0].set(4.5)  # one pixel says otherwise
       >>> refined = layer(logits)
       >>> int(refined[0, 2, 2].argmax()), refined.shape
@@ -47,28 +49,25 @@ class MessagePassing(nnx.Module):
         self,
         num_labels: int,
         *,
-        method: str = "trwp",
-        iterations: int = 5,
-        directions: int = 4,
-        rho: float | int = 0.5,
+        method: MessagePassingMethod = "trwp",
+        num_iterations: int = 5,
+        num_directions: int = 4,
+        edge_probability: float | int = 0.5,
         checkpoint_every: int | None = None,
         init_weight: float | int = 1.0,
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> None:
-        if method not in _METHODS:
-            raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
-        if not init_weight > 0:
-            raise ValueError(f"init_weight must be positive, got {init_weight}")
+        checks.one_of(MessagePassingMethod, method=method)
+        checks.positive(init_weight=init_weight)
         raw = jnp.log(jnp.expm1(jnp.asarray(init_weight, dtype)))
         self.table = nnx.Param(jnp.broadcast_to(raw, (num_labels, num_labels)))
         self.num_labels = num_labels
-        options = {"iterations": iterations, "directions": directions}
-        if method == "mean_field":
-            self.solve = functools.partial(mean_field, **options)
-        elif method == "isgmr":
-            self.solve = functools.partial(isgmr, checkpoint_every=checkpoint_every, **options)
-        else:
-            self.solve = functools.partial(trwp, rho=rho, checkpoint_every=checkpoint_every, **options)
+        options: dict[str, Any] = {"num_iterations": num_iterations, "num_directions": num_directions}
+        if method != "mean_field":
+            options["checkpoint_every"] = checkpoint_every
+        if method == "trwp":
+            options["edge_probability"] = edge_probability
+        self.solve = functools.partial({"trwp": trwp, "isgmr": isgmr, "mean_field": mean_field}[method], **options)
 
     def compatibility(self) -> jax.Array:
         """The (L, L) table of V."""
@@ -91,7 +90,7 @@ class MessagePassing(nnx.Module):
         return -beliefs.astype(logits.dtype)
 
 
-def boundary_weights(boundaries: jax.Array, *, directions: int = 4) -> jax.Array:
+def boundary_weights(boundaries: jax.Array, *, num_directions: int = 4) -> jax.Array:
     """Edge weights that cut the grid at boundaries: w_ij = (1 - e_i)(1 - e_j).
 
     With a binary edge map this is the paper's rule for segmentation (an edge counts where neither pixel lies on a
@@ -99,7 +98,7 @@ def boundary_weights(boundaries: jax.Array, *, directions: int = 4) -> jax.Array
 
     Args:
       boundaries: e, (B, H, W) or (H, W), in [0, 1]; may be the output of a network.
-      directions: 4, 8 or 16.
+      num_directions: 4, 8 or 16.
 
     Returns:
       (D, B, H, W) or (D, H, W).
@@ -113,7 +112,6 @@ def boundary_weights(boundaries: jax.Array, *, directions: int = 4) -> jax.Array
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    if directions not in (4, 8, 16):
-        raise ValueError(f"the number of directions must be 4, 8 or 16, got {directions}")
+    checks.one_of((4, 8, 16), num_directions=num_directions)
     free = 1 - boundaries
-    return both_directions([free * shift_grid(free, DIRECTIONS[d]) for d in range(0, directions, 2)])
+    return both_directions([free * shift_grid(free, DIRECTIONS[d]) for d in range(0, num_directions, 2)])

@@ -17,7 +17,7 @@ def test_the_scan_a_user_would_write_is_trwp(key):
     table = jnp.asarray(20.0 * np.minimum(distance, 2), jnp.float32)
     found = trwp.naive(unaries, table, iterations=3)
     mrf = mp.GridMRF(unaries, grids.PROBLEMS["tsukuba"].pairwise)
-    np.testing.assert_allclose(found, mp.trwp(mrf, iterations=3).beliefs, atol=1e-3)
+    np.testing.assert_allclose(found, mp.trwp(mrf, num_iterations=3).beliefs, atol=1e-3)
 
 
 def test_profiles_for_the_peer_are_the_pairwise_costs():

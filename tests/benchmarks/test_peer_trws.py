@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxlib_methods.message_passing import _cost_volumes as cv, _exact as ex
+from jaxlib_methods.message_passing import costs as cv, exact as ex
 from peers.trws import trws
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the TRW-S peer is compiled by g++")

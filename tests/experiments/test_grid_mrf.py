@@ -32,10 +32,10 @@ def test_traces_are_those_of_one_long_run(tmp_path):
     metrics, curve, _ = grid_solvers.solve(instance, "trwp-4", 12, tmp_path / "trwp", evaluate_every=5)
     assert [point["iteration"] for point in curve] == [1, 5, 10, 12]
     mrf = mp.GridMRF(jnp.asarray(instance.unaries), instance.pairwise)
-    solution = mp.trwp(mrf, iterations=12)
+    solution = mp.trwp(mrf, num_iterations=12)
     labels, rounded = grid_solvers.labels_of(tmp_path / "trwp")
     np.testing.assert_array_equal(labels, np.asarray(solution.labels))
-    np.testing.assert_array_equal(rounded, np.asarray(mp.sequential_rounding(mrf, solution.messages)))
+    np.testing.assert_array_equal(rounded, np.asarray(mp.bounds.sequential_rounding(mrf, solution.messages)))
     assert curve[-1]["energy"] == grid_solvers.energy(instance, labels)
     assert curve[-1]["sequential"] == grid_solvers.energy(instance, rounded)
     bounds = [point["bound"] for point in curve]
@@ -50,7 +50,7 @@ def test_solvers_without_messages_are_run_afresh_for_each_number_of_iterations(t
     _, curve, _ = grid_solvers.solve(instance, "mean_field-4", 5, tmp_path)
     mrf = mp.GridMRF(jnp.asarray(instance.unaries), instance.pairwise)
     assert [point["iteration"] for point in curve] == [1, 2, 3, 5]
-    labels = np.asarray(mp.mean_field(mrf, iterations=5).labels)
+    labels = np.asarray(mp.mean_field(mrf, num_iterations=5).labels)
     assert curve[-1] == {"iteration": 5, "energy": grid_solvers.energy(instance, labels)}
 
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxlib_methods.message_passing import _exact as ex, _graph_cuts as cuts
+from jaxlib_methods.message_passing import exact as ex, graph_cuts as cuts
 
 DISTANCE = np.abs(np.subtract.outer(np.arange(4), np.arange(4))).astype(float)
 CONVEX = {

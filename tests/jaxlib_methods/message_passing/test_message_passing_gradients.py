@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxlib_methods import message_passing as mp
-from jaxlib_methods.message_passing import _schedule
+from jaxlib_methods.message_passing import _sweeps
+from jaxlib_methods.message_passing._problem import Problem, Schedule
 
 SHAPE, L = (2, 4, 5), 4
 ITERATIONS = 3
@@ -16,10 +17,10 @@ ITERATIONS = 3
 
 def pairwise(kind, key):
     if kind == "table":
-        return mp.table(jax.random.uniform(key, (L, L), jnp.float64, 0.1, 3.0))
+        return mp.potentials.table(jax.random.uniform(key, (L, L), jnp.float64, 0.1, 3.0))
     if kind == "profile":
-        return mp.toeplitz(jnp.array([0.3, 0.1, 1.7]), 1.3, semimetric=False)
-    return {"potts": mp.potts(1.1), "linear2": mp.truncated_linear(0.7, truncation=2)}[kind]
+        return mp.potentials.toeplitz(jnp.array([0.3, 0.1, 1.7]), 1.3, semimetric=False)
+    return {"potts": mp.potentials.potts(1.1), "linear2": mp.potentials.truncated_linear(0.7, truncation=2)}[kind]
 
 
 def problem(key, directions, kind):
@@ -47,7 +48,9 @@ def test_gradients_equal_finite_differences(key, x64, directions, method, kind):
     mrf, g = problem(key, directions, kind)
     solver = mp.trwp if method == "trwp" else mp.isgmr
     loss = jax.jit(
-        jax.value_and_grad(lambda m: (solver(m, iterations=ITERATIONS, directions=directions).beliefs * g).sum())
+        jax.value_and_grad(
+            lambda m: (solver(m, num_iterations=ITERATIONS, num_directions=directions).beliefs * g).sum()
+        )
     )
     gradient = loss(mrf)[1]
     step = 1e-6
@@ -71,14 +74,14 @@ def test_gradients_equal_finite_differences(key, x64, directions, method, kind):
 
 def test_every_entry_equals_jax_differentiating_the_recursion(key, x64):
     mrf, g = problem(key, 4, "table")
-    schedule = _schedule.Schedule(4, 0.5, False)
+    schedule = Schedule(4, 0.5, False)
 
     def plain(mrf):
-        p = _schedule.problem(schedule, *mrf)
-        messages, _ = _schedule.run(schedule, p, _schedule.zero_messages(schedule, p), 2)
-        return (_schedule.beliefs(p, messages) * g).sum()
+        p = Problem(*mrf, None, schedule).lines()
+        messages, _ = _sweeps.run(schedule, p, p.zeros(4), 2)
+        return (_sweeps.beliefs(p, messages) * g).sum()
 
-    ours = jax.jit(jax.grad(lambda m: (mp.trwp(m, iterations=2).beliefs * g).sum()))(mrf)
+    ours = jax.jit(jax.grad(lambda m: (mp.trwp(m, num_iterations=2).beliefs * g).sum()))(mrf)
     theirs = jax.jit(jax.grad(plain))(mrf)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, theirs)
 
@@ -86,19 +89,19 @@ def test_every_entry_equals_jax_differentiating_the_recursion(key, x64):
 def test_recomputing_from_checkpoints_gives_the_same_gradient(key, x64):
     mrf, g = problem(key, 4, "linear2")
     gradient = lambda every: jax.jit(
-        jax.grad(lambda m: (mp.trwp(m, iterations=6, checkpoint_every=every).beliefs * g).sum())
+        jax.grad(lambda m: (mp.trwp(m, num_iterations=6, checkpoint_every=every).beliefs * g).sum())
     )(mrf)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), gradient(None), gradient(2))
 
 
 def test_images_one_after_the_other_give_the_same_as_together(key, x64, monkeypatch):
     mrf, g = problem(key, 4, "table")
-    start = mp.trwp(mrf, iterations=1).messages
+    start = mp.trwp(mrf, num_iterations=1).messages
 
     def solve(limit):
-        monkeypatch.setattr(_schedule, "CPU_CHUNK_BYTES", limit)
+        monkeypatch.setattr(_sweeps, "CPU_CHUNK_BYTES", limit)
         jax.clear_caches()
-        solution = lambda m: mp.trwp(m, iterations=2, messages=start)
+        solution = lambda m: mp.trwp(m, num_iterations=2, messages=start)
         gradient = jax.grad(lambda m: (solution(m).beliefs * g).sum())(mrf)
         return solution(mrf), gradient
 
@@ -118,10 +121,10 @@ def test_sgm_gradients_equal_finite_differences(key, x64, variant):
 
 @pytest.mark.parametrize("directions", [4])
 def test_residuals_are_one_byte_per_pixel_label_direction_and_iteration(directions):
-    mrf = mp.GridMRF(jnp.zeros((*SHAPE, L)), mp.potts(1.0))
-    schedule = _schedule.Schedule(directions, 0.5, False)
-    forward = lambda u: _schedule._solve_forward(schedule, ITERATIONS, None, u, mrf.pairwise, None, None)
-    _, (_, _, _, indices) = jax.eval_shape(forward, mrf.unaries)
+    mrf = mp.GridMRF(jnp.zeros((*SHAPE, L)), mp.potentials.potts(1.0))
+    schedule = Schedule(directions, 0.5, False, num_iterations=ITERATIONS)
+    forward = lambda u: _sweeps._solve_forward(None, Problem(u, mrf.pairwise, None, None, schedule))
+    _, (_, indices) = jax.eval_shape(forward, mrf.unaries)
     p_bytes = sum(p.size * p.dtype.itemsize for p, _ in indices)
     q_bytes = sum(q.size * q.dtype.itemsize for _, q in indices)
     pixels = SHAPE[0] * SHAPE[1] * SHAPE[2]
@@ -129,7 +132,8 @@ def test_residuals_are_one_byte_per_pixel_label_direction_and_iteration(directio
     assert q_bytes == ITERATIONS * directions * pixels
     # Nothing else the size of an image is kept: all that leaves the forward pass is these and V.
     _, vjp = jax.vjp(
-        lambda u: mp.trwp(mrf._replace(unaries=u), iterations=ITERATIONS, directions=directions).beliefs, mrf.unaries
+        lambda u: mp.trwp(mrf._replace(unaries=u), num_iterations=ITERATIONS, num_directions=directions).beliefs,
+        mrf.unaries,
     )
     kept = sum(x.nbytes for x in jax.tree.leaves(vjp) if hasattr(x, "nbytes") and x.size > 1)
     assert kept == p_bytes + q_bytes
@@ -138,9 +142,9 @@ def test_residuals_are_one_byte_per_pixel_label_direction_and_iteration(directio
 def test_soft_variant_tends_to_the_hard_one_and_has_its_gradient(key, x64):
     mrf, g = problem(key, 4, "table")
     loss = jax.jit(
-        jax.value_and_grad(lambda m, t: (mp.trwp(m, iterations=2, temperature=t).beliefs * g).sum()),
+        jax.value_and_grad(lambda m, t: (mp.trwp(m, num_iterations=2, temperature=t).beliefs * g).sum()),
     )
-    hard = (mp.trwp(mrf, iterations=2).beliefs * g).sum()
+    hard = (mp.trwp(mrf, num_iterations=2).beliefs * g).sum()
     np.testing.assert_allclose(loss(mrf, 1e-4)[0], hard, rtol=1e-5)
     warm, gradient = loss(mrf, 1.0)
     assert abs(warm - hard) > 0.1
@@ -150,8 +154,8 @@ def test_soft_variant_tends_to_the_hard_one_and_has_its_gradient(key, x64):
 
 
 def test_gradients_keep_float32_and_the_structure_of_the_problem(key):
-    mrf = mp.GridMRF(jnp.zeros((3, 4, 2)), mp.truncated_linear(1.0, truncation=1), jnp.ones((8, 3, 4)))
-    gradient = jax.grad(lambda m: mp.trwp(m, iterations=2).beliefs[..., 0].sum())(mrf)
+    mrf = mp.GridMRF(jnp.zeros((3, 4, 2)), mp.potentials.truncated_linear(1.0, truncation=1), jnp.ones((8, 3, 4)))
+    gradient = jax.grad(lambda m: mp.trwp(m, num_iterations=2).beliefs[..., 0].sum())(mrf)
     assert jax.tree.structure(gradient) == jax.tree.structure(mrf)
     assert all(a.dtype == b.dtype == jnp.float32 for a, b in zip(*map(jax.tree.leaves, (gradient, mrf)), strict=True))
     assert (gradient.edge_weights[4:] == 0).all()

@@ -15,7 +15,9 @@ def test_mean_field_is_its_definition(key):
     unaries = jax.random.uniform(key, (3, 4, 3), maxval=4.0)
     table = jax.random.uniform(jax.random.fold_in(key, 1), (3, 3), maxval=3.0)
     weights = jax.random.uniform(jax.random.fold_in(key, 2), (8, 3, 4))
-    found = mp.mean_field(mp.GridMRF(unaries, mp.table(table), weights), iterations=2, directions=8).beliefs
+    found = mp.mean_field(
+        mp.GridMRF(unaries, mp.potentials.table(table), weights), num_iterations=2, num_directions=8
+    ).beliefs
     theta, v, w = np.asarray(unaries), np.asarray(table), np.asarray(weights)
     c = theta
     for _ in range(2):
@@ -23,7 +25,7 @@ def test_mean_field_is_its_definition(key):
         c = theta.copy()
         for i in range(3):
             for j in range(4):
-                for d, (down, right) in enumerate(mp.DIRECTIONS[:8]):
+                for d, (down, right) in enumerate(mp.grid.DIRECTIONS[:8]):
                     if 0 <= i - down < 3 and 0 <= j - right < 4:
                         cost = v if d % 2 == 0 else v.T
                         c[i, j] += w[d, i, j] * (q[i - down, j - right] @ cost) / 8
@@ -34,14 +36,18 @@ def test_mean_field_is_its_definition(key):
 def test_mean_field_energies_of_tsukuba(shared_data, directions, energies):
     folder = shared_data / "stereo" / "tsukuba"
     left, right = (np.asarray(Image.open(next(folder.glob(f"*{side}*")))) for side in ("left", "right"))
-    mrf = mp.GridMRF(mp.birchfield_tomasi(left, right, 16), mp.truncated_linear(20.0, truncation=2))
-    found = mp.mean_field(mrf, directions=directions, evaluate=True).energies
+    mrf = mp.GridMRF(mp.costs.birchfield_tomasi(left, right, 16), mp.potentials.truncated_linear(20.0, truncation=2))
+    found = mp.mean_field(mrf, num_directions=directions, evaluate=True).energies
     np.testing.assert_allclose([found[0], found[-1]], energies, rtol=5e-4)
 
 
 def test_mean_field_gradient_is_the_same_with_rematerialisation(key, x64):
-    mrf = mp.GridMRF(jax.random.normal(key, (2, 3, 4, 3), jnp.float64), mp.table(jnp.ones((3, 3)) - jnp.eye(3)))
-    gradient = lambda remat: jax.grad(lambda m: jnp.sin(mp.mean_field(m, iterations=3, remat=remat).beliefs).sum())(mrf)
+    mrf = mp.GridMRF(
+        jax.random.normal(key, (2, 3, 4, 3), jnp.float64), mp.potentials.table(jnp.ones((3, 3)) - jnp.eye(3))
+    )
+    gradient = lambda remat: jax.grad(lambda m: jnp.sin(mp.mean_field(m, num_iterations=3, remat=remat).beliefs).sum())(
+        mrf
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), gradient(False), gradient(True))
 
 
@@ -54,7 +60,7 @@ def noisy_stripes(key):
 @pytest.mark.parametrize("method", ["trwp", "isgmr", "mean_field"])
 def test_layer_learns_compatibilities_that_remove_noise(key, method):
     logits, labels = noisy_stripes(key)
-    layer = mp.MessagePassing(3, method=method, iterations=3, init_weight=0.1)
+    layer = mp.MessagePassing(3, method=method, num_iterations=3, init_weight=0.1)
     optimizer = nnx.Optimizer(layer, optax.adam(0.1), wrt=nnx.Param)
 
     @nnx.jit
@@ -78,17 +84,17 @@ def test_layer_learns_compatibilities_that_remove_noise(key, method):
 
 def test_layer_starts_as_potts_and_takes_edge_weights(key):
     logits, _ = noisy_stripes(key)
-    layer = mp.MessagePassing(3, iterations=2, init_weight=0.7)
+    layer = mp.MessagePassing(3, num_iterations=2, init_weight=0.7)
     weights = mp.boundary_weights(jax.random.uniform(key, (2, 8, 12)))
-    mrf = mp.GridMRF(logits.max(-1, keepdims=True) - logits, mp.potts(0.7), weights)
-    np.testing.assert_allclose(layer(logits, weights), -mp.trwp(mrf, iterations=2).beliefs, atol=1e-5)
+    mrf = mp.GridMRF(logits.max(-1, keepdims=True) - logits, mp.potentials.potts(0.7), weights)
+    np.testing.assert_allclose(layer(logits, weights), -mp.trwp(mrf, num_iterations=2).beliefs, atol=1e-5)
     gradient = jax.grad(lambda w: layer(logits, w)[..., 0].sum())(weights)
     assert jnp.isfinite(gradient).all() and (gradient != 0).any()
 
 
 def test_layer_keeps_the_dtype_of_its_logits(key):
     logits = noisy_stripes(key)[0]
-    layer = mp.MessagePassing(3, method="mean_field", iterations=2)
+    layer = mp.MessagePassing(3, method="mean_field", num_iterations=2)
     half = layer(logits.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), layer(logits), atol=0.1)
@@ -97,8 +103,8 @@ def test_layer_keeps_the_dtype_of_its_logits(key):
 @pytest.mark.parametrize("directions", [4, 8, 16])
 def test_boundary_weights_cut_every_edge_of_a_boundary_pixel(directions):
     boundaries = jnp.zeros((4, 5)).at[1, 2].set(1.0)
-    weights = mp.boundary_weights(boundaries, directions=directions)
-    for d, (down, right) in enumerate(mp.DIRECTIONS[:directions]):
+    weights = mp.boundary_weights(boundaries, num_directions=directions)
+    for d, (down, right) in enumerate(mp.grid.DIRECTIONS[:directions]):
         for i in range(4):
             for j in range(5):
                 exists = 0 <= i - down < 4 and 0 <= j - right < 5

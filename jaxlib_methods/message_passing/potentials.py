@@ -1,5 +1,4 @@
-"""Pairwise costs V(|lam - mu|) by name, all multiplied by a weight (Xu, Ajanthan, Hartley, ACCV 2020; specification,
-step 7).
+"""Pairwise costs V(|lam - mu|) by name, all multiplied by a weight (Xu, Ajanthan, Hartley, ACCV 2020).
 
 `weight` and the tables are arrays and may be learned; whatever decides a shape or a fast path is static.
 """
@@ -12,7 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxlib_methods._core import checks
 from jaxlib_methods.kernels.scanline import Pairwise
+from jaxlib_methods.typing import QuadraticTruncation
+
+__all__ = [
+    "Pairwise",
+    "cauchy",
+    "huber",
+    "linear",
+    "negative_potts",
+    "potts",
+    "quadratic",
+    "table",
+    "toeplitz",
+    "truncated_linear",
+    "truncated_quadratic",
+]
 
 
 def potts(weight: ArrayLike = 1.0) -> Pairwise:
@@ -56,13 +71,13 @@ def truncated_linear(weight: ArrayLike = 1.0, *, truncation: float | int) -> Pai
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    _positive("truncation", truncation)
+    checks.positive(truncation=truncation)
     if float(truncation).is_integer():
         return Pairwise("truncated_linear", _weight(weight), truncation=int(truncation), semimetric=True)
     return _truncated(np.arange(math.ceil(truncation) + 1), truncation, weight)
 
 
-def truncated_quadratic(weight: ArrayLike = 1.0, *, truncation: float | int, truncate: str) -> Pairwise:
+def truncated_quadratic(weight: ArrayLike = 1.0, *, truncation: float | int, truncate: QuadraticTruncation) -> Pairwise:
     """V = weight min(|lam - mu|, truncation)^2, or weight min(|lam - mu|^2, truncation).
 
     The two readings of "truncated quadratic with T" differ by a square, and both are in use: the authors' stereo code
@@ -88,9 +103,8 @@ def truncated_quadratic(weight: ArrayLike = 1.0, *, truncation: float | int, tru
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    if truncate not in ("distance", "cost"):
-        raise ValueError(f"truncate must be 'distance' (min(d, T)^2) or 'cost' (min(d^2, T)), got {truncate!r}")
-    _positive("truncation", truncation)
+    checks.one_of(QuadraticTruncation, truncate=truncate, remedy="'distance' is min(d, T)^2, 'cost' min(d^2, T)")
+    checks.positive(truncation=truncation)
     limit = truncation**2 if truncate == "distance" else truncation
     return _truncated(np.arange(math.ceil(math.sqrt(limit)) + 1) ** 2, limit, weight)
 
@@ -114,7 +128,7 @@ def linear(weight: ArrayLike = 1.0, *, num_labels: int) -> Pairwise:
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    _labels(num_labels)
+    checks.at_least(2, num_labels=num_labels)
     return truncated_linear(weight, truncation=num_labels - 1)
 
 
@@ -137,7 +151,7 @@ def quadratic(weight: ArrayLike = 1.0, *, num_labels: int) -> Pairwise:
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    _labels(num_labels)
+    checks.at_least(2, num_labels=num_labels)
     return toeplitz(np.arange(num_labels) ** 2.0, weight)
 
 
@@ -161,8 +175,8 @@ def cauchy(weight: ArrayLike = 1.0, *, truncation: float | int, num_labels: int)
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    _labels(num_labels)
-    _positive("truncation", truncation)
+    checks.at_least(2, num_labels=num_labels)
+    checks.positive(truncation=truncation)
     return toeplitz(0.5 * truncation**2 * np.log1p((np.arange(num_labels) / truncation) ** 2), weight)
 
 
@@ -186,8 +200,8 @@ def huber(weight: ArrayLike = 1.0, *, truncation: float | int, num_labels: int) 
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
     """
-    _labels(num_labels)
-    _positive("truncation", truncation)
+    checks.at_least(2, num_labels=num_labels)
+    checks.positive(truncation=truncation)
     d = np.arange(num_labels)
     return toeplitz(np.where(d <= truncation, d**2, 2 * truncation * d - truncation**2), weight)
 
@@ -292,13 +306,3 @@ def _weight(weight: ArrayLike) -> jax.Array:
     if known is not None and (known.ndim != 0 or not known >= 0):
         raise ValueError(f"weight must be a non-negative scalar, got {weight}; signs belong into the profile or table")
     return _float(weight)
-
-
-def _positive(name: str, value: float | int) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
-
-
-def _labels(num_labels: int) -> None:
-    if num_labels < 2:
-        raise ValueError(f"num_labels must be at least 2, got {num_labels}")

@@ -11,9 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlib_methods._core import checks
 from jaxlib_methods.kernels.scanline import Pairwise
 from jaxlib_methods.kernels.scanline.api import MAX_LABELS
 from jaxlib_methods.kernels.scanline.pairwise import base_cost
+
+__all__ = [
+    "DIRECTIONS",
+    "GridMRF",
+    "both_directions",
+    "energy",
+]
 
 # fmt: off
 DIRECTIONS = (
@@ -37,7 +45,7 @@ class GridMRF(NamedTuple):
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxlib_methods import message_passing as mp
-      >>> mrf = mp.GridMRF(jnp.zeros((2, 3, 4)), mp.potts(1.0))
+      >>> mrf = mp.GridMRF(jnp.zeros((2, 3, 4)), mp.potentials.potts(1.0))
       >>> float(mp.energy(mrf, jnp.array([[0, 0, 1], [0, 0, 0]])))
       2.0
 
@@ -99,7 +107,8 @@ def energy(mrf: GridMRF, labels: jax.Array, *, connectivity: int = 4, dtype: Any
 
     Example:
       >>> from jaxlib_methods import message_passing as mp
-      >>> energy(mp.GridMRF(jnp.zeros((2, 2, 3)), mp.potts(1.0)), jnp.array([[0, 1], [2, 0]]), connectivity=8)
+      >>> mrf = mp.GridMRF(jnp.zeros((2, 2, 3)), mp.potentials.potts(1.0))
+      >>> energy(mrf, jnp.array([[0, 1], [2, 0]]), connectivity=8)
       Array(5., dtype=float32)
 
     Source: Xu, Ajanthan, Hartley (ACCV 2020), arXiv:1910.10892 [xu2020fast].
@@ -131,7 +140,7 @@ def grid_energy(
 _energy = jax.jit(grid_energy, static_argnums=(4, 5))
 
 
-def check(mrf: GridMRF, directions: int) -> None:
+def check(mrf: GridMRF, num_directions: int) -> None:
     """Refuses what cannot be solved: static facts always, values where they are known (not under `jit`)."""
     unaries, pairwise, weights = mrf
     if unaries.ndim not in (3, 4) or unaries.dtype not in (jnp.float32, jnp.float64):
@@ -143,9 +152,8 @@ def check(mrf: GridMRF, directions: int) -> None:
         raise ValueError(f"at most {MAX_LABELS} labels are supported (indices are uint16), got {num_labels}")
     if num_labels < 2:
         raise ValueError(f"unaries need at least two labels, got shape {unaries.shape}")
-    if directions not in (4, 8, 16):
-        raise ValueError(f"the number of directions must be 4, 8 or 16, got {directions}")
-    for d in range(directions):
+    checks.one_of((4, 8, 16), num_directions=num_directions)
+    for d in range(num_directions):
         if abs(DIRECTIONS[d][0]) >= height or abs(DIRECTIONS[d][1]) >= width:
             raise ValueError(
                 f"direction {d} steps by {DIRECTIONS[d]} (rows, columns), which leaves no edge in a grid of "
@@ -154,9 +162,9 @@ def check(mrf: GridMRF, directions: int) -> None:
     if pairwise.kind == "table" and pairwise.table.shape != (num_labels, num_labels):
         raise ValueError(f"the table of V must be {(num_labels, num_labels)}, got {pairwise.table.shape}")
     if weights is not None:
-        if weights.ndim != unaries.ndim or weights.shape[0] < directions or weights.shape[1:] != unaries.shape[:-1]:
-            expected = (directions, *unaries.shape[:-1])
-            raise ValueError(f"edge_weights must be {expected} for {directions} directions, got {weights.shape}")
+        if weights.ndim != unaries.ndim or weights.shape[0] < num_directions or weights.shape[1:] != unaries.shape[:-1]:
+            expected = (num_directions, *unaries.shape[:-1])
+            raise ValueError(f"edge_weights must be {expected} for {num_directions} directions, got {weights.shape}")
         if weights.dtype != unaries.dtype:
             raise ValueError(f"edge_weights must be {unaries.dtype} like the unaries, got {weights.dtype}")
     with jax.ensure_compile_time_eval():  # unaries that a traced function closes over are values all the same

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+__all__ = ["birchfield_tomasi", "denoising_unaries", "gradient_cues"]
+
 
 def _signed(image: ArrayLike, name: str) -> jax.Array:
     """(H, W) or (H, W, C) of any real dtype -> (H, W, C) in a type in which differences are safe."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxlib_methods.message_passing import _cost_volumes as cv
+from jaxlib_methods.message_passing import costs as cv
 
 
 def _slow_birchfield_tomasi(left, right, num_disparities, truncation=np.inf):

@@ -14,18 +14,11 @@ import jax.numpy as jnp
 from jaxlib_methods.kernels.scanline import Pairwise
 from jaxlib_methods.kernels.scanline.pairwise import base_cost
 from jaxlib_methods.kernels.scanline.reference import dense_base, first_label, minplus
-from jaxlib_methods.message_passing._grid import GridMRF, check
-from jaxlib_methods.message_passing._schedule import (
-    Messages,
-    Problem,
-    Schedule,
-    batch_size,
-    from_lines,
-    plus_turned,
-    problem,
-    to_lines,
-    turn,
-)
+from jaxlib_methods.message_passing._lines import Lines, Messages, from_lines, plus_turned, to_lines, turn
+from jaxlib_methods.message_passing._problem import Problem, Schedule
+from jaxlib_methods.message_passing.grid import GridMRF
+
+__all__ = ["chain_lower_bound", "sequential_rounding"]
 
 _FOUR = Schedule(4, 1.0, True)
 
@@ -49,14 +42,13 @@ def chain_lower_bound(mrf: GridMRF, messages: Messages) -> jax.Array:
 
     Example:
       >>> from jaxlib_methods import message_passing as mp
-      >>> mrf = mp.GridMRF(jnp.array([[[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]] * 2), mp.potts(1.0))
-      >>> solution = mp.trwp(mrf, iterations=10)
+      >>> mrf = mp.GridMRF(jnp.array([[[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]] * 2), mp.potentials.potts(1.0))
+      >>> solution = mp.trwp(mrf, num_iterations=10)
       >>> float(chain_lower_bound(mrf, solution.messages)), float(mp.energy(mrf, solution.labels))
       (2.0, 2.0)
     """
-    unaries, weights, batched = _prepare(mrf, messages)
-    bound = _chain_lower_bound(unaries, mrf.pairwise, weights, messages)
-    return bound if batched else bound[0]
+    bound = _chain_lower_bound(_problem(mrf, messages))
+    return bound if mrf.unaries.ndim == 4 else bound[0]
 
 
 def sequential_rounding(mrf: GridMRF, messages: Messages) -> jax.Array:
@@ -77,39 +69,34 @@ def sequential_rounding(mrf: GridMRF, messages: Messages) -> jax.Array:
 
     Example:
       >>> from jaxlib_methods import message_passing as mp
-      >>> mrf = mp.GridMRF(jnp.array([[[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]] * 2), mp.potts(1.0))
+      >>> mrf = mp.GridMRF(jnp.array([[[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]] * 2), mp.potentials.potts(1.0))
       >>> sequential_rounding(mrf, mp.trwp(mrf).messages)
       Array([[0, 1, 1],
              [0, 1, 1]], dtype=int32)
     """
-    unaries, weights, batched = _prepare(mrf, messages)
-    labels = _sequential_rounding(unaries, mrf.pairwise, weights, messages)
-    return labels if batched else labels[0]
+    labels = _sequential_rounding(_problem(mrf, messages))
+    return labels if mrf.unaries.ndim == 4 else labels[0]
 
 
-def _prepare(mrf: GridMRF, messages: Messages) -> tuple[jax.Array, jax.Array | None, bool]:
-    check(mrf, 4)
+def _problem(mrf: GridMRF, messages: Messages) -> Problem:
     if len(messages) != 4:
         raise ValueError(f"rows and columns need the messages of 4 directions, got {len(messages)}")
-    batched = mrf.unaries.ndim == 4
-    weights = None if mrf.edge_weights is None else mrf.edge_weights[:4]
-    return (mrf.unaries, weights, True) if batched else (mrf.unaries[None], _add_batch(weights), False)
-
-
-def _add_batch(weights: jax.Array | None) -> jax.Array | None:
-    return None if weights is None else weights[:, None]
+    return Problem.of(mrf, _FOUR, messages)
 
 
 @jax.jit
-def _chain_lower_bound(
-    unaries: jax.Array, pairwise: Pairwise, weights: jax.Array | None, messages: Messages
-) -> jax.Array:
-    return bound_of(problem(_FOUR, unaries, pairwise, weights), messages)
+def _chain_lower_bound(problem: Problem) -> jax.Array:
+    return bound_of(problem.lines(), problem.messages)
 
 
-def bound_of(p: Problem, messages: Messages) -> jax.Array:
+@jax.jit
+def _sequential_rounding(problem: Problem) -> jax.Array:
+    return round_sequentially(problem, problem.messages)
+
+
+def bound_of(p: Lines, messages: Messages) -> jax.Array:
     """`chain_lower_bound` in sweep layout, (B,)."""
-    batch = batch_size(p)
+    batch = p.batch
     total = jnp.zeros((batch,), p.thetas[0].dtype)
     for k in range(2):
         forward, backward = messages[2 * k], messages[2 * k + 1]
@@ -138,20 +125,12 @@ def _chain_minima(
     return lows.sum(0)
 
 
-@jax.jit
-def _sequential_rounding(
-    unaries: jax.Array, pairwise: Pairwise, weights: jax.Array | None, messages: Messages
-) -> jax.Array:
-    return round_sequentially(unaries, pairwise, weights, messages)
-
-
-def round_sequentially(
-    unaries: jax.Array, pairwise: Pairwise, weights: jax.Array | None, messages: Messages
-) -> jax.Array:
+def round_sequentially(problem: Problem, messages: Messages) -> jax.Array:
     """`sequential_rounding` of a batch, (B, H, W).
 
     Wave k holds the pixels with row + column = k, one of every row: labels first, rows (of all images) last.
     """
+    unaries, pairwise, weights = problem.unaries, problem.pairwise, problem.weights
     batch, height, width, num_labels = unaries.shape
     theta, rows = to_lines(unaries, False), batch * height
     waves = width + height - 1

@@ -11,6 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+__all__ = [
+    "ExactSolution",
+    "chain_min_marginals",
+    "enumerate_energies",
+    "solve_by_enumeration",
+    "solve_chain",
+]
+
 MAX_LABELLINGS = 2**24
 
 

@@ -1,8 +1,6 @@
 """Iterations of scanline sweeps in pair form, and the exact backward pass through their argmins.
 
-Messages live in the layout their sweep wants, [positions, L, lines]: horizontal ones [W, L, B W'] with lines = image
-rows, all others [H, L, B W] with lines = image columns (a diagonal walks over the rows and shifts its columns). Only
-sums of pairs are ever transposed.
+Messages live in the layout that their sweep wants (`_lines`); only sums of pairs are ever transposed.
 
 **Forward.** For the pair k = (d, q) of opposite directions let u_k = theta + sum of the messages of all *other* pairs.
 The sweeps of d and q need u_k and one another's messages and nothing else, so an iteration reads no message that it
@@ -16,6 +14,7 @@ iteration to the first, and of the last pair to the first. It needs P and Q, one
 iteration up to 256 labels, and not a single message value.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -25,105 +24,8 @@ import jax.numpy as jnp
 from jaxlib_methods.kernels.scanline import Pairwise, sweep, sweep_backward, transpose
 from jaxlib_methods.kernels.scanline.reference import dense_base, walk
 from jaxlib_methods.kernels.scanline.request import Sweep
-from jaxlib_methods.message_passing._grid import DIRECTIONS
-
-Messages = tuple[jax.Array, ...]
-
-
-class Schedule(NamedTuple):
-    """What is static in a solve.
-
-    Attributes:
-      directions: D, 4, 8 or 16.
-      rho: edge appearance probability; 1 for ISGMR and SGM.
-      synchronous: Jacobi over the pairs (ISGMR) instead of Gauss-Seidel (TRWP).
-      implementation: of the sweeps.
-    """
-
-    directions: int
-    rho: float
-    synchronous: bool
-    implementation: str | None = None
-
-
-class Problem(NamedTuple):
-    """A grid MRF in sweep layout.
-
-    Attributes:
-      thetas: unaries [W, L, B H] and [H, L, B W].
-      pairwise: V.
-      weights: D arrays [W, B H] or [H, B W], or None.
-    """
-
-    thetas: tuple[jax.Array, jax.Array]
-    pairwise: Pairwise
-    weights: tuple[jax.Array, ...] | None
-
-
-def problem(schedule: Schedule, unaries: jax.Array, pairwise: Pairwise, edge_weights: jax.Array | None) -> Problem:
-    """Transposes a batched problem (B, H, W, L) once, before all iterations."""
-    thetas = (to_lines(unaries, True), to_lines(unaries, False))
-    if edge_weights is None:
-        return Problem(thetas, pairwise, None)
-    lines = lambda d: to_lines(edge_weights[d][..., None], d < 2)[:, 0]
-    return Problem(thetas, pairwise, tuple(lines(d) for d in range(schedule.directions)))
-
-
-def to_lines(x: jax.Array, horizontal: bool) -> jax.Array:
-    """(B, H, W, L) to [W, L, B H] or [H, L, B W]."""
-    b, h, w, num_labels = x.shape
-    if horizontal:
-        return x.transpose(2, 3, 0, 1).reshape(w, num_labels, b * h)
-    return x.transpose(1, 3, 0, 2).reshape(h, num_labels, b * w)
-
-
-def from_lines(x: jax.Array, horizontal: bool, batch: int) -> jax.Array:
-    """The inverse of `to_lines`."""
-    positions, num_labels, lines = x.shape
-    x = x.reshape(positions, num_labels, batch, lines // batch)
-    return x.transpose(2, 3, 0, 1) if horizontal else x.transpose(2, 0, 3, 1)
-
-
-def turn(x: jax.Array, batch: int) -> jax.Array:
-    """[H, L, B W] to [W, L, B H] and back."""
-    positions, num_labels, lines = x.shape
-    x = x.reshape(positions, num_labels, batch, lines // batch)
-    return x.transpose(3, 1, 2, 0).reshape(lines // batch, num_labels, batch * positions)
-
-
-# Turning an array whose cache lines along one line and all labels do not stay in a processor's cache reads each of them
-# again for every position. Label by label they do: Teddy in 10 ms instead of 28 ms, but Tsukuba in 2.7 instead of 1.6.
-CPU_TURN_BYTES = 2**20
-_CACHE_LINE_BYTES = 64
-
-
-def plus_turned(base: jax.Array, x: jax.Array, y: jax.Array, batch: int) -> jax.Array:
-    """base + turn(x + y)."""
-    positions, num_labels, _ = x.shape
-    if jax.default_backend() != "cpu" or positions * num_labels * _CACHE_LINE_BYTES <= CPU_TURN_BYTES:
-        return base + turn(x + y, batch)
-
-    def one_label(label: jax.Array, total: jax.Array) -> jax.Array:
-        at = lambda z: jax.lax.dynamic_slice_in_dim(z, label, 1, 1)
-        # The barrier keeps the sum out of the transposition, which then reads one array instead of two.
-        turned = turn(jax.lax.optimization_barrier(at(x) + at(y)), batch)
-        return jax.lax.dynamic_update_slice_in_dim(total, at(base) + turned, label, 1)
-
-    return jax.lax.fori_loop(0, num_labels, one_label, jnp.zeros_like(base))
-
-
-def step(d: int) -> tuple[int, int]:
-    """The step (positions, lines) of a direction's pair in sweep layout."""
-    return (1, 0) if d < 2 else DIRECTIONS[d & ~1]
-
-
-def batch_size(p: Problem) -> int:
-    horizontal, vertical = p.thetas
-    return vertical.shape[2] // horizontal.shape[0]
-
-
-def zero_messages(schedule: Schedule, p: Problem) -> Messages:
-    return tuple(jnp.zeros_like(p.thetas[d >= 2]) for d in range(schedule.directions))
+from jaxlib_methods.message_passing._lines import Lines, Messages, from_lines, plus_turned, step, to_lines, turn
+from jaxlib_methods.message_passing._problem import Problem, Schedule
 
 
 def _plus_others(base: jax.Array, x: Messages | list[jax.Array], pair: int, batch: int) -> jax.Array:
@@ -135,27 +37,27 @@ def _plus_others(base: jax.Array, x: Messages | list[jax.Array], pair: int, batc
     return plus_turned(base, functools.reduce(jnp.add, rest), last, batch)
 
 
-def beliefs(p: Problem, messages: Messages) -> jax.Array:
+def beliefs(p: Lines, messages: Messages) -> jax.Array:
     """b = theta + sum of all messages, (B, H, W, L)."""
-    batch = batch_size(p)
+    batch = p.batch
     return from_lines(_plus_others(p.thetas[1], messages, len(messages), batch), False, batch)
 
 
 def iterate(
-    schedule: Schedule, p: Problem, messages: Messages, with_indices: bool = False, temperature: jax.Array | None = None
+    schedule: Schedule, p: Lines, messages: Messages, with_indices: bool = False, temperature: jax.Array | None = None
 ) -> tuple[Messages, tuple]:
     """One iteration over all directions; the indices are a tuple of D pairs (P, Q), or empty."""
-    batch = batch_size(p)
+    batch = p.batch
     live, indices = list(messages), []
-    for pair in range(schedule.directions // 2):
+    for pair in range(schedule.num_directions // 2):
         source = messages if schedule.synchronous else live
         u = _plus_others(p.thetas[pair > 0], source, pair, batch)
         for d in (2 * pair, 2 * pair + 1):
-            opposite = None if schedule.rho == 1.0 else source[d ^ 1]
+            opposite = None if schedule.edge_probability == 1.0 else source[d ^ 1]
             weight = None if p.weights is None else p.weights[d]
             pairwise = transpose(p.pairwise) if d % 2 else p.pairwise
             options: dict[str, Any] = {
-                "edge_probability": schedule.rho,
+                "edge_probability": schedule.edge_probability,
                 "reverse": d % 2 == 1,
                 "step": step(d),
                 "num_images": batch,
@@ -199,7 +101,7 @@ def _soft_sweep(request: Sweep, temperature: jax.Array) -> jax.Array:
     return walk(request, product, (jnp.zeros_like(u),), mask=True)[0]
 
 
-def run(schedule: Schedule, p: Problem, messages: Messages, iterations: int, with_indices: bool = False) -> tuple:
+def run(schedule: Schedule, p: Lines, messages: Messages, iterations: int, with_indices: bool = False) -> tuple:
     """Several iterations; indices are stacked along a new first axis."""
     body = lambda carry, _: iterate(schedule, p, carry, with_indices)
     return jax.lax.scan(body, messages, None, length=iterations)
@@ -210,86 +112,65 @@ def run(schedule: Schedule, p: Problem, messages: Messages, iterations: int, wit
 CPU_CHUNK_BYTES = 8 * 2**20
 
 
-def solve_in_chunks(
-    schedule: Schedule,
-    iterations: int,
-    checkpoint_every: int | None,
-    unaries: jax.Array,
-    pairwise: Pairwise,
-    edge_weights: jax.Array | None,
-    initial: Messages | None,
-) -> tuple[jax.Array, Messages]:
+def solve_in_chunks(problem: Problem, checkpoint_every: int | None) -> tuple[jax.Array, Messages]:
     """`solve`, on a CPU for as many images at a time as their unaries fit `CPU_CHUNK_BYTES`."""
+    unaries = problem.unaries
     batch = unaries.shape[0]
     chunk = batch
     if jax.default_backend() == "cpu":
         fits = max(1, CPU_CHUNK_BYTES * batch // (unaries.size * unaries.dtype.itemsize))
         chunk = max(c for c in range(1, batch + 1) if batch % c == 0 and c <= fits)
     if chunk == batch:
-        return solve(schedule, iterations, checkpoint_every, unaries, pairwise, edge_weights, initial)
+        return solve(checkpoint_every, problem)
     count = batch // chunk
 
     def split(x: jax.Array, axis: int) -> jax.Array:
         shape = (*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
-    weights = None if edge_weights is None else split(edge_weights, 1)
-    start = None if initial is None else tuple(split(m, 2) for m in initial)
-    one = lambda x: solve(schedule, iterations, checkpoint_every, x[0], pairwise, x[1], x[2])
+    weights = None if problem.weights is None else split(problem.weights, 1)
+    start = None if problem.messages is None else tuple(split(m, 2) for m in problem.messages)
+
+    def one(x: tuple) -> tuple[jax.Array, Messages]:
+        return solve(checkpoint_every, dataclasses.replace(problem, unaries=x[0], weights=x[1], messages=x[2]))
+
     beliefs, messages = jax.lax.map(one, (split(unaries, 0), weights, start))
     together = lambda m: jnp.moveaxis(m, 0, 2).reshape(*m.shape[1:3], -1)
     return beliefs.reshape(unaries.shape), tuple(together(m) for m in messages)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def solve(
-    schedule: Schedule,
-    iterations: int,
-    checkpoint_every: int | None,
-    unaries: jax.Array,
-    pairwise: Pairwise,
-    edge_weights: jax.Array | None,
-    initial: Messages | None,
-) -> tuple[jax.Array, Messages]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def solve(checkpoint_every: int | None, problem: Problem) -> tuple[jax.Array, Messages]:
     """Beliefs (B, H, W, L), differentiable in the problem, and messages, which are not and count as constants."""
-    p = problem(schedule, unaries, pairwise, edge_weights)
-    messages = zero_messages(schedule, p) if initial is None else initial
-    messages, _ = run(schedule, p, messages, iterations)
+    p = problem.lines()
+    messages, _ = run(problem.schedule, p, problem.start(p), problem.schedule.num_iterations)
     return beliefs(p, messages), messages
 
 
-def _solve_forward(
-    schedule: Schedule,
-    iterations: int,
-    checkpoint_every: int | None,
-    unaries: jax.Array,
-    pairwise: Pairwise,
-    edge_weights: jax.Array | None,
-    initial: Messages | None,
-) -> tuple[tuple[jax.Array, Messages], tuple]:
-    p = problem(schedule, unaries, pairwise, edge_weights)
-    messages = zero_messages(schedule, p) if initial is None else initial
+def _solve_forward(checkpoint_every: int | None, problem: Problem) -> tuple[tuple[jax.Array, Messages], tuple]:
+    schedule, p = problem.schedule, problem.lines()
+    messages = problem.start(p)
     if checkpoint_every is None:
-        messages, indices = run(schedule, p, messages, iterations, with_indices=True)
-        return (beliefs(p, messages), messages), (None, pairwise, edge_weights, indices)
+        messages, indices = run(schedule, p, messages, schedule.num_iterations, with_indices=True)
+        # The gradient of one iteration needs argmins and weights, and of the unaries only the shape.
+        return (beliefs(p, messages), messages), (dataclasses.replace(problem, unaries=None, messages=None), indices)
     chunk = lambda carry, _: (run(schedule, p, carry, checkpoint_every)[0], carry)
-    messages, checkpoints = jax.lax.scan(chunk, messages, None, length=iterations // checkpoint_every)
-    return (beliefs(p, messages), messages), (unaries, pairwise, edge_weights, checkpoints)
+    messages, checkpoints = jax.lax.scan(chunk, messages, None, length=schedule.num_iterations // checkpoint_every)
+    return (beliefs(p, messages), messages), (dataclasses.replace(problem, messages=None), checkpoints)
 
 
-def _solve_backward(
-    schedule: Schedule, iterations: int, checkpoint_every: int | None, residuals: tuple, cotangents: tuple
-) -> tuple:
-    unaries, pairwise, edge_weights, stored = residuals
+def _solve_backward(checkpoint_every: int | None, residuals: tuple, cotangents: tuple) -> tuple:
+    problem, stored = residuals
     g, _ = cotangents
+    schedule, num_iterations = problem.schedule, problem.schedule.num_iterations
     # Only shapes and weights of `p` matter unless iterations are computed again: g stands for the unaries otherwise.
-    p = problem(schedule, g if unaries is None else unaries, pairwise, edge_weights)
+    p = (dataclasses.replace(problem, unaries=g) if problem.unaries is None else problem).lines()
     gs = (to_lines(g, True), to_lines(g, False))
     state = _Gradients(
-        ds=zero_messages(schedule, p),
+        ds=p.zeros(schedule.num_directions),
         theta=tuple(jnp.zeros_like(x) for x in gs),
         weights=None if p.weights is None else tuple(jnp.zeros_like(w) for w in p.weights),
-        pairwise=jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.result_type(x)), pairwise),
+        pairwise=jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.result_type(x)), problem.pairwise),
     )
 
     def through(state: _Gradients, indices: tuple, is_last: jax.Array) -> _Gradients:
@@ -298,7 +179,7 @@ def _solve_backward(
         return jax.lax.scan(body, state, (indices, is_last), reverse=True)[0]
 
     if checkpoint_every is None:
-        state = through(state, stored, jnp.arange(iterations) == iterations - 1)
+        state = through(state, stored, jnp.arange(num_iterations) == num_iterations - 1)
     else:
 
         def chunk(state: _Gradients, x: tuple) -> tuple[_Gradients, None]:
@@ -306,17 +187,15 @@ def _solve_backward(
             _, indices = run(schedule, p, messages, checkpoint_every, with_indices=True)
             return through(state, indices, is_last), None
 
-        is_last = (jnp.arange(iterations) == iterations - 1).reshape(-1, checkpoint_every)
+        is_last = (jnp.arange(num_iterations) == num_iterations - 1).reshape(-1, checkpoint_every)
         state, _ = jax.lax.scan(chunk, state, (stored, is_last), reverse=True)
 
     batch = g.shape[0]
     d_unaries = g + from_lines(state.theta[1] + turn(state.theta[0], batch), False, batch)
     d_weights = None
-    if edge_weights is not None:
-        used = [from_lines(w[:, None], d < 2, batch)[..., 0] for d, w in enumerate(state.weights)]
-        unused = edge_weights.shape[0] - len(used)
-        d_weights = jnp.concatenate([jnp.stack(used), jnp.zeros((unused, *used[0].shape), g.dtype)])
-    return d_unaries, state.pairwise, d_weights, None
+    if problem.weights is not None:
+        d_weights = jnp.stack([from_lines(w[:, None], d < 2, batch)[..., 0] for d, w in enumerate(state.weights)])
+    return (dataclasses.replace(problem, unaries=d_unaries, pairwise=state.pairwise, weights=d_weights, messages=None),)
 
 
 solve.defvjp(_solve_forward, _solve_backward)
@@ -378,18 +257,18 @@ class _Gradients(NamedTuple):
 
 def _iterate_backward(
     schedule: Schedule,
-    p: Problem,
+    p: Lines,
     gs: tuple[jax.Array, jax.Array],
     state: _Gradients,
     indices: tuple,
     is_last: jax.Array,
 ) -> _Gradients:
-    batch = batch_size(p)
-    rho = jnp.asarray(schedule.rho, gs[0].dtype)
+    batch = p.batch
+    rho = jnp.asarray(schedule.edge_probability, gs[0].dtype)
     live, theta = list(state.ds), list(state.theta)
     weights = None if state.weights is None else list(state.weights)
     pairwise = state.pairwise
-    for pair in reversed(range(schedule.directions // 2)):
+    for pair in reversed(range(schedule.num_directions // 2)):
         source = state.ds if schedule.synchronous else live
         g = gs[pair > 0]
         # The loss sees the beliefs of the last iteration, hence all its messages.
@@ -397,11 +276,11 @@ def _iterate_backward(
         for d in (2 * pair + 1, 2 * pair):
             found = sweep_backward(
                 dm,
-                None if schedule.rho == 1.0 else source[d ^ 1],
+                None if schedule.edge_probability == 1.0 else source[d ^ 1],
                 *indices[d],
                 transpose(p.pairwise) if d % 2 else p.pairwise,
                 edge_weight=None if p.weights is None else p.weights[d],
-                edge_probability=schedule.rho,
+                edge_probability=schedule.edge_probability,
                 reverse=d % 2 == 1,
                 step=step(d),
                 num_images=batch,

@@ -8,7 +8,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxlib_methods.message_passing._exact import ExactSolution, grid_problem
+from jaxlib_methods.message_passing.exact import ExactSolution, grid_problem
+
+__all__ = [
+    "GraphCutSolution",
+    "IshikawaGraph",
+    "NonConvexPrior",
+    "alpha_expansion",
+    "ishikawa_graph",
+    "iteratively_reweighted_graph_cut",
+    "non_convex_prior",
+    "solve_by_graph_cut",
+]
 
 
 class IshikawaGraph(NamedTuple):
