@@ -28,7 +28,8 @@ import numpy as np
 from benchmarks._machinery import grids
 from benchmarks.timing import Case, Implementation, Options, Record, Skip, measure, peer
 from jaxlib_methods import message_passing as mp
-from jaxlib_methods.message_passing import _schedule
+from jaxlib_methods.message_passing import _sweeps
+from jaxlib_methods.message_passing._problem import Problem, Schedule
 from peers import trwp
 
 HEADLINES = (
@@ -225,18 +226,18 @@ def _backward(name: str, options: Options) -> Iterator[Record]:
     if not options.selects(case):
         return
     mrf, iterations = grids.mrf(name), 10
-    unaries, schedule = mrf.unaries[None], _schedule.Schedule(4, 0.5, False)
-    forward = jax.jit(lambda u, v: _schedule.solve(schedule, iterations, None, u, v, None, None)[0])
-    residual = jax.jit(lambda u, v: _schedule._solve_forward(schedule, iterations, None, u, v, None, None))
-    backward = jax.jit(lambda r, g: _schedule._solve_backward(schedule, iterations, None, r, (g, None))[0])
-    kept = residual(unaries, mrf.pairwise)[1]
+    problem = Problem.of(mrf, Schedule(4, 0.5, False, num_iterations=iterations))
+    forward = jax.jit(lambda problem: _sweeps.solve(None, problem)[0])
+    residual = jax.jit(lambda problem: _sweeps._solve_forward(None, problem))
+    backward = jax.jit(lambda r, g: _sweeps._solve_backward(None, r, (g, None))[0].unaries)
+    kept = residual(problem)[1]
     stored = sum(x.nbytes for x in jax.tree.leaves(kept) if x.size > 1)
     expected = iterations * 4 * mrf.unaries.size + iterations * 4 * mrf.unaries[..., 0].size
     options.note(f"{case}: residuals {stored} bytes, iterations x D x H x W x (L + 1) = {expected}")
     implementations = {
-        "backward": Implementation(backward, (kept, jnp.ones_like(unaries))),
-        "forward": Implementation(forward, (unaries, mrf.pairwise)),
-        "forward, argmins stored": Implementation(residual, (unaries, mrf.pairwise)),
+        "backward": Implementation(backward, (kept, jnp.ones_like(problem.unaries))),
+        "forward": Implementation(forward, (problem,)),
+        "forward, argmins stored": Implementation(residual, (problem,)),
     }
     yield from measure(Case("message_passing", case, implementations, min_rounds=5, warm_up=1), options)
 
