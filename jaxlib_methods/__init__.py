@@ -50,12 +50,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "citation":
-        return importlib.import_module("jaxlib_methods._citation").citation
-    if name in __all__:
-        return importlib.import_module(f"jaxlib_methods.{name}")
-    raise AttributeError(f"module 'jaxlib_methods' has no attribute {name!r}; it has {', '.join(__all__)}")
+if not TYPE_CHECKING:  # for a type checker every misspelt name would be one of these
+
+    def __getattr__(name: str) -> Any:
+        if name == "citation":
+            return importlib.import_module("jaxlib_methods._citation").citation
+        if name in __all__:
+            return importlib.import_module(f"jaxlib_methods.{name}")
+        raise AttributeError(f"module 'jaxlib_methods' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:

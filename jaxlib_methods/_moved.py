@@ -1,6 +1,7 @@
 """Names that have moved: the old ones work for one version more and say where the new ones are."""
 
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,14 +10,16 @@ RENAMED_IN = "0.2.0"
 
 
 def moved_names(module: str, moved: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns a module's `__getattr__` that finds what has moved.
+    """Gives a module a `__getattr__` that finds what has moved.
+
+    It is set from here and not by the module, whose every misspelt name would else have a type for type checkers.
 
     Args:
       module: `__name__` of the module that the old names were in.
       moved: old name -> where it is now below `jaxlib_methods`, as "pruning.scores.magnitude".
 
     Returns:
-      A function of the name asked for; its attribute `moved` is the mapping. It warns with `DeprecationWarning`, and
+      That function of the name asked for; its attribute `moved` is the mapping. It warns with `DeprecationWarning`, and
       raises `AttributeError` for a name that never was there.
     """
 
@@ -32,4 +35,5 @@ def moved_names(module: str, moved: Mapping[str, str]) -> Callable[[str], Any]:
         return getattr(importlib.import_module(place), new)
 
     __getattr__.moved = moved
+    sys.modules[module].__getattr__ = __getattr__
     return __getattr__

@@ -8,7 +8,6 @@ import warnings
 import pytest
 
 import jaxlib_methods
-from jaxlib_methods._moved import moved_names
 from tests.library_modules import is_public, module_names
 
 PACKAGES = [name for name, is_package in module_names() if is_package and is_public(name)]
@@ -49,6 +48,8 @@ def test_old_names_lead_to_new_ones(name):
     moved = getattr(vars(module).get("__getattr__"), "moved", {})
     assert not set(moved) & set(getattr(module, "__all__", ())), "a name is both old and new"
     for old, new in moved.items():
+        if old in vars(module):  # an old submodule that something has imported
+            continue
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert getattr(module, old) is not None
@@ -58,4 +59,4 @@ def test_old_names_lead_to_new_ones(name):
 
 def test_a_name_that_never_was_there_is_no_attribute():
     with pytest.raises(AttributeError, match="no attribute 'magnitudes'"):
-        moved_names("jaxlib_methods.pruning", {"magnitude": "pruning.scores.magnitude"})("magnitudes")
+        _ = jaxlib_methods.pruning.magnitudes

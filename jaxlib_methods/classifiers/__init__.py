@@ -40,7 +40,7 @@ __all__ = [
     "validate_batch",
 ]
 
-__getattr__ = moved_names(
+moved_names(
     __name__,
     {
         "ClassStatistics": "classifiers.collapse.ClassStatistics",

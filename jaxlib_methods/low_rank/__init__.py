@@ -37,7 +37,7 @@ __all__ = [
     "truncated_svd",
 ]
 
-__getattr__ = moved_names(
+moved_names(
     __name__,
     {
         "InputStatistics": "low_rank.compression.InputStatistics",

@@ -56,7 +56,7 @@ __all__ = [
     "split_gpt_params",
 ]
 
-__getattr__ = moved_names(
+moved_names(
     __name__,
     {
         "Conv": "models.convolution.Conv",

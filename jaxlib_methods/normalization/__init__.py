@@ -32,7 +32,7 @@ __all__ = [
     "signal_norms",
 ]
 
-__getattr__ = moved_names(
+moved_names(
     __name__,
     {
         "BSNParams": "normalization.bsn.BSNParams",

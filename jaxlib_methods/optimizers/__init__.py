@@ -53,7 +53,7 @@ __all__ = [
     "schedules",
 ]
 
-__getattr__ = moved_names(
+moved_names(
     __name__,
     {
         "DelayCompensationState": "optimizers.delay_corrections.DelayCompensationState",

@@ -49,7 +49,7 @@ __all__ = [
     "unextractable",
 ]
 
-__getattr__ = moved_names(
+moved_names(
     __name__,
     {
         "LINKS": "parallel.pipelines.links.LINKS",

@@ -20,7 +20,7 @@ _AT_THE_FACE = (
     "random_subspace subspace_codec subspace_gradient_codec subspace_model top_k_codec"
 )
 
-__getattr__ = moved_names(
+moved_names(
     __name__,
     {name: f"parallel.boundaries.{room}{name}" for name, room in _SUBMODULE.items()}
     | {name: f"parallel.boundaries.{name}" for name in _AT_THE_FACE.split()},

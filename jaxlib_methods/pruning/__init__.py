@@ -94,7 +94,7 @@ __all__ = [
     "trace_wiring",
 ]
 
-__getattr__ = moved_names(
+moved_names(
     __name__,
     {
         "Cost": "pruning.wiring.Cost",

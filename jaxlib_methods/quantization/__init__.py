@@ -85,7 +85,7 @@ __all__ = [
     "unpack",
 ]
 
-__getattr__ = moved_names(
+moved_names(
     __name__,
     {
         "BINARY": "quantization.labels.BINARY",

@@ -51,7 +51,7 @@ __all__ = [
     "pgd",
 ]
 
-__getattr__ = moved_names(
+moved_names(
     __name__,
     {
         "AttackResult": "robustness.attacks.AttackResult",

@@ -33,4 +33,4 @@ __all__ = [
     "sgd_steps_to_result",
 ]
 
-__getattr__ = moved_names(__name__, {"GAMMAS": "training_dynamics.STEP_FRACTIONS"})
+moved_names(__name__, {"GAMMAS": "training_dynamics.STEP_FRACTIONS"})

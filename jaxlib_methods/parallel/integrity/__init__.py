@@ -37,7 +37,7 @@ __all__ = [
     "verify",
 ]
 
-__getattr__ = moved_names(
+moved_names(
     __name__,
     {
         "ATTACKS": "parallel.integrity.attacks.ATTACKS",

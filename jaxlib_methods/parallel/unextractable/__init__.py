@@ -38,7 +38,7 @@ __all__ = [
     "transform_momentum",
 ]
 
-__getattr__ = moved_names(
+moved_names(
     __name__,
     {
         "cast_like": "parallel.unextractable.morphing.cast_like",
