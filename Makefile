@@ -15,17 +15,18 @@ demo: .venv/installed
 
 test: lint test-oldest $(if $(NEWEST),test-newest) docs
 
-# The oldest supported JAX comes with Python 3.11, the newest with 3.12; with one interpreter only, one pair is tested.
-# With both, the experiments and the benchmarks run on the newest alone: they are programs, not a library to install.
+# The newest JAX comes with Python 3.12 and runs everything. The oldest, with 3.11, then runs the contract: imports,
+# doctests, batteries, one exact check a method; with one interpreter only, everything runs on that pair.
+PYTEST = -m pytest -q -n $(JOBS) --dist worksteal
 test-oldest: .venv/installed
-	.venv/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(if $(NEWEST),--ignore=tests/experiments --ignore=tests/benchmarks)
+	.venv/bin/python $(PYTEST) $(if $(NEWEST),-m contract --ignore=tests/experiments --ignore=tests/benchmarks)
 
 test-newest: .venv-3.12/installed
-	.venv-3.12/bin/python -m pytest -q -n $(JOBS) --dist worksteal
+	.venv-3.12/bin/python $(PYTEST)
 
 DOCS = $(if $(NEWEST),.venv-3.12,.venv)
 docs: $(DOCS)/docs-installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --config-file docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet --config-file docs/mkdocs.yml
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -7,7 +7,6 @@ An implementation is a module of the kernel's package with the kernel's function
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -32,7 +31,7 @@ class Kernel:
 
     name: str
     implementations: tuple[Implementation, ...]
-    preference: Mapping[str, tuple[Implementation, ...]] = MappingProxyType({})
+    preference: Mapping[str, tuple[Implementation, ...]] = dataclasses.field(default_factory=dict)
 
     def run(self, function: str, implementation: Implementation | None, *args: Any) -> Any:
         """Calls `function(*args)` of an implementation. A name never falls back.

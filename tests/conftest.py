@@ -13,6 +13,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
 
+pytest_plugins = ["tests.cpu_budgets"]
+
+# Half of the suite's time would be LLVM's optimisations of programs that run for a millisecond. XLA reads this with its
+# first device; processes that tests start inherit it.
+QUICK_COMPILATION = "--xla_backend_optimization_level=0"
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}".strip()
+
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "jaxlib_methods"
 jax.config.update("jax_compilation_cache_dir", str(CACHE / f"xla-{jax.__version__}"))

@@ -8,6 +8,8 @@ import pytest
 
 from tests.library_modules import module_names
 
+pytestmark = pytest.mark.contract
+
 
 class Finder(doctest.DocTestFinder):
     """Finds functions behind decorators too: the standard finder drops them, and the tests' type checker is one."""

@@ -9,6 +9,8 @@ from jax.sharding import PartitionSpec, reshard
 from tests.optax_checks import CHECKS
 from tests.optax_registry import ENTRIES, Entry
 
+pytestmark = pytest.mark.contract
+
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)

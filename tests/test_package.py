@@ -18,6 +18,8 @@ import sys, time
 import jax
 began = time.process_time()
 import jaxlib_methods
+
+pytestmark = pytest.mark.contract
 print(time.process_time() - began)
 print(*[name for name in sys.modules if name.startswith("jaxlib_methods.")])
 """

@@ -8,6 +8,8 @@ import pytest
 
 from experiments._machinery import registry
 
+pytestmark = pytest.mark.contract
+
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 

@@ -94,6 +94,7 @@ def keys(text):
 
 
 class TestCitation:
+    @pytest.mark.contract
     def test_a_function_and_the_order_of_its_keys(self, family):
         text = citation(family.scale_by_first)
         assert keys(text) == ["first2002method", "shared2001"]

@@ -97,6 +97,7 @@ def trainable(request):
 
 
 class TestEveryContainer:
+    @pytest.mark.contract
     def test_path_names(self, container):
         tree, paths = container
         names = trees.path_names(tree)

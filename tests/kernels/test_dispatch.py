@@ -25,6 +25,7 @@ def u():
     return jnp.zeros((3, 4, 5), jnp.float32)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("platform", ["gpu", "tpu", "cpu"])
 def test_none_means_the_program_that_was_measured(platform, monkeypatch, u):
     # No kernel has been timed on its device: a caller who names none gets XLA everywhere.

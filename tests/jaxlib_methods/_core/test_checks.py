@@ -12,6 +12,7 @@ from jaxlib_methods._core import checks
 OPTIONS = Literal["a", "b"]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     ("check", "good", "bad", "message"),
     [

@@ -8,6 +8,7 @@ import pytest
 from jaxlib_methods._core import linalg
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("shape", [(3, 6, 4), (3, 4, 6), (5, 5)])
 def test_haar_matrices_are_orthonormal_along_the_shorter_side(shape, key):
     W = np.asarray(linalg.haar(key, shape), np.float64)

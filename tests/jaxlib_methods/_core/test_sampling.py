@@ -8,6 +8,7 @@ import pytest
 from jaxlib_methods._core.sampling import shuffled, shuffled_each
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1797])
 def test_shuffle_is_a_bijection(key, size):
     order = jax.jit(shuffled, static_argnames="size")(key, jnp.arange(size), size)

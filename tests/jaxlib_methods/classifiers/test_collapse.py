@@ -64,6 +64,7 @@ def batches(F, y, dtype=np.float32):
         yield F[start : start + 17].astype(dtype), y[start : start + 17]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("passes", ["kept in memory", "two passes"])
 def test_streamed_metrics_equal_their_definitions(passes):
     F, y, kernel, b = data()

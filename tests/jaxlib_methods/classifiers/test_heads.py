@@ -135,6 +135,7 @@ def test_gradient_flows_through_the_alpha_weighted_current_term_only():
 # The nearest-ETF head
 
 
+@pytest.mark.contract
 def test_two_training_steps_follow_the_paper_line_by_line():
     head = NearestETFHead(D, K, temperature=5.0)
     F, prox = np.zeros((D, K)), None

@@ -121,6 +121,7 @@ def test_worked_two_by_two_gradient(x64):
     np.testing.assert_allclose(vjp(Y, np.eye(2), G), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("method", typing.get_args(PolarMethod))
 def test_worked_three_by_three_solution_objective_and_gradient(method, x64):
     Y = np.diag([3.0, 2.0, 1.0]) @ (np.eye(3) - 1 / 3)

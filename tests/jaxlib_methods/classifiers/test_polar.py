@@ -41,6 +41,7 @@ def frechet_oracle(A, G):
     return out
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("method", [None, *METHODS])
 @pytest.mark.parametrize("spectrum", [np.ones(5), np.geomspace(1, 1e-2, 5), [2.0, 2.0, 2.0, 1e-3, 1e-3]])
 def test_value_matches_svd_in_float64(method, spectrum, x64):

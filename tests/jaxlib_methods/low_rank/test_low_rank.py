@@ -36,6 +36,7 @@ def loss(W, factors, X):
     return np.linalg.norm(X @ W - X @ np.asarray(factors.A) @ np.asarray(factors.B)) ** 2
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("k", [1, 4, 9])
 def test_svd_llm_loses_exactly_the_discarded_singular_values(k, x64):
     W, X = layer()

@@ -33,6 +33,7 @@ def _slow_birchfield_tomasi(left, right, num_disparities, truncation=np.inf):
     return np.minimum(result, truncation)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(("channels", "truncation"), [(1, None), (3, None), (3, 60.0)])
 def test_birchfield_tomasi_equals_the_definition(channels, truncation):
     rng = np.random.default_rng(channels)

@@ -61,6 +61,7 @@ def toy(shared_data):
     return unaries.reshape(10, 10, 5), {"horizontal": horizontal, "vertical": vertical}
 
 
+@pytest.mark.contract
 def test_enumeration_equals_the_energy_with_loops():
     unaries, weights = _instance(0, 2, 2, 3)
     table = np.random.default_rng(1).normal(size=(3, 3))

@@ -15,6 +15,7 @@ def weighted(key, shape):
     return mp.grid.both_directions([jax.random.randint(k, shape, 0, 4).astype(jnp.float32) for k in keys])
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(("height", "width", "with_weights"), [(6, 8, False), (6, 8, True), (5, 7, True)])
 def test_labellings_constant_on_blocks_have_the_same_energy_on_both_grids(key, height, width, with_weights):
     unaries = jax.random.randint(key, (2, height, width, 5), 0, 20).astype(jnp.float32)

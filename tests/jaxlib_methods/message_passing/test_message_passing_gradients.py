@@ -72,6 +72,7 @@ def test_gradients_equal_finite_differences(key, x64, directions, method, kind):
     np.testing.assert_allclose(gradient.unaries.sum(-1), g.sum(-1), atol=1e-12)
 
 
+@pytest.mark.contract
 def test_every_entry_equals_jax_differentiating_the_recursion(key, x64):
     mrf, g = problem(key, 4, "table")
     schedule = Schedule(4, 0.5, False)

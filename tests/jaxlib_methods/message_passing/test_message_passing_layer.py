@@ -11,6 +11,7 @@ from PIL import Image
 from jaxlib_methods import message_passing as mp
 
 
+@pytest.mark.contract
 def test_mean_field_is_its_definition(key):
     unaries = jax.random.uniform(key, (3, 4, 3), maxval=4.0)
     table = jax.random.uniform(jax.random.fold_in(key, 1), (3, 3), maxval=3.0)

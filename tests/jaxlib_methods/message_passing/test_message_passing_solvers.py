@@ -33,6 +33,7 @@ def test_worked_chain():
     assert mp.energy(chain(jnp.stack([theta, theta]), potts), solution.labels) == 2 * 1.0
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("method", ["sgm", "isgmr", "trwp"])
 def test_beliefs_of_chains_are_exact_min_marginals(key, method):
     unaries = jax.random.uniform(key, (2, 6, 4), maxval=5.0)

@@ -8,6 +8,7 @@ from jax import lax
 from jaxlib_methods.models.convolution import Conv, convolve
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     ("padding", "strides", "window"),
     [

@@ -122,6 +122,7 @@ class TestBothDesigns:
 
         np.testing.assert_allclose(by_stages(embed, stacked, head), nnx.jit(model)(x), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.contract
     def test_attention_is_the_softmax_of_numpy(self, name, key):
         config = small(name, kv_heads=2, init_std=0.3)
         attention = GPT(config, rngs=nnx.Rngs(0)).blocks[0].attention

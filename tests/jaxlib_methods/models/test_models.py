@@ -64,6 +64,7 @@ class TestCounts:
     def test_every_name_has_a_count(self):
         assert {*GATED, *TOTAL} == set(models.NAMES)
 
+    @pytest.mark.contract
     @pytest.mark.parametrize("name", GATED)
     def test_weights_and_biases(self, name):
         assert sum(size for path, size in sizes(abstract(name)).items() if "bn" not in path) == GATED[name]

@@ -58,6 +58,7 @@ def constants(name, root):
 # Activations
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("name", TABLE)
 def test_constants_are_the_table(name):
     a, *rest = TABLE[name]

@@ -31,6 +31,7 @@ def paper_step(grads, gain):
     return step
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("size", [1e-5, 1.0, 1e4])
 def test_step_is_the_papers(size):
     grads = jax.tree.map(lambda x: size * x, weights())

@@ -65,6 +65,7 @@ def test_without_a_gap_the_objective_is_right_and_the_vectors_are_not(key, x64):
     assert 0.55 < np.mean(cosines) < 0.8  # mean squared cosine of the principal angles; 1 would be the right subspace
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("shape", "k"), [((256, 256), 128), ((256, 384), 124), ((384, 256), 120), ((5, 3), 3)])
 def test_exact_once_the_krylov_space_is_everything(shape, k, method, key, x64):

@@ -47,6 +47,7 @@ def graph_through(tangent):
 # ------------------------------------------------------------------------------------- the example of Figure 1, exact
 
 
+@pytest.mark.contract
 def test_figure_1_good_mapping_meets_both_bounds():
     found = reduced_curvature(figure1, lambda x: x, jnp.array(0.0))
     np.testing.assert_allclose([found.mu_f, found.beta_f], [5 - math.sqrt(17), 5 + math.sqrt(17)], rtol=1e-12)

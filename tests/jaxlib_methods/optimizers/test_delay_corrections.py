@@ -36,6 +36,7 @@ def test_learning_rate_correction_by_stage_and_step():
         assert_close(scaled, {"a": updates["a"] / 3**rho, "b": updates["b"], "c": updates["c"]})
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("decay", [None, 0.95])
 def test_delay_compensation_is_the_loop(decay):
     params, strength = stream(8, seed=1), 0.3

@@ -192,6 +192,7 @@ def coupled_setup():
     return w, [jnp.asarray(rng.normal(size=3), jnp.float32) for _ in range(10)]
 
 
+@pytest.mark.contract
 def test_stale_params_are_the_composite_of_a_queue():
     w, batches = coupled_setup()
     optimizer = optax.chain(optax.sgd(0.1), keep_param_history(list(TAUS.items())))

@@ -32,6 +32,7 @@ def test_figure_1_gradient_descent_takes_128_steps_and_geoprec_gd_one():
 # ---------------------------------------------------------------------------------------------------- solves with R
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("n2", [3, 12])
 @pytest.mark.parametrize("solver", ["cg", "woodbury"])
 def test_solvers_agree_with_the_dense_inverse(solver, n2):

@@ -40,6 +40,7 @@ def exact_step(M, tau):
 # ------------------------------------------------------------------------------------------------- the step
 
 
+@pytest.mark.contract
 def test_worked_2x2():
     M = jnp.array([[3.0, 0.0], [4.0, 5.0]])
     first = np.array([[1, 1], [3, 3]]) / np.sqrt(20)

@@ -33,6 +33,7 @@ NUMBERS = [
 ]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(("b1", "gradients", "expected"), NUMBERS)
 def test_numbers_of_the_specification(b1, gradients, expected):
     np.testing.assert_allclose(iterates(nadam(0.1, b1=b1), gradients), expected, atol=6e-7)

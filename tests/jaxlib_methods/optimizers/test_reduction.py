@@ -16,6 +16,7 @@ from tests.jaxlib_methods.optimizers.reduction_problems import dense_metric, fig
 pytestmark = pytest.mark.usefixtures("x64")
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     ("psi", "F"),
     [

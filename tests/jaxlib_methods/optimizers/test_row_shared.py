@@ -9,6 +9,7 @@ import pytest
 from jaxlib_methods import optimizers
 
 
+@pytest.mark.contract
 def test_adam_leaves_the_subspace_and_a_shared_second_moment_does_not():
     U = np.array([0.6, 0.8])
     m = jnp.array([[0.6, 0.8]])  # with b1 = b2 = 0 the moments are the gradient and its square

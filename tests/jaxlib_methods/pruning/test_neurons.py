@@ -21,6 +21,7 @@ layers = st.lists(st.lists(positive, min_size=1, max_size=6), min_size=1, max_si
 
 
 class TestBalance:
+    @pytest.mark.contract
     @given(layers)
     @settings(max_examples=50, deadline=None)
     def test_every_layer_gets_the_largest_mean(self, scores):

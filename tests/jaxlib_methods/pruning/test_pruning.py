@@ -17,6 +17,7 @@ def quadratic(params, batch):
     return jnp.mean((batch @ params["a"] @ params["b"]) ** 2)
 
 
+@pytest.mark.contract
 def test_grasp_is_the_derivative_of_the_gradient_flow(x64, key):
     params = jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
     batch = jax.random.normal(key, (5, 2), jnp.float64)

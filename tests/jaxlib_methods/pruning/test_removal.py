@@ -49,6 +49,7 @@ def both_modes(net, x):
     return forward(state, x)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("name", BUILDS)
 def test_the_smaller_network_gives_the_outputs_of_the_masked_one(name):
     net, wiring = traced(name)

@@ -42,6 +42,7 @@ def network():
 
 
 class TestInitializers:
+    @pytest.mark.contract
     def test_orthogonal_matrices_have_orthonormal_columns_or_rows(self, key):
         params = pruning.reinitialize(
             {"tall": jnp.zeros((50, 20)), "wide": jnp.zeros((20, 50))}, key=key, kind="orthogonal"

@@ -35,6 +35,7 @@ def network(key):
     return params, batch
 
 
+@pytest.mark.contract
 def test_1_gate_gradient_is_weight_times_gradient(network):
     params, batch = network
     gated = lambda gates: loss_fn(jax.tree.map(jnp.multiply, params, gates), batch)

@@ -21,6 +21,7 @@ def shapenet():
 
 
 class TestCosts:
+    @pytest.mark.contract
     def test_3d_unet_of_shapenet(self):
         with_softmax = nnx.Sequential(shapenet(), nnx.softmax)
         for net, megabytes in ((shapenet(), 947.00), (with_softmax, 997.00)):

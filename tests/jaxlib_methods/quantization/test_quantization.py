@@ -152,6 +152,7 @@ def test_label_sets_by_path_the_first_rule_wins():
     ]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("labels", [(-1, 1), (-1, 0, 1), (-2, -1, 1, 2), (0.3, -0.7, 5.0)])
 @pytest.mark.parametrize("projection", ["softmax", "sparsemax", "argmax", "tanh", "round"])
 def test_any_label_set_in_any_order_is_reached_exactly(labels, projection):

@@ -14,6 +14,7 @@ close = np.testing.assert_allclose
 # ------------------------------------------------------------------------------------------------ proximal mean-field
 
 
+@pytest.mark.contract
 def test_pmf_1_the_step_minimises_the_proximal_objective():
     u0, g, eta, beta = np.array([0.5, 0.5]), np.array([1.0, -1.0]), 0.5, 2.0
     step = qn.steps.proximal_mean_field_step(

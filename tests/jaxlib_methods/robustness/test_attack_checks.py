@@ -39,6 +39,7 @@ def attacked():
     return params, images, labels, rb.network_jacobian_scaling(net.apply, params, images)
 
 
+@pytest.mark.contract
 def test_1_predictions_do_not_depend_on_the_temperature(attacked):
     params, images, labels, njs = attacked
     logits, gram = look(params, images)

@@ -116,6 +116,7 @@ def numpy_njs(a, label, scale=0.7, rho=0.01):
     return scale * (-np.log(rho / ((len(a) - 1) * (1 - rho))) / gap if 1 - p[label] <= rho else 1)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "njs"])
 def test_pgd_equals_a_loop_over_images(params, norm, scaled):

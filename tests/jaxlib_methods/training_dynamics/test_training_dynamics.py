@@ -11,6 +11,7 @@ THEORY = {"loss_gap": 1, "smoothness": 2, "variance": 0.5, "alignment": 1, "eps"
 
 
 class TestLaw:
+    @pytest.mark.contract
     def test_exact_data_give_back_their_constants(self):
         B = 2.0 ** np.arange(1, 15)
         law = td.fit_steps_to_result(B, 409600 / B + 500)

@@ -16,6 +16,7 @@ from jaxlib_methods.kernels.packed_matmul import pallas_tpu, reference
 from tests.kernels.packed_matmul.packed_cases import LABELS, problem, shapes_of
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("depth", [1, 31, 32, 33, 100])
 def test_codes_come_back_exactly(bits, depth):

@@ -19,6 +19,7 @@ pallas_gpu = pytest.importorskip("jaxlib_methods.kernels.packed_matmul.pallas_gp
 FEW_ROWS = [spec for spec in pm.ARG_SPECS if spec.args["x"].shape[0] <= 8]
 
 
+@pytest.mark.contract
 @needs_mosaic
 @pytest.mark.parametrize(
     ("shape", "d", "dtype"),

@@ -52,6 +52,7 @@ LINES = 40  # one block of 128 or 64 padded lines, two of 32: the interpreter ta
 IDS = [f"{name}-{lanes}lanes" for name, *_, lanes in CASES]
 
 
+@pytest.mark.contract
 @needs_mosaic
 @pytest.mark.parametrize(("name", "reverse", "opposite", "weighted", "lanes"), CASES, ids=IDS)
 def test_interpreted_sweep_equals_the_reference_bit_for_bit(name, reverse, opposite, weighted, lanes):

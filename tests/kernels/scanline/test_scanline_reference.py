@@ -65,6 +65,7 @@ def random_costs(key, num_labels, high=12):
     return 2.0 * draw(keys[0], shape), 2.0 * draw(keys[1], shape), weight
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(("reverse", "rho"), [(False, 1.0), (True, 0.5)])
 @pytest.mark.parametrize("name", NAMES)
 def test_fast_paths_equal_brute_force_bit_for_bit_on_integer_costs(key, name, reverse, rho):

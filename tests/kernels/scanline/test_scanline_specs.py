@@ -8,6 +8,7 @@ from jaxlib_methods.kernels.scanline.arg_specs import padding, sweep_shape
 from tests.kernels.scanline.scanline_cases import BY_NAME
 
 
+@pytest.mark.contract
 def test_sizes_are_those_of_the_specification():
     entries = {"tsukuba": 1.77e6, "teddy": 10.1e6, "kitti": 44.7e6, "house": 16.8e6}
     for name, expected in entries.items():

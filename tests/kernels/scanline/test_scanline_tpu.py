@@ -35,6 +35,7 @@ def options(name):
     return dict(zip(("reverse", "opposite", "weighted"), FLAGS[name], strict=True))
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_interpreted_sweep_equals_the_reference_bit_for_bit(name):
     arguments, static, expected = problem(name, **options(name))

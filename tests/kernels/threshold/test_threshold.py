@@ -53,6 +53,7 @@ VALUES = {
 }
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("values", VALUES)
 @hypothesis.settings(deadline=None, max_examples=60, derandomize=True)
 @hypothesis.given(data=st.data(), kappa=st.integers(0, SIZE))

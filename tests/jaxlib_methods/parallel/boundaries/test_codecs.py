@@ -32,6 +32,7 @@ CODECS = {
 }
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("name", CODECS)
 def test_bytes_of_a_token_and_largest_error(name):
     """The error is bounded by a share of the token's largest entry; integers and the tree's form are kept."""

@@ -71,6 +71,7 @@ def coded():
     return model, stages, batch, codecs, pipe, placed, compiled
 
 
+@pytest.mark.contract
 def test_a_subspace_coded_pipeline_gives_the_loss_and_gradients_of_the_model(coded):
     model, stages, batch, _, pipe, placed, compiled = coded
     losses, gradients = compiled(pipe.init(stages), *placed)

@@ -84,6 +84,7 @@ def assert_trees_close(a, b, tolerance):
 # ------------------------------------------------------------------------------------------------ lossless coding
 
 
+@pytest.mark.contract
 def test_every_boundary_is_lossless_and_a_full_rank_projection_is_not():
     fns, params = gpt_stages(CONFIG), drawn_params(CONFIG)
     embed, blocks, _ = split_gpt_params(CONFIG, params)

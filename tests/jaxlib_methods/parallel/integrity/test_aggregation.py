@@ -31,6 +31,7 @@ def row(tree):
     return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(tree)])
 
 
+@pytest.mark.contract
 def test_krum_against_a_loop(gradients):
     g = rows(gradients)
     scores = [sum(sorted(((g[i] - g[j]) ** 2).sum() for j in range(N) if j != i)[: N - F - 2]) for i in range(N)]

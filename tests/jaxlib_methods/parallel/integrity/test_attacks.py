@@ -19,6 +19,7 @@ def sent(kind, value=None, x=X, **options):
     )[1]
 
 
+@pytest.mark.contract
 def test_attacks_without_memory():
     np.testing.assert_array_equal(sent("constant"), 0.0)
     np.testing.assert_array_equal(sent("constant", 1.0), 1.0)

@@ -62,6 +62,7 @@ def violations(state, direction):
     return np.asarray(verifiers.violations + 5 * verifiers.bans)
 
 
+@pytest.mark.contract
 def test_the_worker_who_attacks_is_found_and_not_those_behind_him():
     attack = Attack("scale", stage=2, replica=1, direction="both", value=-1.0, start=35)
     state, (losses, verdicts, finite, _) = simulate([attack])

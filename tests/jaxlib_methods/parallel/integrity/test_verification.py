@@ -34,6 +34,7 @@ def projections():
     return random_directions(8, 64, key=jax.random.key(8))
 
 
+@pytest.mark.contract
 def test_distances_of_the_worked_example():
     x, m = jnp.array([[1.0, 2.0], [3.0, -4.0]]), jnp.array([[1.0, -2.0], [3.0, -4.0]])
     distances = message_distances(x, m, jnp.eye(2))

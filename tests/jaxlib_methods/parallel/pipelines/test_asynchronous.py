@@ -119,6 +119,7 @@ def test_the_chain_is_the_simulator_on_one_device_and_the_queues_to_the_bit():
     assert_trees_equal(trained, queues)
 
 
+@pytest.mark.contract
 def test_one_stage_is_sequential_training():
     model, params = chain()
     stages, (inputs, targets) = split_stages(params, 1), tokens(6)

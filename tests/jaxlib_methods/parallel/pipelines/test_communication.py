@@ -48,6 +48,7 @@ def ticking(mesh):
     )
 
 
+@pytest.mark.contract
 def test_permutes_in_a_scan_are_counted_once_a_tick(ticking):
     found = communication.collectives(ticking)
     permutes = [c for c in found if c.kind == "collective-permute"]

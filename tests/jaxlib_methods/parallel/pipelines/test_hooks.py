@@ -44,6 +44,7 @@ def program_of(pipe, problem):
     return pipe.lower(state, *shard_batch(pipe.layout.mesh, (inputs, targets))).compile()
 
 
+@pytest.mark.contract
 def test_no_op_hooks_leave_the_compiled_program_as_it_is(problem):
     model, stages, inputs, targets = problem
     programs = []

@@ -25,6 +25,7 @@ from jaxlib_methods.parallel.pipelines.packing import Packing
 from tests.jaxlib_methods.parallel.pipeline_problems import assert_trees_close, assert_trees_equal, chain, tokens
 
 
+@pytest.mark.contract
 def test_packed_trees_come_back_and_no_device_holds_both_ends(key):
     shared = {"w": jnp.ones((2, 3)), "n": jnp.zeros((), jnp.int32)}
     trees = [

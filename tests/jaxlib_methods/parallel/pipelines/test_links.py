@@ -91,6 +91,7 @@ def costs_of(rng, P, *, comm=1.0):
     return links.StageCosts(f, b, comm * rng.uniform(0, 2e6), comm * rng.uniform(0, 2e6), u)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "circular"])
 @pytest.mark.parametrize("seed", range(6))
 def test_synchronous_steps_equal_the_simulated_queues(schedule, seed):

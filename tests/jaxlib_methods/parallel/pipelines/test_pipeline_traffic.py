@@ -20,6 +20,7 @@ def lowered(pipe, stages, mesh):
     return state, pipe.lower(state, *parallel.shard_batch(mesh, tokens(COUNT, EXAMPLES, LENGTH)))
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(("schedule", "slots"), [("gpipe", COUNT + 3), ("1f1b", COUNT + 3), ("async", COUNT)])
 def test_a_boundary_carries_one_message_each_way_in_every_slot_that_uses_it(schedule, slots):
     P = 4

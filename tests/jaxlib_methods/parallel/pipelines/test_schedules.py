@@ -22,6 +22,7 @@ from tests.jaxlib_methods.parallel.pipeline_problems import chain, tokens
 CASES = [("gpipe", 4, 3, 1), ("1f1b", 4, 6, 1), ("1f1b", 3, 1, 1), ("1f1b", 1, 4, 1), ("circular", 3, 6, 2)]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(("schedule", "P", "M", "R"), CASES)
 def test_every_stage_has_what_it_works_on(schedule, P, M, R):
     """A queue: activations and cotangents are there one slot after they were made, and used once."""

@@ -32,6 +32,7 @@ def reference(model, stages, inputs, targets, repeats):
     return np.array(losses), jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *grads)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(("schedule", "P", "D", "M", "R", "remat"), CASES)
 def test_loss_and_gradients_are_those_without_a_pipeline(schedule, P, D, M, R, remat):
     model, params = chain(layers=P * R)

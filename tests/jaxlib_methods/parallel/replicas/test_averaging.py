@@ -46,6 +46,7 @@ def consensus_error(x):
 # ------------------------------------------------------------------------------------------------------------ subsets
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("kind", ["partition", "strided"])
 @pytest.mark.parametrize(("fraction", "size"), [(0.05, 41), (0.3, 10), (1.0, 5), (0.05, 3)])
 def test_a_cycle_visits_every_entry_once(kind, fraction, size):

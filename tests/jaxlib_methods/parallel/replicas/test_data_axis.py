@@ -34,6 +34,7 @@ def pipeline(P, D, optimizer, **options):
     return pipe, state, to_numpy(losses)
 
 
+@pytest.mark.contract
 def test_averaging_everything_after_sgd_is_averaging_the_gradients():
     averaging = parallel.replicas.sparse_averaging(1.0, key=KEY, delay=0, method="avg")
     pipe, state, losses = pipeline(2, 2, optax.sgd(0.3), average_gradients=False, data_hook=averaging)

@@ -56,6 +56,7 @@ def assert_equal(history, expected):
             np.testing.assert_allclose(x[name], y[name], rtol=2e-5, atol=1e-5, err_msg=f"{name} after step {t + 1}")
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("every", [1, 4])
 def test_fed_avg(every):
     leaves, expected = {name: InNumPy(leaf, 1.0, 0.0) for name, leaf in START.items()}, []

@@ -102,6 +102,7 @@ def verifiers(pipe, state, field="reference"):
     return {name: np.asarray(getattr(v, field)) for name, v in find_verifiers(pipe, state).items()}
 
 
+@pytest.mark.contract
 def test_with_all_plug_ins_training_is_the_same_whatever_the_coordinates(pipe, problem):
     plain, state = train(pipe, problem[1], transform=False)
     moved, other = train(pipe, problem[1])

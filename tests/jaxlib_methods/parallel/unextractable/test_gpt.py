@@ -55,6 +55,7 @@ def difference(a, b):
     return float(jnp.abs(a - b).max() / jnp.abs(a).max())
 
 
+@pytest.mark.contract
 def test_the_function_stays_after_fifty_orthogonal_and_fifty_skewed_transforms(flax_x64):
     plain, stages, params = build()
     assert difference(plain, logits(stages, params)) < 1e-14

@@ -102,6 +102,7 @@ def subspace_network(config, parts):
     return model.head(head, x, None)
 
 
+@pytest.mark.contract
 def test_with_the_basis_of_all_it_is_the_subspace_network_and_has_its_gradients(flax_x64):
     config = wide(CONFIG)
     parts, (stages, params) = drawn(config), build(PUBLIC)

@@ -29,6 +29,7 @@ def large():
     return draw_transform(512, key=jax.random.key(0))
 
 
+@pytest.mark.contract
 def test_orthogonal_transforms_are_orthogonal_and_uniform(large):
     T = large
     assert np.abs(T.matrix.T @ T.matrix - np.eye(512)).max() < 1e-13

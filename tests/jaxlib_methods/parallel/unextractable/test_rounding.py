@@ -13,6 +13,7 @@ from jaxlib_methods.parallel.unextractable.morphing import cast_like, master_cop
 WIDTH, COUNT, RULES = 16, 100, [("V", (None, "b"))]
 
 
+@pytest.mark.contract
 def test_the_worked_example():
     sizes = {"width": 10**3, "num_transforms": 10**4, "condition": 1e3}
     order = lambda fold: math.floor(math.log10(rounding_bound("float32", **sizes, fold=fold)))

@@ -93,6 +93,7 @@ def check_that_only_skewed_transforms_change_training(problem, width, rules, rto
     return start, snapshot
 
 
+@pytest.mark.contract
 def test_with_momentum_orthogonal_transforms_leave_training_as_it_is_and_skewed_ones_do_not(momentum):
     rules = gpt_transform_rules(2, patterns=STAGE_PATTERNS)
     _, snapshot = check_that_only_skewed_transforms_change_training(momentum, 8, rules, rtol=2e-5)
