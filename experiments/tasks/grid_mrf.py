@@ -112,7 +112,7 @@ def pairwise_cost(problem: Problem, num_labels: int) -> tuple[Any, np.ndarray]:
     elif truncation is not None:
         pairwise = mp.potentials.truncated_quadratic(weight, truncation=truncation, truncate="cost")
     else:
-        pairwise = getattr(mp, kind)(weight, num_labels=num_labels)
+        pairwise = getattr(mp.potentials, kind)(weight, num_labels=num_labels)
     return pairwise, weight * costs
 
 

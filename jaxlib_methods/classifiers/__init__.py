@@ -5,7 +5,7 @@
 | head on the simplex ETF nearest to the class means | `NearestETFHead`, `nearest_etf`, `polar` | `class_means` |
 | its baselines: a fixed frame, unit rows | `FixedETFHead`, `NormalizedHead`, `dot_regression_loss` | |
 | geometry of the simplex ETF | `simplex_etf`, `etf_weights` | `simplex` |
-| neural-collapse metrics of a classifier | `neural_collapse` | `collapse` |
+| neural-collapse metrics of a classifier | `neural_collapse` | `collapse`, `class_statistics` |
 
 The building blocks are public submodules, as in `classifiers.collapse.cosine_margins`.
 """
@@ -43,18 +43,18 @@ __all__ = [
 moved_names(
     __name__,
     {
-        "ClassStatistics": "classifiers.collapse.ClassStatistics",
+        "ClassStatistics": "classifiers.class_statistics.ClassStatistics",
         "centering_matrix": "classifiers.simplex.centering_matrix",
         "class_sums": "classifiers.class_means.class_sums",
         "collapse_metrics": "classifiers.collapse.collapse_metrics",
         "cosine_margins": "classifiers.collapse.cosine_margins",
         "distance_to_nearest_etf": "classifiers.simplex.distance_to_nearest_etf",
         "helmert_basis": "classifiers.simplex.helmert_basis",
-        "init_class_statistics": "classifiers.collapse.init_class_statistics",
-        "merge_class_statistics": "classifiers.collapse.merge_class_statistics",
+        "init_class_statistics": "classifiers.class_statistics.init_class_statistics",
+        "merge_class_statistics": "classifiers.class_statistics.merge_class_statistics",
         "nearest_centre_agreement": "classifiers.collapse.nearest_centre_agreement",
         "normalize_features": "classifiers.class_means.normalize_features",
         "running_class_means": "classifiers.class_means.running_class_means",
-        "update_class_statistics": "classifiers.collapse.update_class_statistics",
+        "update_class_statistics": "classifiers.class_statistics.update_class_statistics",
     },
 )

@@ -14,7 +14,7 @@
 | mean field, the baseline | `mean_field` | |
 | a layer with learned compatibilities | `MessagePassing`, `boundary_weights` | |
 | the problem: unaries, pairwise costs, edge weights | `GridMRF`, `energy` | `grid`, `costs`, `potentials` |
-| exact solvers, oracles for small problems | | `exact`, `graph_cuts` |
+| exact solvers, oracles for small problems | | `exact`, `graph_cuts`, `reweighted_cuts` |
 
 The building blocks are public submodules, as in `message_passing.potentials.potts`. Problems with the same static
 structure share one compiled program.
@@ -27,6 +27,7 @@ from jaxlib_methods.message_passing import (
     exact as exact,
     graph_cuts as graph_cuts,
     potentials as potentials,
+    reweighted_cuts as reweighted_cuts,
 )
 from jaxlib_methods.message_passing._coarse import coarse_to_fine as coarse_to_fine
 from jaxlib_methods.message_passing._layer import MessagePassing as MessagePassing, boundary_weights as boundary_weights
@@ -58,7 +59,7 @@ __getattr__ = moved_names(
         "ExactSolution": "message_passing.exact.ExactSolution",
         "GraphCutSolution": "message_passing.graph_cuts.GraphCutSolution",
         "IshikawaGraph": "message_passing.graph_cuts.IshikawaGraph",
-        "NonConvexPrior": "message_passing.graph_cuts.NonConvexPrior",
+        "NonConvexPrior": "message_passing.reweighted_cuts.NonConvexPrior",
         "Pairwise": "message_passing.potentials.Pairwise",
         "Solution": "message_passing.solvers.Solution",
         "alpha_expansion": "message_passing.graph_cuts.alpha_expansion",
@@ -72,10 +73,10 @@ __getattr__ = moved_names(
         "gradient_cues": "message_passing.costs.gradient_cues",
         "huber": "message_passing.potentials.huber",
         "ishikawa_graph": "message_passing.graph_cuts.ishikawa_graph",
-        "iteratively_reweighted_graph_cut": "message_passing.graph_cuts.iteratively_reweighted_graph_cut",
+        "iteratively_reweighted_graph_cut": "message_passing.reweighted_cuts.iteratively_reweighted_graph_cut",
         "linear": "message_passing.potentials.linear",
         "negative_potts": "message_passing.potentials.negative_potts",
-        "non_convex_prior": "message_passing.graph_cuts.non_convex_prior",
+        "non_convex_prior": "message_passing.reweighted_cuts.non_convex_prior",
         "potts": "message_passing.potentials.potts",
         "quadratic": "message_passing.potentials.quadratic",
         "sequential_rounding": "message_passing.bounds.sequential_rounding",

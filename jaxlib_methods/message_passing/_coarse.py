@@ -74,10 +74,9 @@ def _coarse_to_fine(num_levels: int, problem: Problem) -> Messages:
     pyramid = [problem]
     for _ in range(num_levels):
         pyramid.append(coarser(pyramid[-1]))
-    messages = None
+    messages = pyramid[-1].lines().zeros(4)
     for level in range(num_levels, 0, -1):
         p = pyramid[level].lines()
-        messages = p.zeros(4) if messages is None else messages
         messages, _ = _sweeps.run(problem.schedule, p, messages, problem.schedule.num_iterations)
         messages = finer(messages, pyramid[level - 1].unaries.shape)
     return messages

@@ -193,7 +193,7 @@ def _solve_backward(checkpoint_every: int | None, residuals: tuple, cotangents: 
     batch = g.shape[0]
     d_unaries = g + from_lines(state.theta[1] + turn(state.theta[0], batch), False, batch)
     d_weights = None
-    if problem.weights is not None:
+    if state.weights is not None:
         d_weights = jnp.stack([from_lines(w[:, None], d < 2, batch)[..., 0] for d, w in enumerate(state.weights)])
     return (dataclasses.replace(problem, unaries=d_unaries, pairwise=state.pairwise, weights=d_weights, messages=None),)
 

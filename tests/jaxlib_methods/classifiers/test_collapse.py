@@ -7,12 +7,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxlib_methods.classifiers import neural_collapse, simplex_etf
-from jaxlib_methods.classifiers.collapse import (
-    collapse_metrics,
+from jaxlib_methods.classifiers.class_statistics import (
     init_class_statistics,
     merge_class_statistics,
     update_class_statistics,
 )
+from jaxlib_methods.classifiers.collapse import collapse_metrics
 
 K, D, N = 4, 7, 60
 

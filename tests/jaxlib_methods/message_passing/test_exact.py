@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxlib_methods.message_passing import exact as ex, graph_cuts as cuts
+from jaxlib_methods.message_passing import exact as ex, graph_cuts as cuts, reweighted_cuts as reweighted
 
 DISTANCE = np.abs(np.subtract.outer(np.arange(4), np.arange(4))).astype(float)
 CONVEX = {
@@ -144,8 +144,8 @@ def test_toy_instance_is_solved_to_446(maxflow, toy):
         solution = cuts.solve_by_graph_cut(unaries, table, **weights)
         assert solution.energy == 446
         assert np.bincount(solution.labels.ravel(), minlength=5).tolist() == [22, 65, 13, 0, 0]
-    prior = cuts.non_convex_prior("truncated_quadratic", 5, truncation=2)
-    solution = cuts.iteratively_reweighted_graph_cut(unaries, prior, **weights)
+    prior = reweighted.non_convex_prior("truncated_quadratic", 5, truncation=2)
+    solution = reweighted.iteratively_reweighted_graph_cut(unaries, prior, **weights)
     assert solution.energies == [472, 446, 446]
     assert solution.energy == 446
     assert np.bincount(solution.labels.ravel(), minlength=5).tolist() == [22, 65, 13, 0, 0]
@@ -154,11 +154,11 @@ def test_toy_instance_is_solved_to_446(maxflow, toy):
 @pytest.mark.parametrize("truncation", [1, 2, 3])
 @pytest.mark.parametrize("name", ["truncated_linear", "truncated_quadratic", "cauchy"])
 def test_irgc_never_increases_the_energy_and_never_beats_enumeration(maxflow, name, truncation):
-    prior = cuts.non_convex_prior(name, 4, truncation=truncation)
+    prior = reweighted.non_convex_prior(name, 4, truncation=truncation)
     table = prior.cost[DISTANCE.astype(int)]
     for seed in range(4):
         unaries, weights = _instance(seed, 3, 3)
-        solution = cuts.iteratively_reweighted_graph_cut(unaries, prior, **weights)
+        solution = reweighted.iteratively_reweighted_graph_cut(unaries, prior, **weights)
         assert (np.diff(solution.energies) <= 1e-9).all()
         assert solution.energy == pytest.approx(_plain_energy(unaries, table, solution.labels, **weights))
         assert solution.energy >= ex.solve_by_enumeration(unaries, table, **weights).energy - 1e-9
@@ -167,7 +167,7 @@ def test_irgc_never_increases_the_energy_and_never_beats_enumeration(maxflow, na
 @pytest.mark.parametrize("truncation", [1, 2, 3, 5])
 @pytest.mark.parametrize("name", ["truncated_linear", "truncated_quadratic", "cauchy"])
 def test_irgc_weights_are_supergradients_and_the_convex_part_is_convex(name, truncation):
-    prior = cuts.non_convex_prior(name, 9, truncation=truncation)
+    prior = reweighted.non_convex_prior(name, 9, truncation=truncation)
     assert (np.diff(prior.convex, 2) >= -1e-12).all()
     majorant = prior.cost[:, None] + prior.weight[:, None] * (prior.convex[None] - prior.convex[:, None])
     assert (majorant >= prior.cost[None] - 1e-12).all()
@@ -175,8 +175,8 @@ def test_irgc_weights_are_supergradients_and_the_convex_part_is_convex(name, tru
 
 def test_irgc_on_a_cost_that_is_not_truncated_is_the_global_optimum(maxflow):
     unaries, weights = _instance(3, 3, 3)
-    prior = cuts.non_convex_prior("truncated_linear", 4, truncation=4)
-    solution = cuts.iteratively_reweighted_graph_cut(unaries, prior, **weights)
+    prior = reweighted.non_convex_prior("truncated_linear", 4, truncation=4)
+    solution = reweighted.iteratively_reweighted_graph_cut(unaries, prior, **weights)
     assert (prior.weight == 1).all()
     assert solution.energies[1] == ex.solve_by_enumeration(unaries, DISTANCE, **weights).energy == solution.energy
 
@@ -245,14 +245,14 @@ def test_graph_cut_refuses_what_is_not_submodular():
             lambda: ex.solve_chain(np.zeros((3, 2)), np.zeros((2, 2)), weights=[1.0]),
             "weights of a chain must be",
         ),
-        (lambda: cuts.non_convex_prior("potts", 3, truncation=1), "name must be .* got 'potts'"),
+        (lambda: reweighted.non_convex_prior("potts", 3, truncation=1), "name must be .* got 'potts'"),
         (
-            lambda: cuts.non_convex_prior("truncated_linear", 3, truncation=1.5),
+            lambda: reweighted.non_convex_prior("truncated_linear", 3, truncation=1.5),
             "truncation must be positive, and whole",
         ),
         (
-            lambda: cuts.iteratively_reweighted_graph_cut(
-                np.zeros((1, 2, 3)), cuts.non_convex_prior("cauchy", 4, truncation=2.5)
+            lambda: reweighted.iteratively_reweighted_graph_cut(
+                np.zeros((1, 2, 3)), reweighted.non_convex_prior("cauchy", 4, truncation=2.5)
             ),
             "the prior is for 4 labels, the unaries have 3",
         ),
