@@ -8,26 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import signal_propagation
-from experiments._machinery import runner
+from experiments._machinery import cases, runner
 from experiments.data import images as data
+from experiments.methods import signal_propagation
 from experiments.tasks import deep_mlp
 from jaxlib_methods import pruning
 
 
 def test_smoke_run_repairs_what_pruning_destroyed(tmp_path):
     config = signal_propagation.Config(**signal_propagation.SMOKE)
-    metrics = runner.run(signal_propagation, config, tmp_path, smoke=True)["metrics"]
-    means = {
-        name: metrics[f"singular_values tanh L=5 orthogonal {name}"] for name in ("dense", "snip", "snip repaired")
-    }
-    assert means["snip"] < 0.5 * means["dense"] and means["snip repaired"] > 2 * means["snip"]
-    assert metrics["test_error tanh L=5 orthogonal dense"] < 40
+    records = runner.run(signal_propagation, config, tmp_path, smoke=True)["records"]
+    metrics = {record["variant"].removeprefix("tanh L=5 orthogonal "): record["metrics"] for record in records}
+    dense, pruned, repaired = (metrics[name]["singular_values"] for name in ("dense", "snip", "snip repaired"))
+    assert pruned < 0.5 * dense and repaired > 2 * pruned
+    assert metrics["dense"]["test_error"] < 40
     for figure in ("singular_values", "layers", "training"):
         assert (tmp_path / f"{figure}.png").stat().st_size > 5000
-    case = json.loads((tmp_path / "cases/tanh-L=5-orthogonal-snip-seed0/metrics.json").read_text())
+    case = cases.folder(tmp_path, "tanh L=5 orthogonal snip", 0, 0.01) / "metrics.json"
+    kept = json.loads(case.read_text())["details"]["kept"]
     weights = [64 * 16, 16 * 16, 16 * 16, 16 * 16, 16 * 10]
-    assert np.dot(case["kept"], weights) == round(0.1 * (sum(weights) + 4 * 16 + 10))  # zero biases go first
+    assert np.dot(kept, weights) == round(0.1 * (sum(weights) + 4 * 16 + 10))  # zero biases go first
 
 
 def test_stacked_networks_are_their_layers_one_after_the_other(key):
@@ -52,7 +52,7 @@ def test_unsupervised_pruning_reads_no_labels(key):
     images, labels = jax.random.normal(key, (20, 9)), jnp.arange(20, dtype=jnp.int32) % 3
 
     def masks(score, labels):
-        scores = signal_propagation._sensitivity(logits, same, score, params, data.Split(images, labels), 2)
+        scores = signal_propagation.sensitivity(logits, same, score, params, data.Split(images, labels), 2)
         return jax.tree.leaves(pruning.prune_masks(scores, 0.7))
 
     changed = lambda score: any(
@@ -68,7 +68,7 @@ def test_unsupervised_pruning_reads_no_labels(key):
         ({"depths": (2,)}, "depths must be at least 3"),
         ({"learning_rates": ()}, "learning_rates is empty"),
         ({"repair_steps": -1}, "repair_steps must not be negative, got -1"),
-        ({"width": 0}, "width must be positive, got 0"),
+        ({"width": 0}, "width must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_named(options, message):
