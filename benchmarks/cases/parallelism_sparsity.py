@@ -18,7 +18,6 @@ from flax import nnx
 from benchmarks.timing import Case, Implementation, Options, Record, measure
 from experiments._machinery import device_data
 from experiments.data import images as data
-from experiments.parallelism_sparsity import make_optimizer
 from experiments.tasks import metaparameters, trials
 from jaxlib_methods import models
 
@@ -59,7 +58,7 @@ def make_case(name: str, model: str, shape: tuple[int, ...], batch_size: int, co
     masks = jax.jit(jax.vmap(lambda params: jax.tree.map(lambda w: jnp.abs(w) > jnp.median(jnp.abs(w)), params)))(
         params
     )
-    optimizer_of = make_optimizer("momentum", "constant")
+    optimizer_of = metaparameters.make_optimizer("momentum", "constant")
     values = metaparameters.search(("learning_rate", "momentum"), count)
     values["learning_rate"] = values["learning_rate"] * 0.01  # none of them diverges
 

@@ -1,7 +1,7 @@
 """RANP: a training step and a prediction of the smaller dense 3D-UNet against the full one; removal against a peer.
 
-RANP-f chooses the neurons on the generated volumes of `experiments/ranp.py`; batch 4, sides of 16 voxels. The names of
-the smaller networks hold the ratio R of the full network's FLOPs to theirs, so that ratios["full"] / R of a record is
+RANP-f chooses the neurons on the generated volumes of `experiments/methods/ranp.py`; batch 4, sides of 16 voxels. The
+names of the smaller networks hold the ratio R of the full network's FLOPs to theirs, so that ratios["full"] / R of a record is
 the share of the FLOP reduction that shows up as time (aim: 0.8); the ratio of peaks is that of memory.
 
 Case `step`: loss, gradients and SGD, full against smaller; the latter also with widths rounded up to multiples of 8.
@@ -23,7 +23,8 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.timing import Case, Implementation, Options, Record, measure, peer
-from experiments import ranp
+from experiments.methods import ranp
+from experiments.tasks import volume_segmentation
 from jaxlib_methods import pruning
 
 HEADLINES = (  # 0.8 of the reduction in FLOPs, whose factor stands in the name
@@ -40,31 +41,31 @@ SHARE = 0.4  # of the channels, in the case `removal`
 def run(options: Options) -> Iterator[Record]:
     """Yields every case; with --quick a narrow network."""
     config = dataclasses.replace(CONFIG, width=4, sparsity=0.25, samples=2) if options.quick else CONFIG
-    task = ranp.Task.of(config)
-    net = nnx.merge(nnx.split(task.network, nnx.Param, ...)[0], *task.init(jax.random.key(0)))
+    shared = ranp.load(config)
+    net = nnx.merge(nnx.split(shared.network, nnx.Param, ...)[0], *shared.init(jax.random.key(0)))
     if options.selects("step") or options.selects("predict"):
-        nets = _smaller(task, net)
-        batch = jax.tree.map(lambda x: jnp.asarray(x[: config.batch_size]), task.dataset.train)
+        nets = _smaller(shared, net)
+        batch = jax.tree.map(lambda x: jnp.asarray(x[: config.batch_size]), shared.task.dataset.train)
         if options.selects("step"):
             yield from measure(_step_case(nets, batch), options)
         if options.selects("predict"):
             yield from measure(_predict_case(nets, batch), options)
     if options.selects("removal"):
-        yield from measure(_removal_case(task, net), options)
+        yield from measure(_removal_case(shared, net), options)
 
 
-def _smaller(task: ranp.Task, net: nnx.Module) -> dict[str, nnx.Module]:
+def _smaller(shared: ranp.Shared, net: nnx.Module) -> dict[str, nnx.Module]:
     """By name: what RANP-f leaves, the same rounded, the full network, and the full network masked."""
     found: dict[str, nnx.Module] = {}
     graph, params, rest = nnx.split(net, nnx.Param, ...)
     for name, multiple in (("pruned", 1), ("multiples of 8", 8)):
-        rounded = task._replace(config=dataclasses.replace(task.config, multiple=multiple))
+        rounded = shared._replace(config=dataclasses.replace(shared.config, multiple=multiple))
         kept, _, _ = ranp.choose(rounded, "ranp_f", params, rest, jax.random.key(1))
-        small = pruning.remove_neurons(net, kept, task.wiring)
-        flops = pruning.wiring.network_costs(small, task.example)[-1].flops
-        found[f"{name}, FLOPs/{task.full['flops'] / flops:.2f}"] = small
+        small = pruning.remove_neurons(net, kept, shared.wiring)
+        flops = pruning.wiring.network_costs(small, shared.task.example)[-1].flops
+        found[f"{name}, FLOPs/{shared.full['flops'] / flops:.2f}"] = small
         if multiple == 1:
-            masks = pruning.removal.neuron_masks(params, kept, task.wiring)
+            masks = pruning.removal.neuron_masks(params, kept, shared.wiring)
             masked = nnx.merge(graph, pruning.apply_masks(params, masks), rest, copy=True)
     return found | {"full": net, "masked": masked}
 
@@ -75,7 +76,7 @@ def _step_case(nets: dict[str, nnx.Module], batch: PyTree) -> Case:
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def step(params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-            grads, state = jax.grad(lambda p: ranp.loss_of(graph, p, state, batch), has_aux=True)(params)
+            grads, state = jax.grad(lambda p: volume_segmentation.loss_of(graph, p, state, batch), has_aux=True)(params)
             return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), state
 
         return Implementation(step, (params, state, batch))
@@ -87,16 +88,16 @@ def _step_case(nets: dict[str, nnx.Module], batch: PyTree) -> Case:
 def _predict_case(nets: dict[str, nnx.Module], batch: PyTree) -> Case:
     def implementation(net: nnx.Module) -> Implementation:
         graph, params, state = nnx.split(net, nnx.Param, ...)
-        predict = lambda params, state, x: ranp.logits_of(graph, params, state, x, "eval")[0]
+        predict = lambda params, state, x: volume_segmentation.logits_of(graph, params, state, x, "eval")[0]
         return Implementation(jax.jit(predict), (params, state, batch.volumes))
 
     names = [name for name in nets if name != "full" and not name.startswith("multiples")]
     return Case("ranp", "predict", {n: implementation(nets[n]) for n in names}, reference="masked", seconds=10.0)
 
 
-def _removal_case(task: ranp.Task, net: nnx.Module) -> Case:
+def _removal_case(shared: ranp.Shared, net: nnx.Module) -> Case:
     def ours() -> PyTree:
-        wiring = pruning.trace_wiring(net, task.example)
+        wiring = pruning.trace_wiring(net, shared.task.example)
         rng = np.random.default_rng(0)
         scores = {layer.name: rng.random(layer.width) for layer in wiring.layers}
         masks = pruning.keep_neurons(scores, SHARE, scope="per_layer")
@@ -105,9 +106,9 @@ def _removal_case(task: ranp.Task, net: nnx.Module) -> Case:
     def theirs(tp: Any) -> Implementation:
         import torch
 
-        width, classes = task.config.width, task.dataset.num_classes
+        width, classes = shared.config.width, shared.task.dataset.num_classes
         unet = _torch_unet(torch, width, classes)
-        example = torch.zeros(1, 1, *task.example.shape[1:-1])
+        example = torch.zeros(1, 1, *shared.task.example.shape[1:-1])
 
         def remove(net: Any) -> None:
             importance = tp.importance.RandomImportance()

@@ -7,9 +7,12 @@ first two coordinates and differ from the third on (their second point is 0.75, 
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,3 +66,29 @@ def search(names: Sequence[str], trials: int, ranges: dict[str, Range] = RANGES)
     """One value of each named metaparameter for every trial; the same for all batch sizes and sparsities."""
     points = sobol_points(trials, len(names))
     return {name: ranges[name](u) for name, u in zip(names, points.T, strict=True)}
+
+
+def make_optimizer(kind: str, decay: str) -> Callable[..., optax.GradientTransformation]:
+    """`(learning_rate, ...) -> optimizer` whose metaparameters are arrays in its state, one set for each trial.
+
+    SGD, momentum v <- mu v + g, w <- w - lr v, or Nesterov's w <- w - lr (g + mu v); with the linear decay the rate
+    goes to end_learning_rate_factor times its start over decay_steps and stays there.
+    """
+
+    def factory(
+        learning_rate: float, momentum: float = 0.0, decay_steps: float = 1.0, end_learning_rate_factor: float = 1.0
+    ) -> optax.GradientTransformation:
+        def linear(count: jax.Array) -> jax.Array:
+            progress = jnp.minimum(count.astype(jnp.float32) / decay_steps, 1.0)
+            return learning_rate * (1 - (1 - end_learning_rate_factor) * progress)
+
+        schedule = linear if decay == "linear" else learning_rate
+        return optax.sgd(schedule, None if kind == "sgd" else momentum, nesterov=kind == "nesterov")
+
+    return optax.inject_hyperparams(factory)
+
+
+def searched(kind: str, decay: str) -> tuple[str, ...]:
+    """The metaparameters of an optimizer, in the order of the search's coordinates."""
+    names = ("learning_rate",) if kind == "sgd" else ("learning_rate", "momentum")
+    return (*names, "decay_steps", "end_learning_rate_factor") if decay == "linear" else names

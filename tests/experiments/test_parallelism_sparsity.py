@@ -9,8 +9,9 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments import parallelism_sparsity
 from experiments._machinery import device_data, runner
+from experiments._machinery.records import Case
+from experiments.methods import parallelism_sparsity
 from experiments.tasks import metaparameters, trials
 from jaxlib_methods import models, pruning
 
@@ -24,18 +25,18 @@ def study():
 
 def test_smoke_run_leaves_the_law_and_the_constants(tmp_path):
     config = parallelism_sparsity.Config(**parallelism_sparsity.SMOKE)
-    result = runner.run(parallelism_sparsity, config, tmp_path, smoke=True)
-    assert {"c1 sgd s=0.9", "c2 sgd s=0.9", "lipschitz sgd s=0.9"} <= set(result["metrics"])
-    assert all(value >= 0 for value in result["metrics"].values())
+    (record,) = runner.run(parallelism_sparsity, config, tmp_path, smoke=True)["records"]
+    assert record["variant"] == "sgd s=0.9" and {"c1", "c2", "lipschitz"} <= set(record["metrics"])
+    assert all(value >= 0 for value in record["metrics"].values())
     assert (tmp_path / "steps_to_result.png").stat().st_size > 5000
 
 
-def test_a_search_without_success_has_no_law_and_still_a_figure(tmp_path):
+def test_a_search_without_success_has_no_law_and_still_a_figure(study):
     results = {8: {"steps": None}, 16: {"steps": None}}
     assert parallelism_sparsity.fit(results) is None and parallelism_sparsity.fit(results | {8: {"steps": 40}}) is None
-    config, of = parallelism_sparsity.Config(batch_sizes=(8, 16)), ("sgd", 0.9)
-    parallelism_sparsity._figures(config, {of: results}, {of: None}, {}, tmp_path)
-    assert (tmp_path / "steps_to_result.png").stat().st_size > 5000
+    variant = parallelism_sparsity.Variant("sgd", 0.9)
+    case = Case("sgd s=0.9", variant, 0, {}, [], {"searches": results}, None)
+    assert parallelism_sparsity.figures(study, [case])["steps_to_result"].axes
 
 
 class TestSearch:
@@ -69,8 +70,8 @@ class TestOptimizers:
     @pytest.mark.parametrize("decay", ["constant", "linear"])
     def test_steps_are_tensorflows(self, kind, decay):
         chosen = {"learning_rate": 0.1, "momentum": 0.9, "decay_steps": 4, "end_learning_rate_factor": 0.2}
-        values = {name: chosen[name] for name in parallelism_sparsity.searched(kind, decay)}
-        optimizer = parallelism_sparsity.make_optimizer(kind, decay)(**values)
+        values = {name: chosen[name] for name in metaparameters.searched(kind, decay)}
+        optimizer = metaparameters.make_optimizer(kind, decay)(**values)
         w = jnp.array([1.0, -2.0])
         state, mine, v = optimizer.init(w), np.asarray(w, np.float64), 0.0
         for t in range(6):
@@ -85,7 +86,7 @@ class TestOptimizers:
     def test_without_noise_the_steps_are_the_closed_form(self):
         """A quadratic with the rate 1 / L: the gradient of eigenvalue a shrinks by 1 - a / L a step."""
         a, tolerance = jnp.array([0.1, 1.0]), 1e-3
-        optimizer = parallelism_sparsity.make_optimizer("sgd", "constant")(learning_rate=1.0)
+        optimizer = metaparameters.make_optimizer("sgd", "constant")(learning_rate=1.0)
         w, state, steps = jnp.ones(2), optimizer.init(a), 0
         while np.linalg.norm(a * w) > tolerance:
             updates, state = optimizer.update(a * w, state)
@@ -184,9 +185,9 @@ def test_simple_cnn_keeps_6235_of_its_connections_and_no_bias():
     [
         ({"sparsities": (1.0,)}, r"sparsities must lie in \[0, 1\), got 1.0"),
         ({"goal_error": 5}, r"goal_error must lie in \[0, 1\], got 5; 0.05 is five percent"),
-        ({"trials": 0}, "trials must be positive, got 0"),
-        ({"batch_sizes": (0,)}, "batch_sizes must be positive"),
-        ({"model": "lenet6"}, "unknown model 'lenet6'"),
+        ({"trials": 0}, "trials must be at least 1, got 0"),
+        ({"batch_sizes": (0,)}, "batch_sizes must be at least 1"),
+        ({"model": "lenet6"}, "model must be one of lenet300"),
         ({"lipschitz_every": 1}, "lipschitz_every must be at least 2, got 1"),
     ],
 )

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import ranp
-from experiments._machinery import runner
+from experiments._machinery import cases, runner
 from experiments._machinery.errors import DataError
 from experiments.data import volumes
+from experiments.methods import ranp
+from experiments.tasks import volume_segmentation
 
 
 class TestVolumes:
@@ -73,7 +74,7 @@ def test_mean_intersection_over_union_against_a_loop():
 
     graph, params, state = nnx.split(Given(), nnx.Param, ...)
     batch = volumes.Split(jnp.zeros((3, 2, 2, 2, 1), jnp.uint8), jnp.asarray(labels))
-    found = ranp.overlaps(graph, 4, params, state, batch)
+    found = volume_segmentation.overlaps(graph, 4, params, state, batch)
     means = {f"test_{name}": float(np.mean(value)) for name, value in found.items()}
     both, either = np.zeros(4), np.zeros(4)
     for label, row in zip(labels.ravel(), logits.reshape(-1, 4), strict=True):
@@ -82,27 +83,24 @@ def test_mean_intersection_over_union_against_a_loop():
             for c in {int(label), int(row.argmax())}:
                 either[c] += 1
     expected = 100 * np.mean([b / e for b, e in zip(both, either, strict=True) if e])
-    np.testing.assert_allclose(ranp.mean_iou(means, 4), expected, rtol=1e-6)
+    np.testing.assert_allclose(volume_segmentation.mean_iou(means, 4), expected, rtol=1e-6)
 
 
 def test_a_short_run(tmp_path):
-    config = ranp.Config(**ranp.SMOKE)
-    result = runner.run(ranp, config, tmp_path, smoke=True)
-    metrics = result["metrics"]
-    assert 0 <= metrics["test_miou ranp_f"] <= 100
-    for name in ("flops", "memory", "parameters"):
-        assert 0 < metrics[f"{name}_reduction ranp_f"] < 100
-    assert metrics["flops_ratio ranp_f"] == pytest.approx(100 / (100 - metrics["flops_reduction ranp_f"]))
-    assert 0 < metrics["sparsity ranp_f"] <= metrics["max_sparsity ranp_f"] < 100
-    case = json.loads((tmp_path / "cases" / "ranp_f-seed0" / "metrics.json").read_text())
-    assert case["widths"]["head"] == 7 and len(case["widths"]) == 3  # classes stay
+    (record,) = runner.run(ranp, ranp.Config(**ranp.SMOKE), tmp_path, smoke=True)["records"]
+    metrics = record["metrics"]
+    assert 0 <= metrics["test_miou"] <= 100
+    assert all(0 < metrics[f"{name}_reduction"] < 100 for name in ranp.COSTS)
+    assert metrics["flops_ratio"] == pytest.approx(100 / (100 - metrics["flops_reduction"]))
+    assert 0 < metrics["sparsity"] <= metrics["max_sparsity"] < 100
+    case = json.loads((cases.folder(tmp_path, "ranp_f", 0) / "metrics.json").read_text())
+    widths = case["details"]["widths"]
+    assert widths["head"] == 7 and len(widths) == 3  # classes stay
     assert (tmp_path / "kept_neurons.png").stat().st_size > 1000
 
 
 def test_bad_settings():
-    with pytest.raises(ValueError, match=r"sparsity must lie in \[0, 1\), got 1.0"):
+    with pytest.raises(ValueError, match=r"sparsity must lie in \[0, 1\), got 1.0; 0.78 removes"):
         ranp.Config(sparsity=1.0)
-    with pytest.raises(ValueError, match="variants is empty"):
-        ranp.Config(variants=())
     with pytest.raises(ValueError, match="samples must be at most 4"):
-        ranp.Task.of(ranp.Config(volumes=4, samples=5, stages=1, width=2))
+        ranp.load(ranp.Config(volumes=4, samples=5, stages=1, width=2))
