@@ -1,8 +1,8 @@
 """RANP: a training step and a prediction of the smaller dense 3D-UNet against the full one; removal against a peer.
 
 RANP-f chooses the neurons on the generated volumes of `experiments/methods/ranp.py`; batch 4, sides of 16 voxels. The
-names of the smaller networks hold the ratio R of the full network's FLOPs to theirs, so that ratios["full"] / R of a record is
-the share of the FLOP reduction that shows up as time (aim: 0.8); the ratio of peaks is that of memory.
+names of the smaller networks hold the ratio R of the full network's FLOPs to theirs, so that ratios["full"] / R of a
+record is the share of the FLOP reduction that shows up as time (aim: 0.8); the ratio of peaks is that of memory.
 
 Case `step`: loss, gradients and SGD, full against smaller; the latter also with widths rounded up to multiples of 8.
 Case `predict`: evaluation mode. `masked` is the full network with the removed channels switched off: the smaller one
