@@ -116,7 +116,8 @@ def _link(match, page):
     for context in contexts:
         path = f"jaxlib_methods.{context}{name}"
         if path in HOMES or path in MODULES:
-            return f'<autoref identifier="{HOMES.get(path, path)}">{match[0]}</autoref>'
+            shown = re.sub(r"(?<=\w)([._])(?=\w)", r"\1<wbr>", match[0])  # where a narrow column may break it
+            return f'<autoref identifier="{HOMES.get(path, path)}">{shown}</autoref>'
     records = page.file.src_uri.startswith(("CHANGELOG", "experiments/", "benchmarks/"))  # names of their time
     if name.partition(".")[0] in FAMILIES and "." in name and not records and not _is_member(name):
         LOG.warning(f"{page.file.src_uri} names `{match[1]}`, which is not public")

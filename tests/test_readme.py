@@ -1,4 +1,4 @@
-"""What the README shows is true: its example runs, its commands and its experiments exist."""
+"""What the README shows is true: its example runs, its commands, links and experiments exist; and it stays short."""
 
 import pathlib
 import re
@@ -10,11 +10,13 @@ from experiments._machinery import registry
 
 pytestmark = pytest.mark.contract
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+EXAMPLE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_example_runs_and_stays_sparse():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (example,) = EXAMPLE
     with jax.numpy_dtype_promotion("standard"):  # optax.adamw mixes integer and float types
         names: dict = {}
         exec(example, names)
@@ -24,12 +26,21 @@ def test_the_example_runs_and_stays_sparse():
     assert 0 < moved <= kept
 
 
+def test_the_site_starts_with_the_same_example():
+    assert re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "pages" / "index.md").read_text(), re.DOTALL) == EXAMPLE
+
+
 @pytest.mark.parametrize("command", re.findall(r"make (\w+)", README))
 def test_its_make_targets_exist(command):
-    makefile = (pathlib.Path(__file__).parent.parent / "Makefile").read_text()
-    assert re.search(rf"^{command}:", makefile, re.MULTILINE)
+    assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
 def test_every_experiment_is_in_its_table():
     missing = [entry.name for entry in registry.entries() if f"`{entry.name}`" not in README]
     assert not missing, f"add {missing} to the methods table of README.md"
+
+
+def test_it_is_short_and_its_links_exist():
+    assert len(README.splitlines()) <= 80
+    links = re.findall(r"\]\(([^):]+)\)", README)
+    assert links and all((ROOT / link).exists() for link in links)
