@@ -3,24 +3,21 @@
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 RENAMED_IN = "0.2.0"
 
 
-def moved_names(module: str, moved: Mapping[str, str]) -> Callable[[str], Any]:
-    """Gives a module a `__getattr__` that finds what has moved.
+def moved_names(module: str, moved: Mapping[str, str]) -> None:
+    """Gives a module a `__getattr__` that finds what has moved, with a `DeprecationWarning`.
 
     It is set from here and not by the module, whose every misspelt name would else have a type for type checkers.
 
     Args:
       module: `__name__` of the module that the old names were in.
-      moved: old name -> where it is now below `jaxlib_methods`, as "pruning.scores.magnitude".
-
-    Returns:
-      That function of the name asked for; its attribute `moved` is the mapping. It warns with `DeprecationWarning`, and
-      raises `AttributeError` for a name that never was there.
+      moved: old name -> where it is now below `jaxlib_methods`, as "pruning.scores.magnitude". It is the attribute
+        `moved` of the function that is set.
     """
 
     def __getattr__(name: str) -> Any:
@@ -36,4 +33,3 @@ def moved_names(module: str, moved: Mapping[str, str]) -> Callable[[str], Any]:
 
     __getattr__.moved = moved
     sys.modules[module].__getattr__ = __getattr__
-    return __getattr__

@@ -52,7 +52,7 @@ __all__ = [
     "trwp",
 ]
 
-__getattr__ = moved_names(
+moved_names(
     __name__,
     {
         "DIRECTIONS": "message_passing.grid.DIRECTIONS",
