@@ -16,7 +16,7 @@ does depends on its options and its seed alone; it resumes to the bit.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import jax
@@ -127,34 +127,35 @@ class Task:
         steps: int | None = None,
         state: loop.TrainState | None = None,
         evaluate: Callable[[loop.TrainState], dict[str, float]] | None = None,
-        log: Iterable[Callable[[Record], None]] = (),
+        loss_fn: loop.LossFn | None = None,
+        **changes: Any,
     ) -> tuple[loop.TrainState, list[Record]]:
         """Trains one model with `fit` of `_machinery.loop`.
 
         Args:
           optimizer: pass the same object again for another seed, and nothing is compiled twice.
           seed: of the parameters and the batches.
-          workdir, label, log: as for `fit`.
+          workdir, label: as for `fit`.
           steps: None takes the options'.
           state: None takes `start(optimizer, seed)`.
-          evaluate: None takes the task's.
+          evaluate, loss_fn: None takes the task's.
+          changes: other arguments of `fit`.
         """
+        defaults = {"steps_per_call": min(25, self.options.evaluate_every), "checkpoint_every": 100}
         return loop.fit(
-            self.loss_fn,
+            loss_fn or self.loss_fn,
             optimizer,
             state or self.start(optimizer, seed),
             self.rows,
             batch_size=self.options.batch_size,
             steps=steps or self.options.steps,
-            steps_per_call=min(25, self.options.evaluate_every),
             augment=self.window,
             evaluate=evaluate or self.evaluate,
             evaluate_every=self.options.evaluate_every,
             workdir=workdir,
-            checkpoint_every=100,
             mesh=self.rows.mesh,
             label=label,
-            log=log,
+            **defaults | changes,
         )
 
     def calibration(self, count: int, seed: int = 0) -> np.ndarray:
