@@ -17,7 +17,7 @@ import optax
 from benchmarks._machinery import slow_link, staged_decoder, two_processes
 from benchmarks.timing import Case, Implementation, Options, Record, Skip, measure, peer
 from jaxlib_methods import models, parallel
-from jaxlib_methods.parallel.pipelines import links
+from jaxlib_methods.parallel.pipelines import links, step_time
 
 HEADLINES = (  # an overhead of at most a quarter over the model without a pipeline; 1.3 times GPipe's throughput
     ("update P=4", "async", ("one device, as async",), 0.8),
@@ -229,7 +229,7 @@ def _over(name: str, link: links.Link, options: Options) -> Iterator[Record]:
             [stage["update"] for stage in stages],
         )
         of_update = 1 if s == "async" else two_processes.M
-        predicted = links.predict_step(
+        predicted = step_time.predict_step(
             costs, link, num_stages=two_processes.P, schedule=s, num_microbatches=of_update, blocking=True
         )
         sums = sum(links.all_reduce_time(size, two_processes.P, asked) for size in sent[s]["summed"])

@@ -25,12 +25,14 @@ from jaxlib_methods.parallel.boundaries.lossy import (
     int8_codec as int8_codec,
     top_k_codec as top_k_codec,
 )
+from jaxlib_methods.parallel.boundaries.subspace_codecs import (
+    subspace_codec as subspace_codec,
+    subspace_gradient_codec as subspace_gradient_codec,
+)
 from jaxlib_methods.parallel.boundaries.subspaces import (
     Subspace as Subspace,
     fixed_embedding as fixed_embedding,
     random_subspace as random_subspace,
-    subspace_codec as subspace_codec,
-    subspace_gradient_codec as subspace_gradient_codec,
     subspace_model as subspace_model,
 )
 

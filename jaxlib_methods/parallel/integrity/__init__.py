@@ -7,18 +7,17 @@ from jaxlib_methods.parallel.integrity import (
     distances as distances,
 )
 from jaxlib_methods.parallel.integrity.attacks import Attack as Attack
+from jaxlib_methods.parallel.integrity.bans import find_verifiers as find_verifiers, share_bans as share_bans
 from jaxlib_methods.parallel.integrity.sentinel import (
-    find_verifiers as find_verifiers,
     guard_model as guard_model,
-    share_bans as share_bans,
     verification_hook as verification_hook,
 )
 from jaxlib_methods.parallel.integrity.simulation import VerifiedPipeline as VerifiedPipeline
-from jaxlib_methods.parallel.integrity.verification import (
+from jaxlib_methods.parallel.integrity.verification import verify as verify
+from jaxlib_methods.parallel.integrity.verifiers import (
     VerifierConfig as VerifierConfig,
     VerifierState as VerifierState,
     init_verifier as init_verifier,
-    verify as verify,
 )
 
 __all__ = [
@@ -46,22 +45,22 @@ moved_names(
         "Verdicts": "parallel.integrity.simulation.Verdicts",
         "VerifiedState": "parallel.integrity.simulation.VerifiedState",
         "Verifier": "parallel.integrity.VerifierConfig",
-        "adaptive": "parallel.integrity.attacks.adaptive",
+        "adaptive": "parallel.integrity.tampering.adaptive",
         "centered_clip": "parallel.integrity.aggregation.centered_clip",
         "check_attacks": "parallel.integrity.attacks.check_attacks",
-        "collude": "parallel.integrity.attacks.collude",
+        "collude": "parallel.integrity.tampering.collude",
         "coordinate_median": "parallel.integrity.aggregation.coordinate_median",
         "expand_reference": "parallel.integrity.distances.expand_reference",
         "geometric_median": "parallel.integrity.aggregation.geometric_median",
         "init_attacks": "parallel.integrity.attacks.init_attacks",
-        "invisible_noise": "parallel.integrity.attacks.invisible_noise",
+        "invisible_noise": "parallel.integrity.tampering.invisible_noise",
         "krum_scores": "parallel.integrity.aggregation.krum_scores",
         "message_distances": "parallel.integrity.distances.message_distances",
         "message_summary": "parallel.integrity.distances.message_summary",
         "multi_krum": "parallel.integrity.aggregation.multi_krum",
         "random_directions": "parallel.integrity.distances.random_directions",
-        "random_sign": "parallel.integrity.attacks.random_sign",
-        "random_values": "parallel.integrity.attacks.random_values",
+        "random_sign": "parallel.integrity.tampering.random_sign",
+        "random_values": "parallel.integrity.tampering.random_values",
         "reroute": "parallel.integrity.verification.reroute",
         "sliced_wasserstein": "parallel.integrity.distances.sliced_wasserstein",
         "tamper": "parallel.integrity.attacks.tamper",

@@ -7,17 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.parallel.integrity.attacks import Attack, AttackState, check_attacks, collude, init_attacks, tamper
+from jaxlib_methods.parallel.integrity.attacks import Attack, AttackState, check_attacks, init_attacks, tamper
 from jaxlib_methods.parallel.integrity.distances import expand_reference, message_summary
 from jaxlib_methods.parallel.integrity.sentinel import guard_model
-from jaxlib_methods.parallel.integrity.verification import (
-    Judged,
-    VerifierConfig,
-    VerifierState,
-    init_verifier,
-    judge,
-    learn,
-)
+from jaxlib_methods.parallel.integrity.tampering import collude
+from jaxlib_methods.parallel.integrity.verification import Judged, judge, learn
+from jaxlib_methods.parallel.integrity.verifiers import VerifierConfig, VerifierState, init_verifier
 from jaxlib_methods.parallel.pipelines.stages import StageModel, StageTree, run_stage, stage_vjp
 from jaxlib_methods.typing import Direction, PyTree
 

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.parallel.pipelines import _engine as engine, stages as stages_
+from jaxlib_methods.parallel.pipelines import stages as stages_
 from jaxlib_methods.parallel.pipelines._engine import Program, read
+from jaxlib_methods.parallel.pipelines._transfer import vary
 from jaxlib_methods.parallel.pipelines.hooks import zeros
 from jaxlib_methods.parallel.pipelines.layout import Layout
 from jaxlib_methods.parallel.pipelines.packing import Packed
@@ -47,11 +48,11 @@ def circular_loss(
             if ends:
                 tree["head"] = layout.params.unpack(last, params)["head"]
             out = stages_.run_stage(program.model, tree, inputs if starts else x, targets)
-            return engine.vary((x, out) if ends else (out, jnp.zeros(())))
+            return vary((x, out) if ends else (out, jnp.zeros(())))
 
         return run
 
-    idle = lambda params, x, rounds, r, m: engine.vary((x, jnp.zeros(())))
+    idle = lambda params, x, rounds, r, m: vary((x, jnp.zeros(())))
     kinds = [(False, False), (True, False), (False, True)] if P * R > 1 else [(True, True)]
     branches = [idle, *[work(*kind) for kind in kinds]]
 
@@ -69,9 +70,9 @@ def circular_loss(
         if P > 1:
             pairs = [(j, (j + 1) % P) for j in range(P if R > 1 else P - 1)]
             x = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, "stage", pairs), x)
-        return engine.vary(x), loss
+        return vary(x), loss
 
-    _, losses = jax.lax.scan(slot, engine.vary(zeros(program.x)), jnp.arange(M * R + P - 1, dtype=jnp.int32))
+    _, losses = jax.lax.scan(slot, vary(zeros(program.x)), jnp.arange(M * R + P - 1, dtype=jnp.int32))
     m = jnp.arange(M)
     losses = losses[(m // P * P * R + (R - 1) * P + m % P if R > 1 else m) + P - 1]
     return jnp.sum(losses) / M, losses

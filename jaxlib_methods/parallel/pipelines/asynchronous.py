@@ -25,9 +25,11 @@ from jax.sharding import Mesh
 from jaxlib_methods.parallel.pipelines import _engine as engine
 from jaxlib_methods.parallel.pipelines._device import expand, squeeze
 from jaxlib_methods.parallel.pipelines._engine import Traffic, read, write
+from jaxlib_methods.parallel.pipelines._transfer import select, vary
 from jaxlib_methods.parallel.pipelines.base import REPLICATED, Losses, Parts, Pipeline
 from jaxlib_methods.parallel.pipelines.hooks import BoundaryHook, DataHook, HookInfo, HookStates
 from jaxlib_methods.parallel.pipelines.layout import SPEC, Layout, Optimizer
+from jaxlib_methods.parallel.pipelines.mesh import AXES
 from jaxlib_methods.parallel.pipelines.packing import Packed
 from jaxlib_methods.parallel.pipelines.schedules import Slot, one_forward_one_backward
 from jaxlib_methods.parallel.pipelines.stages import StageModel, StageTree
@@ -99,21 +101,21 @@ class AsynchronousPipeline(Pipeline):
         versions = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.depth, *leaf.shape)), params)
         feed = jax.tree.map(lambda leaf: jnp.zeros((P, *leaf.shape), leaf.dtype), self._local_batch)
         traffic, data_hook = self._program.start(P), self._start_data_hook(params)
-        return expand(engine.vary(AsynchronousState(versions, opt_state, traffic, feed, data_hook, zero, zero)))
+        return expand(vary(AsynchronousState(versions, opt_state, traffic, feed, data_hook, zero, zero)))
 
     def _current(self, state: AsynchronousState) -> tuple[Packed, Packed, jax.Array]:
         state, P = squeeze(state), self.layout.num_stages
         made = jnp.maximum(state.fed - P + 1 + jax.lax.axis_index("stage") // 2, 0)  # B in slots before 2 fed
-        return expand(engine.vary((self._version(state.versions, made), state.opt_state, state.fed)))
+        return expand(vary((self._version(state.versions, made), state.opt_state, state.fed)))
 
     def _step(self, state: AsynchronousState, inputs: PyTree, targets: PyTree) -> tuple[AsynchronousState, Losses]:
         state, losses = self._run(squeeze(state), (inputs, targets), len(jax.tree.leaves(inputs)[0]))
-        return expand(engine.vary(state)), losses
+        return expand(vary(state)), losses
 
     def _drain(self, state: AsynchronousState) -> tuple[AsynchronousState, Losses]:
         state, losses = self._run(squeeze(state), None, self.layout.num_stages - 1)
         newest = jax.tree.map(lambda ring: write(ring, read(ring, state.fed % self.depth), 0), state.versions)
-        return expand(engine.vary(state._replace(versions=newest, fed=jnp.zeros_like(state.fed)))), losses
+        return expand(vary(state._replace(versions=newest, fed=jnp.zeros_like(state.fed)))), losses
 
     def _run(
         self, state: AsynchronousState, batches: tuple[PyTree, PyTree] | None, repetitions: int
@@ -135,7 +137,7 @@ class AsynchronousPipeline(Pipeline):
         fed = begin if batches is None else begin + repetitions
         finished = jnp.where((k >= P // 2) & (k - P // 2 < fed), k - P // 2, -1)
         # Equal on all devices, which a maximum says in a way that the type of the result shows.
-        losses = Losses(jax.lax.pmean(jax.lax.psum(loss, "stage"), "data"), jax.lax.pmax(finished, engine.AXES))
+        losses = Losses(jax.lax.pmean(jax.lax.psum(loss, "stage"), "data"), jax.lax.pmax(finished, AXES))
         return AsynchronousState(*carry[:5], fed, carry.updates), losses
 
     def _slot(self, slot: Slot, k: jax.Array, limit: jax.Array, carry: _Carry) -> tuple[_Carry, jax.Array]:
@@ -176,7 +178,7 @@ class AsynchronousPipeline(Pipeline):
             )
             params, state = layout.params.pack(kind, params), layout.opt_state.pack(kind, state)
             put = lambda ring, leaf: write(ring, leaf, (m + 1) % self.depth)
-            return engine.vary((jax.tree.map(put, carry.versions, params), state))
+            return vary((jax.tree.map(put, carry.versions, params), state))
 
         backward = [not forward for forward in slot.forward]
         kinds = sorted({kind for kind, works in zip(layout.kind_of, backward, strict=True) if works})
@@ -188,7 +190,7 @@ class AsynchronousPipeline(Pipeline):
         if self.data_hook is not None:
             info, params = HookInfo(stage, m, worked), self._version(versions, m + 1)
             applied = self.data_hook.apply(params, data_hook, info)
-            changed, data_hook = engine.select(info.active, applied, (params, data_hook))
+            changed, data_hook = select(info.active, applied, (params, data_hook))
             put = lambda ring, new, old: ring if new is old else write(ring, new, (m + 1) % self.depth)
             versions = jax.tree.map(put, versions, changed, params)
         return carry._replace(versions=versions, opt_state=opt_state, data_hook=data_hook)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxlib_methods.parallel.pipelines._device import expand, local_program, squeeze
-from jaxlib_methods.parallel.pipelines._engine import vary
+from jaxlib_methods.parallel.pipelines._transfer import vary
 from jaxlib_methods.parallel.pipelines.hooks import BoundaryHook, DataHook, EndStates, HookStates, transformed
 from jaxlib_methods.parallel.pipelines.layout import SPEC, Layout, Snapshot, to_host
 from jaxlib_methods.parallel.pipelines.packing import Packed

@@ -20,6 +20,7 @@ from jaxlib_methods.parallel.pipelines import _engine as engine
 from jaxlib_methods.parallel.pipelines._circular import circular_loss
 from jaxlib_methods.parallel.pipelines._device import expand, squeeze
 from jaxlib_methods.parallel.pipelines._engine import read
+from jaxlib_methods.parallel.pipelines._transfer import vary
 from jaxlib_methods.parallel.pipelines.base import FEED, REPLICATED, Losses, Parts, Pipeline
 from jaxlib_methods.parallel.pipelines.hooks import BoundaryHook, DataHook, HookInfo, HookStates, zeros
 from jaxlib_methods.parallel.pipelines.layout import SPEC, Layout, Optimizer
@@ -77,7 +78,7 @@ class SynchronousPipeline(Pipeline):
     def _start(self, params: Packed, opt_state: Packed) -> SynchronousState:
         params, opt_state = squeeze((params, opt_state))
         hooks, data_hook = self._program.start(1).hooks, self._start_data_hook(params)
-        return expand(engine.vary(SynchronousState(params, opt_state, hooks, data_hook, jnp.zeros((), jnp.int32))))
+        return expand(vary(SynchronousState(params, opt_state, hooks, data_hook, jnp.zeros((), jnp.int32))))
 
     def _current(self, state: SynchronousState) -> tuple[Packed, Packed, jax.Array]:
         return state.params, state.opt_state, jnp.zeros_like(state.updates)
@@ -94,7 +95,7 @@ class SynchronousPipeline(Pipeline):
                 layout.opt_state.unpack(kind, state.opt_state),
                 layout.params.unpack(kind, grads),
             )
-            return engine.vary((layout.params.pack(kind, params), layout.opt_state.pack(kind, opt_state)))
+            return vary((layout.params.pack(kind, params), layout.opt_state.pack(kind, opt_state)))
 
         branches = [functools.partial(update, kind) for kind in sorted(set(layout.kind_of))]
         params, opt_state = jax.lax.switch(jnp.array(layout.kind_of, jnp.int32)[stage], branches)
@@ -102,11 +103,11 @@ class SynchronousPipeline(Pipeline):
         if self.data_hook is not None:
             info = HookInfo(stage, state.updates, jnp.bool_(True))
             params, data_hook = self.data_hook.apply(params, data_hook, info)
-        return expand(engine.vary(SynchronousState(params, opt_state, hooks, data_hook, state.updates + 1))), losses
+        return expand(vary(SynchronousState(params, opt_state, hooks, data_hook, state.updates + 1))), losses
 
     def _value_and_grad(self, state: SynchronousState, inputs: PyTree, targets: PyTree) -> tuple[Losses, Packed]:
         losses, grads, _ = self._gradients(squeeze(state), (inputs, targets))
-        return losses, expand(engine.vary(grads))
+        return losses, expand(vary(grads))
 
     def _gradients(self, state: SynchronousState, batches: tuple[PyTree, PyTree]) -> tuple[Losses, Packed, HookStates]:
         """Losses, gradients of their mean and the states of the hooks."""

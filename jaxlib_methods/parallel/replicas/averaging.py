@@ -12,9 +12,8 @@ strength of the correction, lambda_t weight of the newest drift. After the local
 The drift x_j - o_j is what a replica has moved since its snapshot; its average e_j stands for the drift of the mean.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ import optax
 from jaxlib_methods._core import checks
 from jaxlib_methods.parallel.pipelines.hooks import DataHook
 from jaxlib_methods.parallel.replicas import _subsets
+from jaxlib_methods.parallel.replicas._entries import gather, scatter
 from jaxlib_methods.typing import AveragingMethod, ParameterSubsets, PyTree
 
 __all__ = [
@@ -33,8 +33,6 @@ __all__ = [
     "replica_mean",
     "sparse_averaging",
 ]
-
-SMALL = 1 << 16  # entries of an array that is worth an operation of its own
 
 
 class SparseAveragingState(NamedTuple):
@@ -154,22 +152,22 @@ def sparse_averaging(
         slot = t % max(delay, 1)
         both = jax.vmap(lambda t: subset(params, t))(jnp.stack([t, t - delay]))
         now, S = ([rows[i] for rows in both] for i in (0, 1))
-        own = _gather(params, now)
+        own = gather(params, now)
         mean = jax.lax.pmean(own, axis_name)
         arrived, kept = (mean, own) if delay == 0 else (state.means[slot], state.snapshots[slot])
         means, snapshots = (ring.at[slot].set(new) for ring, new in ((state.means, mean), (state.snapshots, own)))
 
         late = t - delay - state.restarted
         drift = state.drift
-        moved = _gather(params, S) - kept
+        moved = gather(params, S) - kept
         if method == "ema":
             weight = jnp.where(t == delay, 1.0, jnp.asarray(ema_weight(t), jnp.float32))
-            before = _gather(drift, S)
+            before = gather(drift, S)
             moved = before + weight * (moved - before)
-            drift = _scatter(drift, S, moved, late >= 0)
+            drift = scatter(drift, S, moved, late >= 0)
         if method != "avg":
             arrived = arrived + jnp.float32(correction) * moved
-        params = _scatter(params, S, arrived, late >= 0)
+        params = scatter(params, S, arrived, late >= 0)
         return params, state._replace(means=means, snapshots=snapshots, drift=drift)
 
     def apply(params: PyTree, state: SparseAveragingState, info: Any = None) -> tuple[PyTree, SparseAveragingState]:
@@ -236,51 +234,3 @@ def at_interval(interval: int, run: Callable[..., tuple], steps: jax.Array, *car
     if interval == 1:
         return run(*carry)
     return jax.lax.cond(steps % interval == 0, run, lambda *carry: carry, *carry)
-
-
-def _gather(tree: PyTree, S: list[jax.Array]) -> jax.Array:
-    """The chosen entries of all arrays in one vector, float32; zero at empty places."""
-    leaves, chosen = jax.tree.leaves(tree), {}
-    for group in _groups(leaves):
-        flat, index = _flat(leaves, S, group)
-        values = flat.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
-        chosen |= dict(zip(group, jnp.split(values, _ends(S[i].size for i in group)), strict=True))
-    return jnp.concatenate([chosen[i] for i in range(len(leaves))])
-
-
-def _scatter(tree: PyTree, S: list[jax.Array], values: jax.Array, wanted: jax.Array) -> PyTree:
-    """The arrays with the chosen entries replaced, if it is wanted."""
-    leaves, structure = jax.tree.flatten(tree)
-    parts, written = jnp.split(values, _ends(s.size for s in S)), {}
-    for group in _groups(leaves):
-        flat, index = _flat(leaves, S, group)
-        new = jnp.concatenate([parts[i] for i in group]).astype(flat.dtype)
-        flat = flat.at[jnp.where(wanted, index, flat.size)].set(new, mode="drop", unique_indices=False)
-        pieces = jnp.split(flat, _ends(leaves[i].size for i in group))
-        written |= {i: piece.reshape(leaves[i].shape) for i, piece in zip(group, pieces, strict=True)}
-    return structure.unflatten([written[i] for i in range(len(leaves))])
-
-
-def _groups(leaves: list[jax.Array]) -> list[list[int]]:
-    """Large arrays are written in place, each on its own; the small ones of a type are one vector and one operation."""
-    small: dict[str, list[int]] = {}
-    groups = []
-    for i, leaf in enumerate(leaves):
-        if leaf.size < SMALL:
-            small.setdefault(leaf.dtype.name, []).append(i)
-        else:
-            groups.append([i])
-    return [*small.values(), *groups]
-
-
-def _flat(leaves: list[jax.Array], S: list[jax.Array], group: list[int]) -> tuple[jax.Array, jax.Array]:
-    """The arrays of a group as one, and the chosen entries in it; behind its end where a place is empty."""
-    flat = jnp.concatenate([leaves[i].ravel() for i in group])
-    starts = [0, *_ends(leaves[i].size for i in group)]
-    index = [jnp.where(S[i] < leaves[i].size, S[i] + start, flat.size) for i, start in zip(group, starts, strict=True)]
-    return flat, jnp.concatenate(index)
-
-
-def _ends(sizes: Iterable[int]) -> list[int]:
-    """Where one part ends and the next begins."""
-    return list(itertools.accumulate(sizes))[:-1]

@@ -7,12 +7,11 @@ from jaxlib_methods.parallel.unextractable.extraction import (
     estimate_entry_bridge as estimate_entry_bridge,
     extraction_probability as extraction_probability,
 )
-from jaxlib_methods.parallel.unextractable.morphing import (
-    Sides as Sides,
-    morph as morph,
+from jaxlib_methods.parallel.unextractable.momentum import transform_momentum as transform_momentum
+from jaxlib_methods.parallel.unextractable.morphing import Sides as Sides, morph as morph
+from jaxlib_methods.parallel.unextractable.pipelines import (
     morph_pipeline as morph_pipeline,
     morph_snapshot as morph_snapshot,
-    transform_momentum as transform_momentum,
 )
 from jaxlib_methods.parallel.unextractable.rounding import rounding_bound as rounding_bound
 from jaxlib_methods.parallel.unextractable.transforms import (

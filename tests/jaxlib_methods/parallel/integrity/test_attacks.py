@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jaxlib_methods.parallel.integrity import Attack, VerifierConfig, init_verifier, verify
-from jaxlib_methods.parallel.integrity.attacks import check_attacks, collude, init_attacks, tamper
+from jaxlib_methods.parallel.integrity.attacks import check_attacks, init_attacks, tamper
 from jaxlib_methods.parallel.integrity.distances import message_distances, message_summary
+from jaxlib_methods.parallel.integrity.tampering import collude
 
 X = 3.0 + 2.0 * jax.random.normal(jax.random.key(5), (2, 16, 8))
 

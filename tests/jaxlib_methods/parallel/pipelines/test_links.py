@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlib_methods.parallel.pipelines import links
+from jaxlib_methods.parallel.pipelines import links, step_time
 
 
 def simulated(forward, backward, sent, latency, order):
@@ -103,7 +103,7 @@ def test_synchronous_steps_equal_the_simulated_queues(schedule, seed):
     sent = {"F": link.seconds(costs.forward_bytes), "B": link.seconds(costs.backward_bytes)}
     ends = simulated(costs.forward, costs.backward, sent, link.latency, lists(schedule, P, M, repeats))
     last = [max(t for (_, part, _), t in ends.items() if part % P == j) + costs.update[j] for j in range(P)]
-    found = links.predict_step(costs, link, num_stages=P, schedule=schedule, num_microbatches=M, num_rounds=repeats)
+    found = step_time.predict_step(costs, link, num_stages=P, schedule=schedule, num_microbatches=M, num_rounds=repeats)
     assert found.step == pytest.approx(max(last), rel=1e-12)
     assert found.utilisation == found.compute / found.step <= 1
 
@@ -118,7 +118,7 @@ def test_the_asynchronous_period_is_what_the_simulated_queues_settle_to(seed):
     ends = simulated(costs.forward, backward, sent, link.latency, lists("1f1b", P, M))
     n = math.lcm(*range(1, P + 1))  # the period repeats after at most so many updates
     settled = (ends["B", 0, 299] - ends["B", 0, 299 - 2 * n]) / (2 * n)
-    assert links.predict_step(costs, link, num_stages=P, schedule="async").step == pytest.approx(settled, rel=1e-9)
+    assert step_time.predict_step(costs, link, num_stages=P, schedule="async").step == pytest.approx(settled, rel=1e-9)
 
 
 def meetings(programs, latency):
@@ -198,7 +198,7 @@ def test_blocking_programs_equal_the_simulated_meetings(schedule, seed):
         expected, M = (times(480)[0] - times(240)[0]) / 240, 1
     else:
         expected = max(times(M))
-    found = links.predict_step(costs, link, num_stages=P, schedule=schedule, num_microbatches=M, blocking=True)
+    found = step_time.predict_step(costs, link, num_stages=P, schedule=schedule, num_microbatches=M, blocking=True)
     assert found.step == pytest.approx(expected, rel=1e-9)
 
 
@@ -206,7 +206,7 @@ def test_blocking_without_transfers_costs_nothing_where_stages_are_equal():
     costs = links.StageCosts(1.0, 2.0, 0, 0)
     for P in (1, 2, 4, 7):
         step = lambda schedule, M: (
-            links.predict_step(
+            step_time.predict_step(
                 costs,
                 links.Link(1e9),
                 num_stages=P,
@@ -223,7 +223,7 @@ def test_equal_stages_have_closed_forms():
     f, b, P, M = 1.0, 2.0, 4, 6
     slow = links.Link(8e6, 0.25)  # a byte a microsecond
     costs = links.StageCosts(f, b, 0.5e6, 0.75e6)
-    step = lambda costs, link, schedule, **options: links.predict_step(
+    step = lambda costs, link, schedule, **options: step_time.predict_step(
         costs, link, num_stages=P, schedule=schedule, **options
     )
     free = costs._replace(forward_bytes=0, backward_bytes=0)
@@ -245,11 +245,11 @@ def test_one_stage_and_replicas():
     costs = links.StageCosts(1.0, 2.0, 1e9, 1e9, 0.5, gradient_bytes=1e6)
     link = links.Link(1e6, 0.1)
     for schedule in ("gpipe", "1f1b", "circular", "async"):
-        assert links.predict_step(costs, link, num_stages=1, schedule=schedule).step == 3.5
+        assert step_time.predict_step(costs, link, num_stages=1, schedule=schedule).step == 3.5
     reduced = 2 * (3 / 4 * 8.0 + 3 * 0.1)  # a ring of four: each sends 2 x 3/4 of 8 Mbit in six messages
     assert links.all_reduce_time(1e6, 4, link) == pytest.approx(reduced)
     for schedule in ("gpipe", "async"):
-        found = links.predict_step(costs, link, num_stages=1, schedule=schedule, num_replicas=4)
+        found = step_time.predict_step(costs, link, num_stages=1, schedule=schedule, num_replicas=4)
         assert found.step == pytest.approx(3.5 + reduced) and found.compute == 3.5
 
 
@@ -268,7 +268,7 @@ def test_the_published_records():
     # Filling and draining eight stages comes on top of it, and is within what was measured, computation included.
     for bytes_a_token, microbatches, measured in ((2048, 64, 100.475), (322, 32, 19.889)):
         size = 524_288 / microbatches * bytes_a_token
-        found = links.predict_step(
+        found = step_time.predict_step(
             links.StageCosts(0, 0, size, size), link, num_stages=8, num_microbatches=microbatches
         )
         fill = 2 * 7 * (link.seconds(size) + link.latency)
@@ -283,16 +283,16 @@ def test_the_largest_pipeline_is_the_last_that_a_walk_over_all_keeps(schedule):
         costs = links.StageCosts(0.2, 0.4, size, size, 0.01)
         link = links.Link(8e7, 0.002)
         enough = [
-            links.predict_step(costs, link, num_stages=P, schedule=schedule, num_microbatches=M).utilisation >= 0.9
+            step_time.predict_step(costs, link, num_stages=P, schedule=schedule, num_microbatches=M).utilisation >= 0.9
             for P in range(1, 17)
         ]
         walked = enough.index(False) if False in enough else 16
         assert not any(enough[walked:])
-        found = links.largest_pipeline(costs, link, schedule=schedule, num_microbatches=M, max_stages=16)
+        found = step_time.largest_pipeline(costs, link, schedule=schedule, num_microbatches=M, max_stages=16)
         assert found == walked
-    assert links.largest_pipeline(costs._replace(update=1e3), links.Link(1.0), num_replicas=2) == 1
+    assert step_time.largest_pipeline(costs._replace(update=1e3), links.Link(1.0), num_replicas=2) == 1
     slow = costs._replace(gradient_bytes=1e9)
-    assert links.largest_pipeline(slow, links.Link(1e6), num_replicas=2) == 0
+    assert step_time.largest_pipeline(slow, links.Link(1e6), num_replicas=2) == 0
 
 
 def test_wider_stages_need_less_of_a_link():
@@ -307,7 +307,7 @@ def test_wider_stages_need_less_of_a_link():
             assert costs.forward_bytes == 2 * 8 * 128 * width and costs.gradient_bytes == 6 * 2 * 4 * width**2
             assert costs.forward == pytest.approx(6 * 4 * 1024 * width**2 / 1e12, rel=0.02)
             assert costs.backward == pytest.approx(3 * costs.forward, rel=0.02)
-            least[name, width] = links.predict_step(costs, link, num_stages=8, schedule="async").utilisation
+            least[name, width] = step_time.predict_step(costs, link, num_stages=8, schedule="async").utilisation
     for name in links.LINKS:
         assert least[name, 256] < least[name, 1024] < least[name, 4096]
     for slow, fast in itertools.pairwise(("80 Mbit/s", "1 Gbit/s", "100 Gbit/s")):
@@ -327,6 +327,6 @@ def test_wider_stages_need_less_of_a_link():
 def test_bad_options_are_named(options, message):
     costs = links.StageCosts([1.0, 1.0], 1.0, 0, 0)
     with pytest.raises(ValueError, match=message):
-        links.predict_step(costs, links.Link(1e9), **{"num_stages": 2, **options})
+        step_time.predict_step(costs, links.Link(1e9), **{"num_stages": 2, **options})
     with pytest.raises(ValueError, match="utilisation must lie in"):
-        links.largest_pipeline(costs, links.Link(1e9), utilisation=90)
+        step_time.largest_pipeline(costs, links.Link(1e9), utilisation=90)

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxlib_methods import parallel
-from jaxlib_methods.parallel.pipelines import _engine, communication
+from jaxlib_methods.parallel.pipelines import _transfer, communication
 from tests.jaxlib_methods.parallel.pipeline_problems import chain, tokens
 
 EXAMPLES, LENGTH, WIDTH, COUNT = 2, 3, 8, 6
@@ -66,7 +66,7 @@ def test_replicas_reduce_the_gradient_of_their_stage_once_a_step():
 def test_a_short_type_takes_its_own_bytes_on_a_link_and_arrives_to_the_bit(dtype):
     mesh, spec = parallel.make_mesh(2), PartitionSpec("stage")
     x = jnp.arange(-10, 10).astype(jnp.float32).reshape(2, 10).astype(dtype)
-    cross = jax.jit(jax.shard_map(lambda x: _engine._permute(x, [(0, 1)]), mesh=mesh, in_specs=spec, out_specs=spec))
+    cross = jax.jit(jax.shard_map(lambda x: _transfer._permute(x, [(0, 1)]), mesh=mesh, in_specs=spec, out_specs=spec))
     compiled = cross.lower(x).compile()
     assert communication.link_bytes(compiled) == {(0, 1): 10 * x.dtype.itemsize}
     assert cross(x)[1].tobytes() == np.asarray(x[0]).tobytes()
