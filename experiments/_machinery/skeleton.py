@@ -20,7 +20,7 @@ from experiments._machinery.files import write_text
 KINDS = ("function", "loss", "transformation")
 ROOT = registry.FOLDER.parent
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
-REGISTRY = pathlib.Path("tests/optax_registry.py")
+REGISTRY = pathlib.Path("tests/registry/transformations.py")
 BY_HAND = """\
 Left for you:
 - the mathematics in {library}, a doctest, and `[key]` at the end of `Source:`

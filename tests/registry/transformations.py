@@ -1,4 +1,4 @@
-"""Every optax transformation of the library, for the battery in `test_optax_battery.py`. Add yours to `ENTRIES`.
+"""Every optax transformation of the library, for `tests/batteries/test_transformations.py`. Add yours to `ENTRIES`.
 
 Entry("scale_by_x", scale_by_x, {"b1": 0.9}, as_optimizer=by_rate(0.1))
 Entry("x", x, {"learning_rate": 0.1})

@@ -6,8 +6,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec, reshard
 
-from tests.optax_checks import CHECKS
-from tests.optax_registry import ENTRIES, Entry
+from tests.batteries.transformation_checks import CHECKS
+from tests.registry.transformations import ENTRIES, Entry
 
 pytestmark = pytest.mark.contract
 

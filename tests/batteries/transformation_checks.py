@@ -1,4 +1,4 @@
-"""The checks of the optax battery: each takes a registry entry and raises where the transformation misbehaves."""
+"""The checks of optax transformations: each takes a registry entry and raises where the transformation misbehaves."""
 
 import inspect
 from collections.abc import Callable
