@@ -116,7 +116,7 @@ def test_the_codec_projects_the_table_once_and_codes_the_same_coordinates(dtype,
 
 def test_rows_drawn_from_keys_are_those_of_the_table():
     draw = functools.partial(
-        boundaries.random_subspace, jax.random.key(9), vocab_size=31, width=24, rank=5, embedding_std=0.5
+        boundaries.random_subspace, key=jax.random.key(9), vocab_size=31, width=24, rank=5, embedding_std=0.5
     )
     table, keys = draw(), draw(stored=False)
     assert keys.T_fixed.shape == (31,) and table.T_fixed.shape == (31, 24)
