@@ -242,8 +242,7 @@ def polar(A: jax.Array, *, method: PolarMethod | None = None, condition: float |
         raise ValueError(f"A must be a real matrix (..., d, K), got shape {A.shape} of {A.dtype}")
     if method is not None:
         checks.one_of(PolarMethod, method=method)
-    if condition is not None and not condition >= 1:
-        raise ValueError(f"condition must be at least 1, got {condition}; leave it out when it is unknown")
+    checks.at_least(1, remedy="leave it out when it is unknown", condition=condition)
     if A.shape[-2] < A.shape[-1]:
         return _t(polar(_t(A), method=method, condition=condition))
     compute = A.astype(compute_dtype(A.dtype))

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxlib_methods._core import checks
+
 __all__ = ["birchfield_tomasi", "denoising_unaries", "gradient_cues"]
 
 
@@ -106,8 +108,7 @@ def birchfield_tomasi(
             f"left and right must agree in shape and dtype, got {left.shape} {left.dtype} and {right.shape} "
             f"{right.dtype}; rectify and crop the pair first"
         )
-    if num_disparities < 1:
-        raise ValueError(f"num_disparities must be at least 1, got {num_disparities}")
+    checks.at_least(1, num_disparities=num_disparities)
     limit = jnp.asarray(jnp.inf if truncation is None else truncation, dtype)
     outside = jnp.asarray(outside_cost * left.shape[-1], dtype)
     return _birchfield_tomasi(left, right, outside, limit, num_disparities=num_disparities, dtype=jnp.dtype(dtype))
@@ -142,8 +143,7 @@ def denoising_unaries(
     image = jnp.asarray(image)
     if image.ndim != 2:
         raise ValueError(f"image must be grey, (H, W), got shape {image.shape}; denoise colour channels one by one")
-    if num_labels < 1:
-        raise ValueError(f"num_labels must be at least 1, got {num_labels}")
+    checks.at_least(1, num_labels=num_labels)
     levels = jnp.arange(num_labels, dtype=dtype)
     costs = jnp.square(image.astype(dtype)[:, :, None] - levels[None, None, :])
     if mask is None:

@@ -8,6 +8,8 @@ starts at row j R, and x @ W = sum_j x[:, j R : (j + 1) R] @ plane_j without any
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods._core import checks
+
 WORD = 32
 BITS = (1, 2, 4, 8)
 
@@ -28,8 +30,7 @@ def bits_for(num_labels: int) -> int:
       >>> [bits_for(d) for d in (2, 3, 4, 5, 256)]
       [1, 2, 2, 4, 8]
     """
-    if not 2 <= num_labels <= 256:
-        raise ValueError(f"num_labels must lie in [2, 256], got {num_labels}")
+    checks.within("[2, 256]", num_labels=num_labels)
     return next(bits for bits in BITS if num_labels <= 2**bits)
 
 
@@ -55,8 +56,7 @@ def pack_codes(codes: jax.Array, bits: int) -> jax.Array:
       >>> pack_codes(jnp.array([[1], [0], [1], [1]]), 1).tolist()  # one row of words a code each: K < 32
       [[13]]
     """
-    if bits not in BITS:
-        raise ValueError(f"bits must be one of {BITS}, got {bits}")
+    checks.one_of(BITS, bits=bits)
     if codes.ndim != 2 or not jnp.issubdtype(codes.dtype, jnp.integer):
         raise ValueError(f"codes must be a matrix of integers, got {codes.shape} of {codes.dtype}")
     planes, depth = WORD // bits, codes.shape[0]
@@ -94,8 +94,7 @@ def unpack_codes(words: jax.Array, bits: int, depth: int) -> jax.Array:
 
 def check_words(words: jax.Array, bits: int, depth: int) -> None:
     """Raises ValueError for words that cannot hold `depth` codes of `bits` bits."""
-    if bits not in BITS:
-        raise ValueError(f"bits must be one of {BITS}, got {bits}")
+    checks.one_of(BITS, bits=bits)
     if words.ndim != 2 or words.dtype != jnp.uint32 or words.shape[0] != rows_for(depth, bits):
         raise ValueError(
             f"words must be uint32 [{rows_for(depth, bits)}, N] for {depth} codes of {bits} bits, "

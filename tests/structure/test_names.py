@@ -164,7 +164,9 @@ def test_no_function_is_named_by_a_preposition():
 
 
 def test_a_string_option_lists_its_values():
-    offenders(ARGUMENTS, lambda s, p: str in members(p.annotation) and not FREE_STRINGS.fullmatch(p.name))
+    # NumPy's ArrayLike has strings among its members, and does not hide them before Python 3.12.
+    is_string = lambda annotation: str in members(annotation) and "numpy" not in str(annotation)
+    offenders(ARGUMENTS, lambda s, p: is_string(p.annotation) and not FREE_STRINGS.fullmatch(p.name))
 
 
 def test_one_thing_has_one_name():
