@@ -32,13 +32,12 @@ from experiments._machinery.errors import NonFiniteLossError
 from experiments._machinery.options import Count, Positive, Range, Share
 from experiments._machinery.records import Case, Outcome, Targets
 from experiments.data import images
-from experiments.tasks import classification, deep_mlp
+from experiments.tasks import classification, deep_mlp, pruned_networks
 from jaxlib_methods import pruning
 from jaxlib_methods.pruning import signal_propagation as propagation
 from jaxlib_methods.typing import InitializerKind, PyTree
 
 Score = Literal["snip", "unsupervised", "random"]
-SCORING_BATCH = 100  # examples of one gradient of the accumulated score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +133,10 @@ def make_program(data: classification.Data, activation: str) -> Program:
 
     def loss_fn(params: PyTree, model_state: PyTree, batch: images.Split, key: jax.Array):
         del key
-        return _cross_entropy(logits(params, data.standardise(batch.images)), batch.labels), (model_state, {})
+        return pruned_networks.cross_entropy(logits(params, data.standardise(batch.images)), batch.labels), (
+            model_state,
+            {},
+        )
 
     sgd = optax.inject_hyperparams(optax.sgd, static_args=("momentum",))(1.0, momentum=config.momentum)
     # Replaced by each case's masks and learning rate, so that all cases share one compiled program.
@@ -184,10 +186,6 @@ def make_initial(data: classification.Data, network: Network, seed: int) -> Init
     return Initial(params, masks, train_key, {"singular_values": details["spectrum"]["mean"]}, details)
 
 
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _singular_values(logits: Callable[..., jax.Array], params: PyTree, inputs: jax.Array) -> jax.Array:
     """Of the Jacobian by the standardised pixels, [examples, classes]."""
@@ -199,28 +197,9 @@ def _scores(data: classification.Data, program: Program, score: str, params: PyT
         return pruning.scores.random(params, key=key)
     if score == "dense":
         return pruning.scores.magnitude(params)
-    split = data.dataset.train
-    count = len(split.labels) // SCORING_BATCH
-    batch = images.Split(*(jnp.asarray(array[: count * SCORING_BATCH]) for array in split))
-    return sensitivity(program.logits, data.standardise, score, params, batch, count)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 5))
-def sensitivity(
-    logits: Callable[..., jax.Array],
-    standardise: Callable[[jax.Array], jax.Array],
-    score: str,
-    params: PyTree,
-    batch: images.Split,
-    count: int,
-) -> PyTree:
-    """Connection sensitivity summed over so many parts of the batch, with its labels or with uniform targets."""
-
-    def loss(params: PyTree, batch: images.Split) -> jax.Array:
-        out = logits(params, standardise(batch.images))
-        return propagation.uniform_cross_entropy(out) if score == "unsupervised" else _cross_entropy(out, batch.labels)
-
-    return pruning.connection_sensitivity(loss, params, batch, num_microbatches=count)
+    batch, count = pruned_networks.whole_batches(data.dataset.train)
+    batch = jax.tree.map(jnp.asarray, batch)
+    return pruned_networks.sensitivity(program.logits, data.standardise, score, params, batch, count)
 
 
 def run(data: classification.Data, variant: Network, seed: int, workdir: pathlib.Path, rate: float) -> Outcome:

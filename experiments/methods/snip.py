@@ -15,7 +15,6 @@ are kept in the first layer of a dense network when one class alone is used for 
 """
 
 import dataclasses
-import functools
 import pathlib
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -28,12 +27,12 @@ from experiments._machinery import log, loop, plots
 from experiments._machinery.options import Count, OneOf, Positive, Range
 from experiments._machinery.records import Case, Outcome, Target, Targets
 from experiments.data import images
-from experiments.tasks import classification
+from experiments.tasks import classification, pruned_networks
+from experiments.tasks.pruned_networks import READS_DATA
 from jaxlib_methods import models, pruning, trees
 from jaxlib_methods.typing import PyTree
 
 Score = Literal["snip", "magnitude", "random", "grasp", "synflow"]
-READS_DATA = ("snip", "grasp")  # the others have one size of the scoring batch
 
 
 class Recipe(NamedTuple):
@@ -175,7 +174,10 @@ def run(shared: Shared, variant: Variant, seed: int, workdir: pathlib.Path) -> O
     config, task = shared.config, shared.task
     scored_key, drawn_key, score_key, train_key = jax.random.split(jax.random.key(seed), 4)
     params, model_state = task.init(scored_key)
-    masks = _masks(shared, variant, params, model_state, score_key)
+    score, sparsity, size = variant
+    masks = pruned_networks.masks_of(
+        task, score, sparsity, params, model_state, key=score_key, batch_size=size, gated=config.gated
+    )
     if config.redraw:
         params, model_state = task.init(drawn_key)
     params = pruning.apply_masks(params, masks)
@@ -196,40 +198,6 @@ def run(shared: Shared, variant: Variant, seed: int, workdir: pathlib.Path) -> O
     kept = {row.path: row.kept for row in pruning.sparsity.summarize_sparsity(masks)}
     # The best one is what the authors' test.py reports.
     return Outcome({"test_error": errors[-1], "best_test_error": min(errors)}, curve, {"kept": kept})
-
-
-def _masks(shared: Shared, variant: Variant, params: PyTree, model_state: PyTree, key: jax.Array) -> PyTree:
-    """The masks of one case; the batch norm is in evaluation mode while scoring, as in the authors' code."""
-    task, (score, sparsity, size) = shared.task, variant
-    candidates, others = trees.partition(params, pruning.mark_prunable(params, shared.config.gated))
-    if score in READS_DATA:
-        pixels, labels = task.dataset.train
-        rows = np.asarray(jax.random.choice(key, len(labels), (min(size, len(labels)),), replace=False))
-        scores = _score(task, score, candidates, others, model_state, images.Split(pixels[rows], labels[rows]))
-    elif score == "random":
-        scores = pruning.scores.random(candidates, key=key)
-    elif score == "synflow":  # 100 cuts without data, as its authors
-        forward = lambda c, x: task.forward(trees.combine(c, others), model_state, x, False)[0]
-        example = jnp.zeros((1, *task.dataset.train.images.shape[1:]))
-        return pruning.iterative_prune(lambda c: pruning.synflow(forward, c, example), candidates, sparsity)
-    else:
-        scores = pruning.scores.magnitude(candidates)
-    return pruning.prune_masks(scores, sparsity)
-
-
-def _score(
-    task: classification.Task, score: str, candidates: PyTree, others: PyTree, model_state: PyTree, batch: images.Split
-) -> PyTree:
-    """Scores of the gated parameters from one batch, without weight decay and augmentation."""
-    batch = images.Split(*map(jnp.asarray, batch))
-
-    def loss(temperature: float, candidates: PyTree, batch: images.Split) -> jax.Array:
-        out = task.logits(trees.combine(candidates, others), model_state, batch.images) / temperature
-        return optax.softmax_cross_entropy_with_integer_labels(out, batch.labels).mean()
-
-    if score == "snip":
-        return pruning.connection_sensitivity(functools.partial(loss, 1.0), candidates, batch)
-    return pruning.grasp(functools.partial(loss, 200.0), candidates, batch)  # 200 as the authors of GraSP
 
 
 def figures(shared: Shared, cases: list[Case]) -> dict[str, Any]:
@@ -271,7 +239,7 @@ def _connections(shared: Shared) -> Any:
     for c in range(task.dataset.num_classes):
         rows = np.flatnonzero(split.labels == c)[:100]
         batch = images.Split(split.images[rows], split.labels[rows])
-        scores.append(_score(task, "snip", candidates, others, model_state, batch))
+        scores.append(pruned_networks.score_batch(task, "snip", candidates, others, model_state, batch))
 
     def share(scores: PyTree, sparsity: float) -> np.ndarray:
         kernel = np.asarray(pruning.prune_masks(scores, sparsity)["dense1"]["kernel"][...])

@@ -1,9 +1,11 @@
 """Segmentation of volumes: voxels with labels, some of which are ignored; loss, intersection over union, training.
 
-task = volume_segmentation.load(config)
-graph, params, model_state = nnx.split(network, nnx.Param, ...)
-state, history = task.fit(graph, params, model_state, optimizer, key, workdir, label="3D-UNet")
-task.miou(graph, state)                        # per cent
+    task = volume_segmentation.load(config)
+    graph, params, model_state = nnx.split(network, nnx.Param, ...)
+    state, history = task.fit(graph, params, model_state, optimizer, key, workdir, label="3D-UNet")
+    task.miou(graph, state)                        # per cent
+
+Intersections and unions are of the whole test set, and classes that do not occur are left out of the mean.
 """
 
 import dataclasses

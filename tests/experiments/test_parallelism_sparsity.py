@@ -12,7 +12,7 @@ from flax import nnx
 from experiments._machinery import device_data, runner
 from experiments._machinery.records import Case
 from experiments.methods import parallelism_sparsity
-from experiments.tasks import metaparameters, trials
+from experiments.tasks import metaparameters, steps_to_result, trials
 from jaxlib_methods import models, pruning
 
 SMALL = {"trials": 4, "interval": 10, "batch_sizes": (32,), "max_steps": 80, "goal_error": 0.5, "early_stop": False}
@@ -20,7 +20,7 @@ SMALL = {"trials": 4, "interval": 10, "batch_sizes": (32,), "max_steps": 80, "go
 
 @pytest.fixture(scope="module")
 def study():
-    return parallelism_sparsity.Study(parallelism_sparsity.Config(**SMALL))
+    return steps_to_result.Study(parallelism_sparsity.Config(**SMALL))
 
 
 def test_smoke_run_leaves_the_law_and_the_constants(tmp_path):
@@ -130,8 +130,8 @@ class TestTrials:
         assert together["statuses"] == study.search("nesterov", 0.9, 32, None)["statuses"]
         assert min(s for s in together["statuses"] if s > 0) == together["steps"]
         for change in ({"trials_at_once": 1}, {"early_stop": True}, {"trials_at_once": 1, "early_stop": True}):
-            other = parallelism_sparsity.Study.__new__(parallelism_sparsity.Study)
-            other.__dict__ |= study.__dict__ | {"config": parallelism_sparsity.Config(**SMALL | change)}
+            other = steps_to_result.Study.__new__(steps_to_result.Study)
+            other.__dict__ |= study.__dict__ | {"options": parallelism_sparsity.Config(**SMALL | change)}
             found = other.search("nesterov", 0.9, 32, None)
             assert found["steps"] == together["steps"], change
             if "early_stop" not in change:
@@ -198,4 +198,4 @@ def test_bad_options_are_named(options, message):
 
 def test_models_with_batch_norm_are_refused():
     with pytest.raises(ValueError, match="'vgg_c' has state beside its parameters"):
-        parallelism_sparsity.Study(parallelism_sparsity.Config(model="vgg_c"))
+        steps_to_result.Study(parallelism_sparsity.Config(model="vgg_c"))

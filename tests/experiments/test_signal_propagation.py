@@ -11,7 +11,7 @@ import pytest
 from experiments._machinery import cases, runner
 from experiments.data import images as data
 from experiments.methods import signal_propagation
-from experiments.tasks import deep_mlp
+from experiments.tasks import deep_mlp, pruned_networks
 from jaxlib_methods import pruning
 
 
@@ -52,7 +52,7 @@ def test_unsupervised_pruning_reads_no_labels(key):
     images, labels = jax.random.normal(key, (20, 9)), jnp.arange(20, dtype=jnp.int32) % 3
 
     def masks(score, labels):
-        scores = signal_propagation.sensitivity(logits, same, score, params, data.Split(images, labels), 2)
+        scores = pruned_networks.sensitivity(logits, same, score, params, data.Split(images, labels), 2)
         return jax.tree.leaves(pruning.prune_masks(scores, 0.7))
 
     changed = lambda score: any(
