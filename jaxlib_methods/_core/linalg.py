@@ -1,10 +1,11 @@
 """Linear algebra of stacks of matrices (..., m, n): products in full precision, orthonormal factors, Newton-Schulz."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlib_methods._core.dtypes import compute_dtype
 
@@ -20,6 +21,19 @@ def transpose(X: jax.Array) -> jax.Array:
 def eye_like(X: jax.Array) -> jax.Array:
     """The identity in the last axis' size, X's type and rank."""
     return jnp.eye(X.shape[-1], dtype=X.dtype)[(None,) * (X.ndim - 2)]
+
+
+def on_whole_matrices(f: Callable[..., jax.Array], *matrices: jax.Array) -> jax.Array:
+    """f of arrays of one shape (..., m, n): matrices that are split over an explicit mesh are gathered for it.
+
+    A decomposition is of a matrix as a whole. Stacks stay split over their leading axes, and the result is split as the
+    arguments were.
+    """
+    sharding = jax.typeof(matrices[-1]).sharding
+    if all(axis is None for axis in sharding.spec[-2:]):
+        return f(*matrices)
+    whole = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-2], None, None))
+    return jax.sharding.reshard(f(*(jax.sharding.reshard(X, whole) for X in matrices)), sharding)
 
 
 def orthonormal(A: jax.Array) -> jax.Array:

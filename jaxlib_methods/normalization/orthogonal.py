@@ -11,11 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlib_methods._core import checks
 from jaxlib_methods._core.dtypes import widen
-from jaxlib_methods._core.linalg import eye_like, haar, matmul, newton_schulz_step, orthonormal, transpose
+from jaxlib_methods._core.linalg import (
+    eye_like,
+    haar,
+    matmul,
+    newton_schulz_step,
+    on_whole_matrices,
+    orthonormal,
+    transpose,
+)
 from jaxlib_methods.typing import OrthogonalRetraction, PyTree
 
 __all__ = [
@@ -187,15 +194,7 @@ def orthogonal_retraction(
         return (_retract(X + riemannian_gradient(X, widen(u)), method) - X).astype(u.dtype)
 
     def on_matrices(f: Callable[..., jax.Array], u: jax.Array, W: jax.Array) -> jax.Array:
-        if W.ndim < 2:
-            return u
-        # A matrix is orthogonal as a whole: one that is split over an explicit mesh is gathered, stacks stay split.
-        sharding = jax.typeof(W).sharding
-        if all(axis is None for axis in sharding.spec[-2:]):
-            return f(u, W)
-        whole = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-2], None, None))
-        out = f(jax.sharding.reshard(u, whole), jax.sharding.reshard(W, whole))
-        return jax.sharding.reshard(out, sharding)
+        return u if W.ndim < 2 else on_whole_matrices(f, u, W)
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any

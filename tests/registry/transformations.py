@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlib_methods import optimizers, pruning, quantization
+from jaxlib_methods import low_rank, optimizers, pruning, quantization
 from jaxlib_methods.normalization import orthogonal_retraction
 from jaxlib_methods.optimizers import agd, geoprec_gd, scale_by_agd
 from jaxlib_methods.optimizers.geoprec import scale_by_pullback_metric
@@ -381,5 +381,14 @@ ENTRIES: list[Entry] = [
         quantization.binary_connect,
         {"learning_rate": 1e-2, "lattice": ROUND},
         constrain=within(1.0),
+    ),
+    Entry(
+        "keep_rank",
+        low_rank.keep_rank,
+        {"rank": 4, "every": 2},  # the full rank of the examples: it converges like what stands before it
+        static_args=("rank", "every"),
+        as_optimizer=lambda transformation: optax.chain(optax.sgd(1e-2, momentum=0.9), transformation),
+        example=two_kernels,
+        opt_outs=dict.fromkeys(("parabola", "rosenbrock", "mixed_ranks"), "keep_rank refuses vectors and scalars"),
     ),
 ]
