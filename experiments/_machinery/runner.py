@@ -39,8 +39,9 @@ def run(
         return json.loads(finished.read_text())
     clock = _Clock(workdir)
     about = {"experiment": name, "config": dataclasses.asdict(config), "smoke": smoke}
+    code = versions()  # of what is imported now, whatever happens to the checkout meanwhile
     measured = _run_unconverted(module, config, workdir) if hasattr(module, "train") else _run(module, config, workdir)
-    made = {"versions": versions(), "device": device(), "command": command, "wall_s": round(clock.total(), 1)}
+    made = {"versions": code, "device": device(), "command": command, "wall_s": round(clock.total(), 1)}
     result = json.loads(json.dumps(about | measured | made, default=str))
     if jax.process_index() == 0:
         write_json(finished, result)
