@@ -7,6 +7,7 @@ a page is written by hand and kept: its claim, its verdict, what differs from th
 import json
 import pathlib
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,6 +72,7 @@ def write(folder: pathlib.Path, results: Sequence[Mapping[str, Any]], *, allow_d
         text = with_block(text, "commands", "".join(provenance(run) for run in runs if run.get("command")))
         write_text(path, text)
         written.append(path)
+        _take_figures(folder, text, [result["folder"] for result in results if result["experiment"] == name])
     index = folder / "README.md"
     text = index.read_text() if index.exists() else INDEX
     lines = [_line(name, kept, (folder / f"{name}.md").read_text()) for name, kept in records.items()]
@@ -147,11 +149,23 @@ def _record(path: pathlib.Path, name: str, results: Sequence[Mapping[str, Any]])
         fresh.setdefault(configuration(result), []).append(result)
     runs = []
     for key, members in fresh.items():
-        about = {field: value for field, value in members[0].items() if field != "experiment"}
+        about = {field: value for field, value in members[0].items() if field not in ("experiment", "folder")}
         title = {"title": earlier[key]["title"]} if earlier.get(key, {}).get("title") else {}
         runs.append(title | about | {"records": [record for member in members for record in member["records"]]})
-    others = [run for key, run in earlier.items() if key not in fresh]
-    write_json(path, kept | {"runs": [*others, *runs]})
+    others = [run for run in kept["runs"] if configuration(run) not in fresh]
+    record = runs[0]["records"][0]
+    shown = runs[0]["shown"] or list(record["metrics"])
+    headline = {"headline": {"variant": record["variant"], "metric": shown[0]}}  # until another is chosen by hand
+    write_json(path, headline | kept | {"runs": [*others, *runs]})
+
+
+def _take_figures(folder: pathlib.Path, page: str, runs: Sequence[str]) -> None:
+    """Copies the figures that a page shows from the first of the runs that has drawn them."""
+    for name in re.findall(r"\]\(figures/([^)]+)\)", page):
+        drawn = [path for run in runs if (path := pathlib.Path(run) / name).exists()]
+        if drawn:
+            (folder / "figures").mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(drawn[0], folder / "figures" / name)
 
 
 def _line(name: str, kept: Mapping[str, Any], page: str) -> str:

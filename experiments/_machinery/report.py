@@ -78,7 +78,7 @@ def as_markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Every `result.json` under the folder, by experiment; one that cannot be read is named on stderr and left out."""
+    """Every `result.json` under the folder and its own "folder"; one that cannot be read is named and left out."""
     if not folder.is_dir():
         raise ExperimentError(f"there is no folder {folder}; run an experiment first, or name another folder")
     results = []
@@ -89,7 +89,7 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             print(f"left out {path}: not a result of this runner ({error!r})", file=sys.stderr)
         else:
-            results.append(result)
+            results.append(result | {"folder": str(path.parent)})
     return sorted(results, key=lambda result: result["experiment"])
 
 

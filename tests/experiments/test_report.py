@@ -84,11 +84,16 @@ def test_report_pools_seeds_and_tells_configurations_apart(tmp_path, capsys):
 def test_report_writes_records_and_pages_and_keeps_what_is_written_by_hand(tmp_path, capsys):
     made(tmp_path / "runs" / "a", "snip", {"snip 90%": {"error": [1.5]}})
     made(tmp_path / "runs" / "b", "bsn", {"gpn": {"error": [2.5]}}, targets={})
+    (tmp_path / "runs" / "a" / "snip.png").write_bytes(b"a figure")
+    (tmp_path / "runs" / "a" / "other.png").write_bytes(b"another")
     results = tmp_path / "results"
     assert main(["report", "--write", "results"]) == 0
+    assert [path.name for path in (results / "figures").iterdir()] == ["snip.png"]  # what the page shows
+    kept = json.loads((results / "records/snip.json").read_text())
+    assert kept["headline"] == {"variant": "snip 90%", "metric": "error"} and "folder" not in kept["runs"][0]
     page = results / "snip.md"
     written = page.read_text().replace(" | ".join(pages.VERDICTS), "direction shown")
-    written = written.replace("**What differs from the paper.**", "By hand.")
+    written = written.replace("What the run is:", "By hand:")
     claim = "**Claim.** One cut is\nenough.\n\n**Verdict.**"
     page.write_text(re.sub(r"\*\*Claim.*?\*\*Verdict\.\*\*", claim, written, flags=re.DOTALL))
     shutil.rmtree(tmp_path / "runs")
@@ -96,7 +101,7 @@ def test_report_writes_records_and_pages_and_keeps_what_is_written_by_hand(tmp_p
     made(tmp_path / "runs" / "vgg", "snip", {"snip 90%": {"error": [7.0]}}, model="vgg")
     assert main(["report", "--write", "results"]) == 0
     text = page.read_text()
-    assert "By hand." in text and "| **model=lenet** |" in text and "| **model=vgg** |" in text
+    assert "By hand:" in text and "| **model=lenet** |" in text and "| **model=vgg** |" in text
     assert "| snip 90% | 0.5 | 1.6 (paper) | 1 |" in text and "1.5" not in text.partition("<!-- commands -->")[0]
     assert "Target, paper: Lee et al., table 1." in text and text.count("- `python -m experiments run snip") == 2
     index = (results / "README.md").read_text().splitlines()
