@@ -29,7 +29,8 @@ class Options(options.Options):
 
     data_dir: str | None = None  # folder of prepared instances; None: one that is made from a bundled photograph
     instances: tuple[str, ...] | None = None  # None: all prepared ones, or without data_dir the embedded one
-    solvers: tuple[Annotated[str, OneOf(SOLVERS)], ...] = ("sgm-4", "isgmr-4", "trwp-4", "mean_field-4")  # trws: g++
+    # sgm, sgm_path_costs, isgmr, trwp or mean_field, each with -4, -8 or -16 directions; trws needs g++
+    solvers: tuple[Annotated[str, OneOf(SOLVERS)], ...] = ("sgm-4", "isgmr-4", "trwp-4", "mean_field-4")
     iterations: Count = 50
     evaluate_every: Count = 1  # iterations between energies
     smoothness: Literal["linear", "quadratic"] = "linear"  # this and the next two: V of your own instance
