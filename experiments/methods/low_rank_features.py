@@ -30,7 +30,7 @@ PyTree = Any
 Method = Literal["plain", "low_rank"]
 NAMES = {
     "test_error": "test error (%)",
-    "test_error_projected": "error from `rank` directions (%)",
+    "test_error_projected": "error from a few directions (%)",
     "variance_kept": "variance in them (%)",
 }
 
