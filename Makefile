@@ -26,7 +26,7 @@ test-newest: .venv-3.12/installed
 
 DOCS = $(if $(NEWEST),.venv-3.12,.venv)
 docs: $(DOCS)/docs-installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet --config-file docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --config-file docs/mkdocs.yml
 
 lint: .venv/installed
 	.venv/bin/ruff check .

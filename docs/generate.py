@@ -25,7 +25,7 @@ def public_modules() -> dict[str, types.ModuleType]:
         if "._" not in module.name:
             names.append(module.name)
     modules = {name: importlib.import_module(name) for name in sorted(names)}
-    return {name: module for name, module in modules.items() if hasattr(module, "__all__")}
+    return {name: module for name, module in modules.items() if getattr(module, "__all__", ())}
 
 
 def names_of(module: types.ModuleType) -> list[str]:
@@ -76,6 +76,22 @@ def api_pages() -> dict[str, str]:
             ]
         pages[page_path(module_name)] = "\n".join(lines) + "\n"
     return pages
+
+
+def gallery_page() -> str:
+    """Every figure of the results' pages with the claim of its experiment and the command that drew it."""
+    lines = ["# Gallery", "", "Every figure of the experiments, with the claim that it bears on and the command.", ""]
+    for path in sorted((REPOSITORY / "experiments" / "results").glob("*.md")):
+        text = path.read_text()
+        figures = re.findall(r"!?\[([^\]]*)\]\((figures/[^)]+\.png)\)", text.replace("\n", " "))
+        if path.name == "README.md" or not figures:
+            continue
+        claim = re.search(r"^\*\*Claim\.\*\* (.*)$", text, re.MULTILINE)[1]
+        command = re.search(r"`(python -m experiments run [^`]+)`", text)[1]
+        lines += [f"## [{path.stem}](experiments/results/{path.name})", "", claim, "", "```sh", command, "```", ""]
+        for caption, figure in figures:
+            lines += [f"![{caption}](experiments/results/{figure})", "", f"*{caption}*", ""]
+    return "\n".join(lines)
 
 
 def references_page() -> str:

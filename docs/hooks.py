@@ -3,6 +3,7 @@
 Mathematics becomes MathML while the site is built, so that a browser needs neither a script nor a network.
 """
 
+import concurrent.futures
 import html
 import logging
 import pathlib
@@ -52,8 +53,11 @@ def on_files(files, config):
     for path, text in generate.api_pages().items():
         files.append(File.generated(config, path, content=text))
     files.append(File.generated(config, "references.md", content=generate.references_page()))
-    for source in sorted((pathlib.Path(config.docs_dir) / "notebooks").glob("*.py")):
-        page, images = notebooks.render(source)
+    files.append(File.generated(config, "gallery.md", content=generate.gallery_page()))
+    sources = sorted((pathlib.Path(config.docs_dir) / "notebooks").glob("*.py"))
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+        rendered = list(pool.map(notebooks.render, sources))
+    for source, (page, images) in zip(sources, rendered, strict=True):
         files.append(File.generated(config, f"notebooks/{source.stem}.md", content=page))
         for name, content in images.items():
             files.append(File.generated(config, f"notebooks/{name}", content=content))

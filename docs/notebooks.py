@@ -17,6 +17,7 @@ import sys
 import tempfile
 from typing import NamedTuple
 
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 CELL = re.compile(r"^# %%(?: \[(markdown)\])?[^\n]*\n", re.MULTILINE)
 
 
@@ -42,7 +43,8 @@ def cells_of(path: pathlib.Path) -> list[Cell]:
 
 def run(path: pathlib.Path) -> list[Output]:
     """Executes the code cells in order and returns what each shows; a cell that fails raises with its traceback."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg", "JAX_NUM_CPU_DEVICES": "8"}
+    quick_to_compile = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | quick_to_compile | {"MPLBACKEND": "agg", "PYTHONPATH": str(REPOSITORY)}
     with tempfile.NamedTemporaryFile(suffix=".json") as shown:
         done = subprocess.run(
             [sys.executable, __file__, path, shown.name], env=environment, capture_output=True, text=True

@@ -167,7 +167,8 @@ def check(mrf: GridMRF, num_directions: int) -> None:
             raise ValueError(f"edge_weights must be {expected} for {num_directions} directions, got {weights.shape}")
         if weights.dtype != unaries.dtype:
             raise ValueError(f"edge_weights must be {unaries.dtype} like the unaries, got {weights.dtype}")
-    _check_values(mrf)
+    with jax.ensure_compile_time_eval():  # unaries that a traced function closes over are values all the same
+        _check_values(mrf)
 
 
 def _check_values(mrf: GridMRF) -> None:

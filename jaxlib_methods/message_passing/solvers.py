@@ -99,8 +99,8 @@ def isgmr(
     oscillates.
 
     Args:
-      mrf, num_iterations, num_directions, rounding, evaluate_every, messages, checkpoint_every, temperature,
-        implementation: as in `trwp`.
+      mrf, num_iterations, num_directions, rounding: as in `trwp`.
+      evaluate_every, messages, checkpoint_every, temperature, implementation: likewise.
 
     Returns:
       A `Solution`; its bounds are valid but useless.

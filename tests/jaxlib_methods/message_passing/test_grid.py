@@ -154,3 +154,11 @@ def test_rebuilding_a_problem_never_recompiles(key):
         for weight in (3.0, 4, np.float32(5.0), jnp.float32(6.0)):
             solve(weight, UNARIES + 1.0)
         assert _plain._cache_size() == before
+
+
+def test_a_traced_function_may_close_over_a_problem():
+    mrf = mp.GridMRF(UNARIES.at[0, 0, 0].set(-1.0), POTTS, jnp.ones((4, 4, 5)))
+    assert jax.jit(lambda: mp.sgm(mrf).labels)().sum() == 0
+    broken = mrf._replace(unaries=UNARIES.at[1, 2, 0].set(jnp.nan))
+    with pytest.raises(ValueError, match="NaN"):
+        jax.jit(lambda: mp.sgm(broken).labels)()
