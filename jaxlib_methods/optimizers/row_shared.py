@@ -75,7 +75,7 @@ def scale_by_row_shared_adam(
       >>> [round(float(u), 6) for u in direction[0]]  # Adam's is (1, 1)
       [0.848528, 1.131371]
 
-    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; the mean as the row's statistic is the specification's
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; the mean as the row's statistic is our reading
       [ramasinghe2025protocol].
     """
     checks.within("[0, 1)", b1=b1, b2=b2)
