@@ -36,19 +36,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from experiments._machinery import loop, plots
+from experiments._machinery import plots
 from experiments._machinery.errors import NonFiniteLossError
 from experiments._machinery.options import Count, Positive
 from experiments._machinery.records import Case, Outcome, Target, Targets
-from experiments.data import text
 from experiments.tasks import coded_decoder, language_modelling
-from experiments.tasks.coded_decoder import CodedDecoder
+from experiments.tasks.coded_decoder import CodedDecoder, Training
 from jaxlib_methods import models, optimizers
 from jaxlib_methods.parallel import boundaries
-from jaxlib_methods.parallel.boundaries import grassmann
 
 PyTree = Any
 Method = Literal[
@@ -105,7 +102,7 @@ TUNED_BY = "validation_loss"
 
 class Shared(NamedTuple):
     config: Config
-    training: Callable[[Method], "Training"]  # kept for all learning rates and seeds of a method
+    training: Callable[[Method], Training]  # kept for all learning rates and seeds of a method
 
 
 def variants(config: Config) -> dict[str, Method]:
@@ -118,12 +115,20 @@ def candidates(config: Config, row: str, chosen: dict[str, float]) -> Sequence[f
 
 def load(config: Config) -> Shared:
     task = language_modelling.load(config)
-    return Shared(config, functools.lru_cache(maxsize=1)(functools.partial(Training, config, task)))
+    return Shared(config, functools.lru_cache(maxsize=1)(functools.partial(training, config, task)))
+
+
+def training(config: Config, task: language_modelling.Task, method: Method) -> Training:
+    network, steps = (
+        decoder(config, task.config, method),
+        config.steps * (config.longer if method == "subspace_long" else 1),
+    )
+    return Training(config, task, network, make_optimizer(config, network, method, steps), steps)
 
 
 def run(shared: Shared, method: Method, seed: int, workdir: Any, rate: float) -> Outcome:
-    training = shared.training(method)
-    network = training.network
+    trained = shared.training(method)
+    network = trained.network
     about = {
         "learning_rate": rate,
         "parameters": network.parameters,
@@ -131,7 +136,7 @@ def run(shared: Shared, method: Method, seed: int, workdir: Any, rate: float) ->
         "bytes backward": network.bytes[1],
     }
     try:
-        curve, moves = training.fit(rate, seed, workdir)
+        curve, moves = trained.fit(rate, seed, workdir)
     except NonFiniteLossError as error:
         print(f"diverged: {error}", flush=True)
         return Outcome(about)
@@ -184,86 +189,6 @@ def make_optimizer(config: Config, network: CodedDecoder, method: Method, steps:
         optax.inject_hyperparams(optax.scale)(step_size=1.0),
         optax.scale(-1.0),
     )
-
-
-class Training:
-    """All runs of a method share one compiled program: the learning rate is an array in the state."""
-
-    def __init__(self, config: Config, task: language_modelling.Task, method: Method):
-        self.config, self.task = config, task
-        self.network = network = decoder(config, task.config, method)
-        self.steps = config.steps * (config.longer if method == "subspace_long" else 1)
-        self.optimizer = make_optimizer(config, network, method, self.steps)
-
-        def loss_fn(params: PyTree, states: PyTree, windows: jax.Array, key: jax.Array):
-            del key
-            losses, states = network.losses(params, states, windows)
-            return losses.mean(), (states, {})
-
-        def per_window(params: PyTree, states: PyTree, windows: jax.Array) -> dict[str, jax.Array]:
-            # The boundaries of validation windows remember nothing of the training batch.
-            resized = lambda leaf: jax.ShapeDtypeStruct((len(windows), *leaf.shape[1:]), leaf.dtype)
-            states = network.states(jax.tree.map(resized, network.like), *([] if network.basis is None else states[:1]))
-            return {"loss": network.losses(params, states, windows)[0].mean(axis=1)}
-
-        held_out = text.validation_rows(task.text.validation, task.config.block_size, config.validation_windows)
-        self.loss_fn = loss_fn
-        self.evaluate = loop.evaluator(per_window, held_out, batch_size=config.batch_size, prefix="validation_")
-
-    def fit(self, rate: float, seed: int, workdir: Any) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-        """Evaluations by step, and the moves of the basis."""
-        config = self.config
-        init_key, train_key = jax.random.split(jax.random.key(seed))
-        params, states = self.network.init(init_key), self.network.states()
-        state = loop.init_state(params, self.optimizer, key=train_key, model_state=states)
-        state = state._replace(opt_state=optax.tree_utils.tree_set(state.opt_state, step_size=jnp.float32(rate)))
-        moving, history, moves = self.network.basis is not None, [], []
-        every = config.basis_every if moving else self.steps
-        for stop in (*range(every, self.steps, every), self.steps):
-            # The checkpoint at the end of a part holds the state before the move: each part has its own folder.
-            folder = workdir / "checkpoints" / f"until_{stop}" if moving else workdir
-            state, records = loop.fit(
-                self.loss_fn,
-                self.optimizer,
-                state,
-                self.task.rows,
-                batch_size=config.batch_size,
-                steps=stop,
-                steps_per_call=min(25, config.evaluate_every),
-                augment=self.task.window,
-                evaluate=self.evaluate,
-                evaluate_every=config.evaluate_every,
-                workdir=folder,
-                checkpoint_every=200,
-                mesh=self.task.rows.mesh,
-                label=f"{workdir.name} lr={rate:g}",
-            )
-            history += records
-            if moving:
-                windows = self.task.calibration(config.basis_batches * config.batch_size, seed=stop)
-                captured, moved = self.move(state, windows.reshape(config.basis_batches, config.batch_size, -1))
-                state = moved if stop < self.steps else state
-                cost = self.evaluate(state)["validation_loss"] - records[-1]["validation_loss"]
-                moves.append({"step": stop, "captured": float(captured), "cost": cost})
-        return language_modelling.evaluations(history), moves
-
-    @functools.cached_property
-    def move(self) -> Callable[[loop.TrainState, jax.Array], tuple[jax.Array, loop.TrainState]]:
-        """Jitted: (state, windows) -> the share of the gradients in the subspace, the state in the moved basis."""
-
-        def move(state: loop.TrainState, windows: jax.Array) -> tuple[jax.Array, loop.TrainState]:
-            U, ends = state.model_state
-            Y, total = self.network.moments(state.params, state.model_state, windows)
-            moved = grassmann.grassmann_step(U, Y / jnp.linalg.norm(Y, 2), self.config.basis_step)
-            change = lambda tree: grassmann.change_basis(tree, U, moved, self.network.coordinates)
-            m = change(optax.tree_utils.tree_get(state.opt_state, "m"))
-            return jnp.sum(U * Y) / total, state._replace(
-                params=change(state.params),
-                opt_state=optax.tree_utils.tree_set(state.opt_state, m=m),
-                model_state=(moved, ends),
-            )
-
-        return jax.jit(move)
 
 
 def compare(shared: Shared, cases: list[Case]) -> list[tuple[str, int, dict[str, float]]]:

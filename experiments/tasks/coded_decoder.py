@@ -1,16 +1,20 @@
 """A decoder on one device with a coded boundary after every block but the last: what a pipeline would compute."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
+from experiments._machinery import loop
+from experiments.data import text
 from experiments.tasks import language_modelling
 from jaxlib_methods import models, parallel, trees
 from jaxlib_methods.parallel import boundaries
-from jaxlib_methods.parallel.boundaries import Codec, Subspace
+from jaxlib_methods.parallel.boundaries import Codec, Subspace, grassmann
 from jaxlib_methods.typing import PyTree
 
 COORDINATES = r"^embed/tokens|(out|down)/(kernel|bias)$"  # of the constrained blocks
@@ -130,3 +134,96 @@ def _decoder(
         bytes=tuple(size / windows.size for size in sizes),
         basis=basis if moving else None,
     )
+
+
+class Training:
+    """All runs of a network share one compiled program: the learning rate is `step_size` in the optimizer's state.
+
+    Args:
+      config: options of the language model; where the basis moves, with `basis_every`, `basis_batches`, `basis_step`.
+      task: of these options.
+      network: what is trained.
+      optimizer: how.
+      steps: how long.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        task: language_modelling.Task,
+        network: CodedDecoder,
+        optimizer: optax.GradientTransformation,
+        steps: int,
+    ):
+        self.config, self.task, self.network, self.optimizer = config, task, network, optimizer
+        self.steps = steps
+
+        def loss_fn(params: PyTree, states: PyTree, windows: jax.Array, key: jax.Array):
+            del key
+            losses, states = network.losses(params, states, windows)
+            return losses.mean(), (states, {})
+
+        def per_window(params: PyTree, states: PyTree, windows: jax.Array) -> dict[str, jax.Array]:
+            # The boundaries of validation windows remember nothing of the training batch.
+            resized = lambda leaf: jax.ShapeDtypeStruct((len(windows), *leaf.shape[1:]), leaf.dtype)
+            states = network.states(jax.tree.map(resized, network.like), *([] if network.basis is None else states[:1]))
+            return {"loss": network.losses(params, states, windows)[0].mean(axis=1)}
+
+        held_out = text.validation_rows(task.text.validation, task.config.block_size, config.validation_windows)
+        self.loss_fn = loss_fn
+        self.evaluate = loop.evaluator(per_window, held_out, batch_size=config.batch_size, prefix="validation_")
+
+    def fit(self, rate: float, seed: int, workdir: Any) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+        """Evaluations by step, and the moves of the basis."""
+        config = self.config
+        init_key, train_key = jax.random.split(jax.random.key(seed))
+        params, states = self.network.init(init_key), self.network.states()
+        state = loop.init_state(params, self.optimizer, key=train_key, model_state=states)
+        state = state._replace(opt_state=optax.tree_utils.tree_set(state.opt_state, step_size=jnp.float32(rate)))
+        moving, history, moves = self.network.basis is not None, [], []
+        every = config.basis_every if moving else self.steps
+        for stop in (*range(every, self.steps, every), self.steps):
+            # The checkpoint at the end of a part holds the state before the move: each part has its own folder.
+            folder = workdir / "checkpoints" / f"until_{stop}" if moving else workdir
+            state, records = loop.fit(
+                self.loss_fn,
+                self.optimizer,
+                state,
+                self.task.rows,
+                batch_size=config.batch_size,
+                steps=stop,
+                steps_per_call=min(25, config.evaluate_every),
+                augment=self.task.window,
+                evaluate=self.evaluate,
+                evaluate_every=config.evaluate_every,
+                workdir=folder,
+                checkpoint_every=200,
+                mesh=self.task.rows.mesh,
+                label=f"{workdir.name} lr={rate:g}",
+            )
+            history += records
+            if moving:
+                windows = self.task.calibration(config.basis_batches * config.batch_size, seed=stop)
+                captured, moved = self.move(state, windows.reshape(config.basis_batches, config.batch_size, -1))
+                state = moved if stop < self.steps else state
+                cost = self.evaluate(state)["validation_loss"] - records[-1]["validation_loss"]
+                moves.append({"step": stop, "captured": float(captured), "cost": cost})
+        return language_modelling.evaluations(history), moves
+
+    @functools.cached_property
+    def move(self) -> Callable[[loop.TrainState, jax.Array], tuple[jax.Array, loop.TrainState]]:
+        """Jitted: (state, windows) -> the share of the gradients in the subspace, the state in the moved basis."""
+
+        def move(state: loop.TrainState, windows: jax.Array) -> tuple[jax.Array, loop.TrainState]:
+            U, ends = state.model_state
+            Y, total = self.network.moments(state.params, state.model_state, windows)
+            moved = grassmann.grassmann_step(U, Y / jnp.linalg.norm(Y, 2), self.config.basis_step)
+            change = lambda tree: grassmann.change_basis(tree, U, moved, self.network.coordinates)
+            m = change(optax.tree_utils.tree_get(state.opt_state, "m"))
+            return jnp.sum(U * Y) / total, state._replace(
+                params=change(state.params),
+                opt_state=optax.tree_utils.tree_set(state.opt_state, m=m),
+                model_state=(moved, ends),
+            )
+
+        return jax.jit(move)

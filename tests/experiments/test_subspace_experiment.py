@@ -26,7 +26,7 @@ def test_a_move_projects_the_constrained_weights_onto_the_new_subspace_and_chang
     """Z U^T becomes Z U^T U' U'^T: the moved network is the dense one with these weights."""
     config = subspace.Config(**subspace.SMOKE | {"batch_size": 11})
     task = language_model.load(config)
-    runs = subspace.Training(config, task, "subspace_moving")
+    runs = subspace.training(config, task, "subspace_moving")
     rng = np.random.default_rng(0)
     draw = lambda tree: jax.tree.map(lambda p: jnp.asarray(rng.normal(scale=0.3, size=p.shape), p.dtype), tree)
     params = draw(jax.eval_shape(runs.network.init, jax.random.key(0)))
@@ -85,6 +85,9 @@ def test_steps_ratio_is_read_off_the_curve():
     shared = subspace.Shared(subspace.Config(steps=20), None)
     assert subspace.compare(shared, cases) == [("subspace_long", 0, {"steps_ratio": 2.0})]
     assert subspace.compare(shared, cases[2:]) == []
+    published = subspace.Config(preset="llama_small", layers=8, width=1024, heads=8, rank=160)
+    assert subspace.targets(published)["subspace_long"]["steps_ratio"].value == pytest.approx(3.12, abs=0.005)
+    assert not subspace.targets(subspace.Config())
 
 
 def test_errors_name_the_option():
