@@ -11,7 +11,7 @@ from flax import nnx
 from benchmarks._machinery import staged_decoder
 from benchmarks.timing import Case, Implementation, Options, Record, measure
 from jaxlib_methods import models, parallel
-from jaxlib_methods.parallel.pipelines import communication, links
+from jaxlib_methods.parallel.pipelines import communication, links, step_time
 
 PyTree = Any
 DESIGN = {"position": "rotary", "norm": "rms", "mlp": "gelu", "bias": False, "head_bias": False}
@@ -201,7 +201,7 @@ def update_seconds(
     """
     forward, backward = shapes.messages[boundaries]
     reduced, waits = shapes.reduced[averaged] if averaged else 0, averaged is not None and not tau
-    predicted = links.predict_step(
+    predicted = step_time.predict_step(
         shapes.costs._replace(forward_bytes=forward, backward_bytes=backward, gradient_bytes=reduced if waits else 0),
         link,
         num_stages=setting.stages,
