@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from jaxlib_methods._core import checks
 from jaxlib_methods._core.dtypes import compute_dtype
-from jaxlib_methods._core.linalg import matmul
+from jaxlib_methods._core.linalg import eye_like, matmul, newton_schulz_step, transpose
 from jaxlib_methods.typing import PolarMethod
 
 # Above this, Newton-Schulz needs more passes over A than QDWH needs factorisations.
@@ -39,16 +39,8 @@ GRAM_MIN_COLUMNS = 32
 _MAX_STEPS = 80
 
 
-def _t(X: jax.Array) -> jax.Array:
-    return jnp.swapaxes(X, -1, -2)
-
-
-def _eye_like(G: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(jnp.eye(G.shape[-1], dtype=G.dtype), G.shape)
-
-
 def _between(V: jax.Array, X: jax.Array) -> jax.Array:
-    return matmul(matmul(V, X), _t(V))
+    return matmul(matmul(V, X), transpose(V))
 
 
 def _scalings(condition: float) -> list[float]:
@@ -73,7 +65,7 @@ def _newton_schulz(A: jax.Array, condition: float | None) -> tuple[jax.Array, ja
     K = A.shape[-1]
     X, _ = _order_one(A)
     # ||A^T A||_F^(1/2) bounds ||A||_2 more tightly than ||A||_F. It still overestimates it by up to K^(1/4).
-    G = matmul(_t(X), X)
+    G = matmul(transpose(X), X)
     bound = jnp.sqrt(jnp.sqrt(jnp.sum(G * G, axis=(-2, -1), keepdims=True)))
     X = X / jnp.where(bound > 0, bound, 1)
     # Optimal stretches for a lower end that is too low only cost steps; for one too high the loop below goes on.
@@ -81,37 +73,37 @@ def _newton_schulz(A: jax.Array, condition: float | None) -> tuple[jax.Array, ja
     tolerance = math.sqrt(float(jnp.finfo(A.dtype).eps))
 
     def residual(X):
-        G = matmul(_t(X), X)
-        return G, jnp.sqrt(jnp.max(jnp.sum((G - _eye_like(G)) ** 2, axis=(-2, -1))))
+        G = matmul(transpose(X), X)
+        return G, jnp.sqrt(jnp.max(jnp.sum((G - eye_like(G)) ** 2, axis=(-2, -1))))
 
     def step(carry):
         X, G, _, i = carry
         a = stretches[jnp.minimum(i, len(stretches) - 1)]
-        X = 1.5 * a * X - 0.5 * a**3 * matmul(X, G)
+        X = newton_schulz_step(X, G, (1.5 * a, -0.5 * a**3))
         return X, *residual(X), i + 1
 
     # Quadratic convergence: one step past a residual of sqrt(eps) reaches eps.
     X, G, r, _ = jax.lax.while_loop(lambda c: (c[2] > tolerance) & (c[3] < _MAX_STEPS), step, (X, *residual(X), 0))
-    return 1.5 * X - 0.5 * matmul(X, G), r <= tolerance
+    return newton_schulz_step(X, G, (1.5, -0.5)), r <= tolerance
 
 
 def _gram(A: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """U, s, V with A = U V diag(s) V^T, and whether all matrices of the batch have converged."""
     X, peak = _order_one(A)
-    w, V = jnp.linalg.eigh(matmul(_t(X), X), symmetrize_input=False)
+    w, V = jnp.linalg.eigh(matmul(transpose(X), X), symmetrize_input=False)
     eps = float(jnp.finfo(A.dtype).eps)
     top = jnp.maximum(w[..., -1:], eps)
     s = jnp.sqrt(jnp.maximum(w, eps * top))
-    U = matmul(X, matmul(V / s[..., None, :], _t(V)))
+    U = matmul(X, matmul(V / s[..., None, :], transpose(V)))
     tolerance = math.sqrt(eps)
     sums_inverse = 1 / (s[..., :, None] + s[..., None, :])
 
     def newton(U):
         # U (I + C) with C = Omega - E/2, E = U^T U - I and a skew Omega meets both conditions to second order.
-        E, B = matmul(_t(U), U), matmul(_t(U), X)
-        E = E - _eye_like(E)
+        E, B = matmul(transpose(U), U), matmul(transpose(U), X)
+        E = E - eye_like(E)
         D = B - matmul(E, B) / 2
-        C = _between(V, matmul(matmul(_t(V), D - _t(D)), V) * sums_inverse) - E / 2
+        C = _between(V, matmul(matmul(transpose(V), D - transpose(D)), V) * sums_inverse) - E / 2
         return B, C, jnp.sqrt(jnp.max(jnp.sum(C * C, axis=(-2, -1))))
 
     def step(carry):
@@ -123,8 +115,8 @@ def _gram(A: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     going_on = lambda c: (c[3] > tolerance) & (c[3] < 0.25) & (c[4] < 5)
     U, B, C, r, _ = jax.lax.while_loop(going_on, step, (U, *newton(U), 0))
     U = U + matmul(U, C)
-    P = B + matmul(_t(C), B)
-    P = (P + _t(P)) / 2
+    P = B + matmul(transpose(C), B)
+    P = (P + transpose(P)) / 2
     # The eigenvectors serve P as they do A^T A, unless two singular values are so small that it cannot tell them apart;
     # the eigenvalues are P's own.
     distinct = jnp.all(0.1 * tolerance * w[..., min(1, A.shape[-1] - 1)] > eps * top[..., 0])
@@ -146,8 +138,8 @@ def _factors(
     def with_spectrum(U: jax.Array) -> tuple[jax.Array, ...]:
         if not spectrum:
             return (U,)
-        P = matmul(_t(U), A)
-        s, V = jnp.linalg.eigh((P + _t(P)) / 2, symmetrize_input=False)
+        P = matmul(transpose(U), A)
+        s, V = jnp.linalg.eigh((P + transpose(P)) / 2, symmetrize_input=False)
         return U, jnp.maximum(s, 0), V
 
     if method is None:
@@ -167,7 +159,7 @@ def _factors(
         return jax.lax.platform_dependent(A, cpu=on_cpu, default=newton_schulz_or_svd)
     if method == "svd":
         Q, s, Vt = jnp.linalg.svd(A, full_matrices=False)
-        return (matmul(Q, Vt), s, _t(Vt)) if spectrum else (matmul(Q, Vt),)
+        return (matmul(Q, Vt), s, transpose(Vt)) if spectrum else (matmul(Q, Vt),)
     if method == "gram":
         factors = _gram(A)[:3]
         return factors if spectrum else factors[:1]
@@ -187,22 +179,22 @@ def _polar_forward(A, method, condition):
 def _polar_backward(method, condition, residuals, G):
     A, U, s, V = residuals
     d, K = U.shape[-2:]
-    UtG = matmul(_t(U), G)
+    UtG = matmul(transpose(U), G)
     # What lies below round-off of A cannot carry a derivative: the minimum-norm answer drops it.
     floor = float(jnp.finfo(s.dtype).eps) * d * jnp.max(s, axis=-1, keepdims=True)
     sums = s[..., :, None] + s[..., None, :]
     sums_inverse = jnp.where(sums > floor[..., None], 1 / jnp.where(sums > 0, sums, 1), 0)
     # P in the basis V: diagonal up to the error of the eigensolver. One step of refinement per solution squares that.
-    P = matmul(matmul(_t(V), matmul(_t(U), A)), V)
-    P = (P + _t(P)) / 2
-    S = matmul(_t(V), matmul(UtG - _t(UtG), V))
+    P = matmul(matmul(transpose(V), matmul(transpose(U), A)), V)
+    P = (P + transpose(P)) / 2
+    S = matmul(transpose(V), matmul(UtG - transpose(UtG), V))
     Omega = S * sums_inverse
     POmega = matmul(P, Omega)
-    Omega = _between(V, Omega + (S - POmega + _t(POmega)) * sums_inverse)
+    Omega = _between(V, Omega + (S - POmega + transpose(POmega)) * sums_inverse)
     if d == K:  # a square U leaves no orthogonal complement: round-off over s_min is all that would be added
         return (matmul(U, Omega),)
     s_inverse = jnp.where(s > floor, 1 / jnp.where(s > 0, s, 1), 0)
-    P_inverse = 2 * s_inverse[..., None] * _eye_like(P) - s_inverse[..., :, None] * P * s_inverse[..., None, :]
+    P_inverse = 2 * s_inverse[..., None] * eye_like(P) - s_inverse[..., :, None] * P * s_inverse[..., None, :]
     return (matmul(U, Omega) + matmul(G - matmul(U, UtG), _between(V, P_inverse)),)
 
 
@@ -244,6 +236,6 @@ def polar(A: jax.Array, *, method: PolarMethod | None = None, condition: float |
         checks.one_of(PolarMethod, method=method)
     checks.at_least(1, remedy="leave it out when it is unknown", condition=condition)
     if A.shape[-2] < A.shape[-1]:
-        return _t(polar(_t(A), method=method, condition=condition))
+        return transpose(polar(transpose(A), method=method, condition=condition))
     compute = A.astype(compute_dtype(A.dtype))
     return _polar(compute, method, condition).astype(A.dtype)

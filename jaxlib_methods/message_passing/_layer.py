@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import compute_dtype
 from jaxlib_methods.kernels.scanline import Pairwise
 from jaxlib_methods.message_passing._mean_field import mean_field
 from jaxlib_methods.message_passing.grid import DIRECTIONS, GridMRF, both_directions, shift_grid
@@ -81,7 +82,7 @@ class MessagePassing(nnx.Module):
 
         Inference runs in float32 for logits of less, and its result has the dtype of the logits.
         """
-        dtype = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
+        dtype = compute_dtype(logits.dtype)
         x = logits.astype(dtype)
         table = self.compatibility().astype(dtype)
         pairwise = Pairwise("table", jnp.ones((), dtype), table=table, semimetric=True)

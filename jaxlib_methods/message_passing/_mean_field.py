@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods._core import checks
+from jaxlib_methods._core.linalg import matmul
 from jaxlib_methods.kernels.scanline import dense
 from jaxlib_methods.message_passing._problem import Problem, Schedule
 from jaxlib_methods.message_passing._programs import Solution, argmin, unbatched
@@ -72,11 +73,10 @@ def _mean_field(evaluate: bool, remat: bool, problem: Problem) -> tuple[jax.Arra
 
     def update(c: jax.Array, _: None) -> tuple[jax.Array, jax.Array | None]:
         q = jax.nn.softmax(-c, axis=-1)
-        multiply = functools.partial(jnp.matmul, precision="highest")
         if pairwise.kind == "table":
-            c = unaries + multiply(neighbours(q, 0), v) + multiply(neighbours(q, 1), v.T)
+            c = unaries + matmul(neighbours(q, 0), v) + matmul(neighbours(q, 1), v.T)
         else:
-            c = unaries + multiply(neighbours(q, 0) + neighbours(q, 1), v)
+            c = unaries + matmul(neighbours(q, 0) + neighbours(q, 1), v)
         if not evaluate:
             return c, None
         return c, grid_energy(unaries, pairwise, weights, argmin(c), 4, unaries.dtype)

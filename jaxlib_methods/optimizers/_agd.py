@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlib_methods._core.dtypes import common_compute_dtype, compute_dtype
+from jaxlib_methods._core.linalg import haar
 from jaxlib_methods.typing import PyTree
 
 
@@ -52,11 +54,7 @@ def agd_initializer() -> Callable[..., jax.Array]:
         key: jax.Array, shape: Sequence[int], dtype: jax.typing.DTypeLike = jnp.float32, out_sharding: Any = None
     ) -> jax.Array:
         sigma = _sigma(shape)
-        wide = shape[-2] < shape[-1]
-        tall = (*shape[:-2], shape[-1], shape[-2]) if wide else tuple(shape)
-        Q, R = jnp.linalg.qr(jax.random.normal(key, tall, jnp.float64 if dtype == jnp.float64 else jnp.float32))
-        Q = Q * jnp.sign(jnp.diagonal(R, axis1=-2, axis2=-1))[..., None, :]
-        W = (sigma * (jnp.swapaxes(Q, -1, -2) if wide else Q)).astype(dtype)
+        W = (sigma * haar(key, shape, compute_dtype(dtype))).astype(dtype)
         return W if out_sharding is None else jax.sharding.reshard(W, out_sharding)
 
     return init
@@ -95,7 +93,7 @@ def scale_by_agd() -> optax.GradientTransformationExtraArgs:
         leaves, structure = jax.tree.flatten(updates)
         if not leaves:
             return updates, state
-        dtype = jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
+        dtype = common_compute_dtype(leaves)
         L = len(leaves)
         sigmas = [_sigma(leaf.shape) for leaf in leaves]
         squares = [jnp.sum(jnp.square(leaf.astype(dtype)), axis=(-2, -1), keepdims=True) for leaf in leaves]

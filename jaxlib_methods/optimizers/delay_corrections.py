@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from jaxlib_methods._core import checks
+from jaxlib_methods._core.dtypes import compute_dtype
 from jaxlib_methods.optimizers._delay_rules import (
     Delay,
     checked_delays,
@@ -192,7 +193,7 @@ def forecast_gradients(delay: Delay, length: int = 5, order: int = 2) -> optax.G
         def forecast(g: jax.Array, ring: jax.Array | None, delay: int) -> jax.Array:
             if ring is None:
                 return g
-            dtype = jnp.float64 if ring.dtype == jnp.float64 else jnp.float32
+            dtype = compute_dtype(ring.dtype)
             weights = jnp.asarray(forecast_weights(delay, length, order), dtype)[jnp.minimum(t, length - 1)][age]
             terms = weights.reshape(length, *(1,) * g.ndim) * ring.astype(dtype)
             return jnp.sum(terms, axis=0).astype(g.dtype)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_methods._core import checks
+from jaxlib_methods._core.linalg import matmul
 from jaxlib_methods.optimizers._matrix_stacks import sharded_like, whole
 from jaxlib_methods.optimizers._moments import moments
 from jaxlib_methods.typing import PyTree
@@ -195,8 +196,7 @@ def project_rows(
 
     def onto(W: jax.Array) -> jax.Array:
         basis = U.astype(W.dtype)
-        product = lambda a, b: jnp.matmul(a, b, precision="highest")
-        return sharded_like(product(product(whole(W), basis), basis.T), W)
+        return sharded_like(matmul(matmul(whole(W), basis), basis.T), W)
 
     def update(
         updates: PyTree, state: optax.EmptyState, params: PyTree | None = None, **extra_args: Any

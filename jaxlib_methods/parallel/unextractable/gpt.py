@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlib_methods._core.dtypes import compute_dtype
+from jaxlib_methods._core.linalg import matmul
 from jaxlib_methods.models import GPT, GPTConfig, GPTStages, gpt_stages
 from jaxlib_methods.typing import PyTree
 
@@ -108,8 +110,8 @@ def as_dicts(params: PyTree) -> PyTree:
 def _fold_gain(norm: dict[str, Any], linears: Sequence[dict[str, Any]], O: jax.Array) -> None:
     w = norm["scale"]
     for linear in linears:
-        wide = jnp.float64 if w.dtype == jnp.float64 else jnp.float32
-        folded = jnp.matmul(O.T.astype(wide) * w.astype(wide)[None], linear["kernel"].astype(wide), precision="highest")
+        wide = compute_dtype(w.dtype)
+        folded = matmul(O.T.astype(wide) * w.astype(wide)[None], linear["kernel"].astype(wide))
         linear["kernel"] = folded.astype(linear["kernel"].dtype)
     norm["scale"] = jnp.ones_like(w)
 
