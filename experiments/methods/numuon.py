@@ -26,12 +26,10 @@ import functools
 import itertools
 import math
 import pathlib
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from experiments._machinery import cases as case_folders, loop, plots
@@ -170,24 +168,11 @@ def compare(study: Study, cases: list[Case]) -> list[tuple[str, int, dict[str, f
     curves = {(case.name, case.seed): watched(case) for case in cases}
     found = []
     for seed in sorted({seed for name, seed in curves if name == "numuon" and ("muon", seed) in curves}):
-        loss, *compressed = at_equal_loss(curves["muon", seed], curves["numuon", seed])
+        loss, *compressed = compression.at_equal_loss(curves["muon", seed], curves["numuon", seed])
         label = f"loss svd_llm -{100 * study.config.watched:g}% at equal loss"
         for name, value in zip(("muon", "numuon"), compressed, strict=True):
             found.append((name, seed, {"equal loss": loss, label: value}))
     return found
-
-
-def at_equal_loss(
-    one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]
-) -> tuple[float, float, float]:
-    """Both curves (full loss, compressed loss) at the higher of their final full losses.
-
-    Returns:
-      (that full loss, the first's compressed loss there, the second's), between evaluations by linear interpolation.
-    """
-    loss = max(one[-1][0], other[-1][0])
-    read_off = lambda curve: float(np.interp(loss, *zip(*sorted(curve), strict=True)))
-    return loss, read_off(one), read_off(other)
 
 
 @functools.lru_cache(maxsize=8)  # the same object for every seed, so that the training step is compiled once

@@ -34,7 +34,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from experiments._machinery import loop, plots
@@ -42,7 +41,7 @@ from experiments._machinery.errors import NonFiniteLossError
 from experiments._machinery.options import Count, OneOf, Positive, Share
 from experiments._machinery.records import Case, Outcome, Targets
 from experiments.tasks import language_modelling
-from experiments.tasks.staged_decoder import StagedDecoder, stage_name
+from experiments.tasks.staged_decoder import StagedDecoder, measure_staleness, stage_name
 from jaxlib_methods import models, optimizers, trees
 
 PyTree = Any
@@ -202,31 +201,6 @@ def make_optimizer(config: Config, method: str, P: int) -> optax.GradientTransfo
         links.append(optimizers.no_stash.scale_by_delay(tau, anneal_steps=round(7000 / compression)))
     chain = optax.chain(*links)
     return optax.MultiSteps(chain, MICROBATCHES).gradient_transformation() if method == "gpipe" else chain
-
-
-def measure_staleness(history: optimizers.delays.ParamHistoryState, params: PyTree) -> dict[str, float]:
-    r"""How far apart the newest and the stale weights of the first stage are, and whether momentum points there.
-
-    alignment: cosine of the angle between the step that made version s + 1 from s and the change from s + 1 to now,
-    for the second oldest version s + 1 in the ring: the delay is the first stage's less one. gap: root mean square of
-    newest minus stale weights.
-    """
-    tau = max(len(ring) for ring in jax.tree.leaves(history.history))
-    m = int(history.count)
-    if m < 2 * tau:
-        return {}
-    leaves, structure = jax.tree.flatten(params)
-    pairs = zip(leaves, structure.flatten_up_to(history.history), strict=True)
-    ((newest, ring),) = [pair for pair in pairs if pair[1] is not None and len(pair[1]) == tau]
-    newest, ring = np.asarray(newest, np.float64), np.asarray(ring, np.float64)
-    version = lambda v: ring[v % tau]
-    stale, next_one = version(m - tau), version(m - tau + 1)
-    step, change = next_one - stale, newest - next_one
-    size = np.linalg.norm(step) * np.linalg.norm(change)
-    return {
-        "alignment": float(step @ change / size) if size > 0 else 0.0,
-        "gap": float(np.sqrt(np.mean((newest - stale) ** 2))),
-    }
 
 
 def figures(task: language_modelling.Task, cases: list[Case]) -> dict[str, Any]:

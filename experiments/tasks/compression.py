@@ -7,7 +7,7 @@
 The matrices of the blocks become products of two factors, each keeping rank floor(m n keep / (m + n)).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -56,3 +56,16 @@ def rank_by_type(params: PyTree, rank: Callable[[jax.Array], jax.Array]) -> dict
         if hidden:
             found.setdefault(path.split("/")[-2], []).append(float(rank(jnp.asarray(leaf))))
     return {kind: float(np.mean(values)) for kind, values in found.items()}
+
+
+def at_equal_loss(
+    one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]
+) -> tuple[float, float, float]:
+    """Both curves (full loss, compressed loss) at the higher of their final full losses.
+
+    Returns:
+      (that full loss, the first's compressed loss there, the second's), between evaluations by linear interpolation.
+    """
+    loss = max(one[-1][0], other[-1][0])
+    read_off = lambda curve: float(np.interp(loss, *zip(*sorted(curve), strict=True)))
+    return loss, read_off(one), read_off(other)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.tasks import language_modelling
-from jaxlib_methods import models, trees
+from jaxlib_methods import models, optimizers, trees
 
 PyTree = Any
 
@@ -64,3 +64,28 @@ def stage_rules(num_blocks: int, num_stages: int) -> list[tuple[str, int]]:
     """Rules that label the parameters of a `models.GPT` with their stage, counted from 0; blocks are spread evenly."""
     of_blocks = [(f"^blocks/{block}/", block * num_stages // num_blocks) for block in range(num_blocks)]
     return [("^embed/", 0), *of_blocks, ("^head/", num_stages - 1)]
+
+
+def measure_staleness(history: optimizers.delays.ParamHistoryState, params: PyTree) -> dict[str, float]:
+    r"""How far apart the newest and the stale weights of the first stage are, and whether momentum points there.
+
+    alignment: cosine of the angle between the step that made version s + 1 from s and the change from s + 1 to now,
+    for the second oldest version s + 1 in the ring: the delay is the first stage's less one. gap: root mean square of
+    newest minus stale weights.
+    """
+    tau = max(len(ring) for ring in jax.tree.leaves(history.history))
+    m = int(history.count)
+    if m < 2 * tau:
+        return {}
+    leaves, structure = jax.tree.flatten(params)
+    pairs = zip(leaves, structure.flatten_up_to(history.history), strict=True)
+    ((newest, ring),) = [pair for pair in pairs if pair[1] is not None and len(pair[1]) == tau]
+    newest, ring = np.asarray(newest, np.float64), np.asarray(ring, np.float64)
+    version = lambda v: ring[v % tau]
+    stale, next_one = version(m - tau), version(m - tau + 1)
+    step, change = next_one - stale, newest - next_one
+    size = np.linalg.norm(step) * np.linalg.norm(change)
+    return {
+        "alignment": float(step @ change / size) if size > 0 else 0.0,
+        "gap": float(np.sqrt(np.mean((newest - stale) ** 2))),
+    }

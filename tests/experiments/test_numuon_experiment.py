@@ -109,8 +109,8 @@ def test_tuning_walks_the_grid_to_the_lowest_loss(losses, best, tried, tmp_path,
 def test_equal_loss_is_where_the_better_curve_passes_the_end_of_the_other():
     better = [(3.0, 5.0), (2.0, 4.0), (1.0, 3.0)]
     worse = [(4.0, 4.0), (1.5, 2.5)]
-    assert numuon.at_equal_loss(better, worse) == (1.5, 3.5, 2.5)
-    assert numuon.at_equal_loss(worse, better) == (1.5, 2.5, 3.5)
+    assert compression.at_equal_loss(better, worse) == (1.5, 3.5, 2.5)
+    assert compression.at_equal_loss(worse, better) == (1.5, 2.5, 3.5)
 
 
 def test_nothing_removed_changes_nothing():

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.methods import staleness
 from experiments.tasks import language_modelling
-from experiments.tasks.staged_decoder import StagedDecoder
+from experiments.tasks.staged_decoder import StagedDecoder, measure_staleness
 from jaxlib_methods.optimizers.delays import ParamHistoryState
 
 
@@ -47,13 +47,10 @@ def test_alignment_of_a_straight_walk_is_one_and_its_gap_is_its_length():
     m, tau = 9, 4
     ring = jnp.stack([walk(next(v for v in range(m - tau, m) if v % tau == slot)) for slot in range(tau)])
     state = ParamHistoryState(jnp.int32(m), {"stage00": ring, "stage01": None})
-    measured = staleness.measure_staleness(state, {"stage00": walk(m), "stage01": jnp.zeros(2)})
+    measured = measure_staleness(state, {"stage00": walk(m), "stage01": jnp.zeros(2)})
     assert measured["alignment"] == pytest.approx(1.0)
     assert measured["gap"] == pytest.approx(tau * math.sqrt(2.5))
-    assert (
-        staleness.measure_staleness(state._replace(count=jnp.int32(7)), {"stage00": walk(m), "stage01": jnp.zeros(2)})
-        == {}
-    )
+    assert measure_staleness(state._replace(count=jnp.int32(7)), {"stage00": walk(m), "stage01": jnp.zeros(2)}) == {}
 
 
 @pytest.mark.parametrize(
