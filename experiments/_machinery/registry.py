@@ -26,14 +26,13 @@ class Entry(NamedTuple):
 def entries() -> list[Entry]:
     """All experiments of the folder, by name."""
     found = []
-    for path in [*FOLDER.glob("*.py"), *(FOLDER / "methods").glob("*.py")]:
+    for path in sorted((FOLDER / "methods").glob("*.py")):
         tree = ast.parse(path.read_text())
-        names = {getattr(node, "name", None) for node in tree.body}
-        if {"Config", "train"} <= names or {"Config", "variants", "run"} <= names:
+        if {"Config", "variants", "run"} <= {getattr(node, "name", None) for node in tree.body}:
             paragraphs = [part.split() for part in (ast.get_docstring(tree) or "").split("\n\n")]
             paper = next((words[1:] for words in paragraphs if words[:1] == ["Paper:"]), [])
             found.append(Entry(path.stem, " ".join(paragraphs[0]), " ".join(paper)))
-    return sorted(found)
+    return found
 
 
 def print_list() -> int:
@@ -62,5 +61,4 @@ def load(name: str) -> ModuleType:
     known = [entry.name for entry in entries()]
     if name not in known:
         raise ExperimentError(f"unknown experiment {name!r}; known are {', '.join(known) or 'none'}")
-    converted = (FOLDER / "methods" / f"{name}.py").exists()
-    return importlib.import_module(f"experiments.methods.{name}" if converted else f"experiments.{name}")
+    return importlib.import_module(f"experiments.methods.{name}")

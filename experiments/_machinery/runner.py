@@ -6,10 +6,8 @@ import json
 import os
 import pathlib
 import platform
-import statistics
 import subprocess
 import time
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -17,7 +15,7 @@ from unittest import mock
 import jax
 
 from experiments._machinery import cluster, plots, records, registry
-from experiments._machinery.cases import run_all, seeds_of
+from experiments._machinery.cases import run_all
 from experiments._machinery.checkpoint import claim
 from experiments._machinery.errors import ExperimentError
 from experiments._machinery.files import write_json
@@ -40,7 +38,7 @@ def run(
     clock = _Clock(workdir)
     about = {"experiment": name, "config": dataclasses.asdict(config), "smoke": smoke}
     code = versions()  # of what is imported now, whatever happens to the checkout meanwhile
-    measured = _run_unconverted(module, config, workdir) if hasattr(module, "train") else _run(module, config, workdir)
+    measured = _run(module, config, workdir)
     made = {"versions": code, "device": device(), "command": command, "wall_s": round(clock.total(), 1)}
     result = json.loads(json.dumps(about | measured | made, default=str))
     if jax.process_index() == 0:
@@ -63,21 +61,6 @@ def _run(method: ModuleType, config: Any, workdir: pathlib.Path) -> dict[str, An
         "targets": records.targets_to_json(method.targets(config)),
         "shown": list(getattr(method, "SHOWN", ())),
     }
-
-
-def _run_unconverted(module: ModuleType, config: Any, workdir: pathlib.Path) -> dict[str, Any]:
-    """An experiment that is `train(config, workdir) -> {name: number or one a seed}` as a whole."""
-    metrics, std = {}, {}
-    for name, value in module.train(config, workdir).items():
-        values = value if isinstance(value, Sequence) else [value]
-        metrics[name] = statistics.fmean(values)
-        if len(values) > 1:
-            std[name] = statistics.stdev(values)
-    paper = module.PAPER(config) if callable(module.PAPER) else module.PAPER
-    targets = {name: {"value": value, "source": "PAPER", "kind": "reproduction"} for name, value in paper.items()}
-    record = {"variant": "all", "seeds": len(seeds_of(config)), "metrics": metrics, "std": std}
-    flat = metrics | {f"{name}_std": value for name, value in std.items()}
-    return {"records": [record], "targets": {"all": targets}, "shown": [], "metrics": flat, "paper": dict(paper)}
 
 
 def versions() -> dict[str, str]:
@@ -141,9 +124,7 @@ def main(name: str, options: Any, arguments: list[str], command: str) -> int:
 def _main(name: str, options: Any, arguments: list[str], command: str) -> int:
     module = registry.load(name)
     config = parse_config(module, arguments, smoke=options.smoke, name=name)
-    if hasattr(module, "prepare"):  # before JAX looks for devices
-        module.prepare(config)
-    if hasattr(module, "devices"):
+    if hasattr(module, "devices"):  # before JAX looks for them
         cluster.fake_devices(module.devices(config))
     stem = module.__name__.rpartition(".")[2]
     workdir = pathlib.Path(options.workdir or f"runs/{stem}" + ("-smoke" if options.smoke else ""))
