@@ -17,6 +17,7 @@ from experiments.tasks.grid_solvers import labels_of
 OPTIONS = {
     "bsn": {"batch_size": 127, "normalisations": ("gpn",), "depths": (3,), "learning_rates": (1e-3, 0.3, 1e4)},
     "learned_mrf": {"methods": ("trwp",)},
+    "quantize": {"batch_size": 97},
     "sentinel": {"seeds": 1},
     "unconstrained_features": {"methods": ("standard", "fixed")},
     "unextractable": {"seeds": 1},

@@ -15,16 +15,17 @@ from tests.experiments import smoke_checks
 NAMES = [entry.name for entry in registry.entries() if (registry.FOLDER / "methods" / f"{entry.name}.py").exists()]
 # Their own test runs the same, and more.
 ELSEWHERE = {"decentralised": "test_decentralised.py runs it in one process and in two"}
-RESUMED = ("snip", "stereo", "unconstrained_features")
+RESUMED = ("learned_mrf", "snip", "unconstrained_features")
 
 
 def smoke_config(module):
     """`SMOKE`, with a prime batch: that keeps to one of the eight fake devices, which on two cores mostly wait."""
     config = module.Config(**module.SMOKE)
-    options = getattr(smoke_checks, "OPTIONS", {}).get(module.__name__.rpartition(".")[2], {})
-    if hasattr(config, "batch_size") and not hasattr(module, "devices"):
+    options = smoke_checks.OPTIONS.get(module.__name__.rpartition(".")[2], {})
+    batch = getattr(config, "batch_size", None)  # None: the method's own
+    if batch and not hasattr(module, "devices"):
         prime = lambda n: all(n % k for k in range(2, math.isqrt(n) + 1))
-        options = {"batch_size": next(n for n in range(config.batch_size, 1, -1) if prime(n))} | options
+        options = {"batch_size": next(n for n in range(batch, 1, -1) if prime(n))} | options
     return module.Config(**module.SMOKE | options)
 
 
@@ -41,7 +42,7 @@ def test_smoke_run(name, tmp_path):
     config = smoke_config(module)
     result = run(module, config, tmp_path)
     rows = {record["variant"]: record["metrics"] for record in result["records"]}
-    assert rows and rows.keys() >= {row for row in module.variants(config) if row in rows}
+    assert rows
     for row, metrics in rows.items():
         assert all(math.isfinite(value) for value in metrics.values()), (row, metrics)
     for row, targets in result["targets"].items():

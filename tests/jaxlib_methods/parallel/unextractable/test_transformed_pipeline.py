@@ -15,6 +15,7 @@ from jaxlib_methods.parallel import StageModel, make_mesh, shard_batch, split_st
 from jaxlib_methods.parallel.boundaries import fixed_embedding, random_subspace
 from jaxlib_methods.parallel.unextractable import draw_transform, draw_transforms, morph_snapshot
 from jaxlib_methods.parallel.unextractable.gpt import (
+    STAGE_PATTERNS,
     gpt_transform_rules,
     transformable_gpt_params,
     transformable_gpt_stages,
