@@ -2,19 +2,7 @@
 
 import pytest
 
-from experiments._machinery import runner
 from experiments.methods import nearest_etf, unconstrained_features
-
-
-def test_free_features_collapse_under_a_learned_and_a_fixed_head(tmp_path):
-    config = unconstrained_features.Config(**unconstrained_features.SMOKE | {"methods": ("standard", "fixed")})
-    result = runner.run(unconstrained_features, config, tmp_path, smoke=True)
-    metrics = {record["variant"]: record["metrics"] for record in result["records"]}
-    assert list(metrics) == ["standard K=10", "fixed K=10"]
-    for row in metrics.values():
-        assert row["train_error"] == 0
-        assert row["nc1"] < 0.2
-    assert metrics["fixed K=10"]["nc2"] < 1e-12  # an ETF by construction
 
 
 @pytest.mark.parametrize(

@@ -60,17 +60,6 @@ def _run(config, workdir):
     return {record["variant"]: record["metrics"] for record in result["records"]}
 
 
-def test_smoke_run_restores_the_photograph(tmp_path):
-    found = _run(denoise.Config(**denoise.SMOKE), tmp_path / "run")
-    assert all(np.isfinite(value) for metrics in found.values() for value in metrics.values())
-    assert found["photograph/trwp-4"]["psnr"] > 17 and found["photograph/median_filter"]["psnr"] > 17
-    assert found["photograph/trwp-4"]["bound@1"] <= found["photograph/trwp-4"]["sequential@1"]
-    restored = np.asarray(Image.open(tmp_path / "run/restored/photograph-trwp-4.png"))
-    assert restored.shape == (26, 40) and restored.std() > 10
-    for name in ("photograph.png", "photograph-energy.png"):
-        assert Image.open(tmp_path / "run" / name).size[0] > 50
-
-
 def test_an_own_picture_is_restored(tmp_path):
     picture = grids.damaged_photograph(16, 25.0, 0.2, seed=0)
     Image.fromarray(picture.observed).save(tmp_path / "image.png")

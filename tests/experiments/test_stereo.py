@@ -1,7 +1,5 @@
 """The stereo experiment: its targets, its options, bad pixels, and the smoke run from end to end."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ from experiments._machinery import runner
 from experiments._machinery.errors import DataError
 from experiments.data import grids
 from experiments.methods import stereo
-from experiments.tasks.grid_solvers import labels_of
 
 
 def test_bad_pixels_are_off_by_more_than_one_among_the_counted():
@@ -52,26 +49,6 @@ def test_a_missing_data_set_is_a_sentence(tmp_path):
     config = stereo.Config(data_dir=str(tmp_path), instances=("map",))
     with pytest.raises(DataError, match=r"there is no .*left\.pgm; --data-dir must be"):
         runner.run(stereo, config, tmp_path / "run")
-
-
-def test_smoke_run_writes_maps_figures_and_better_energies(tmp_path):
-    config = stereo.Config(**stereo.SMOKE)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as in `python -m experiments`
-        result = runner.run(stereo, config, tmp_path / "run", smoke=True, command="test")
-    found = {record["variant"]: record["metrics"] for record in result["records"]}
-    assert all(np.isfinite(value) for metrics in found.values() for value in metrics.values())
-    assert found["synthetic/trwp-4"]["bad_pixels"] < 0.1 < 0.4 < found["synthetic/no_smoothness"]["bad_pixels"]
-    folder = tmp_path / "run/cases/synthetic-trwp-4-seed0"
-    curves = {
-        solver: json.loads((tmp_path / f"run/cases/synthetic-{solver}-seed0/metrics.json").read_text())["curve"]
-        for solver in config.solvers
-    }
-    assert curves["trwp-4"][-1]["energy"] < curves["sgm-4"][-1]["energy"]
-    assert curves["trwp-4"][-1]["bound"] <= min(point["sequential"] for point in curves["trwp-4"])
-    for name in ("synthetic.png", "synthetic-energy.png", "disparity/synthetic-trwp-4.png"):
-        assert Image.open(tmp_path / "run" / name).size[0] > 50
-    grey = np.asarray(Image.open(tmp_path / "run/disparity/synthetic-trwp-4.png"))
-    np.testing.assert_array_equal(grey, labels_of(folder)[0] * stereo.SCALES["synthetic"])
 
 
 def test_an_own_pair_is_matched_with_and_without_its_truth(tmp_path):
