@@ -8,7 +8,7 @@ through them (`shard_batch`). What crosses a boundary goes through hooks, and so
 | GPipe, 1F1B, circular 1F1B | `synchronous_pipeline` | [huang2019gpipe], [narayanan2021efficient] |
 | asynchronous 1F1B, with or without weight stashing | `asynchronous_pipeline` | [narayanan2019pipedream] |
 | | its delays of exactly P - 1 - j updates | [ajanthan2025nesterov] |
-| step time over links, the bytes that a compiled program sends | `step_time`, `links`, `communication` | [ramasinghe2025protocol] |
+| step time over links, bytes of a compiled program | `step_time`, `links`, `communication` | [ramasinghe2025protocol] |
 """
 
 from jaxlib_methods.parallel.pipelines import communication as communication, links as links, step_time as step_time
