@@ -16,7 +16,12 @@ trains, with a virtual layer whose rank `keep_rank` bounds (`project_rank` every
 """
 
 from jaxlib_methods._moved import moved_names
-from jaxlib_methods.low_rank import compression as compression, decompositions as decompositions, metrics as metrics
+from jaxlib_methods.low_rank import (
+    compression as compression,
+    decompositions as decompositions,
+    metrics as metrics,
+    search as search,
+)
 from jaxlib_methods.low_rank._low_rank_features import (
     keep_rank as keep_rank,
     low_rank_penalty as low_rank_penalty,
@@ -27,10 +32,10 @@ from jaxlib_methods.low_rank.compression import (
     compress_kernels as compress_kernels,
     factorize_kernels as factorize_kernels,
     linear_inputs as linear_inputs,
-    sensitivity_search as sensitivity_search,
 )
 from jaxlib_methods.low_rank.decompositions import asvd as asvd, svd_llm as svd_llm, truncated_svd as truncated_svd
 from jaxlib_methods.low_rank.metrics import effective_rank as effective_rank, stable_rank as stable_rank
+from jaxlib_methods.low_rank.search import sensitivity_search as sensitivity_search
 
 __all__ = [
     "asvd",

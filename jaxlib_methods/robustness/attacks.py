@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxlib_methods._core import checks
 from jaxlib_methods.robustness import _feasible
+from jaxlib_methods.robustness._arguments import Bounds, amount_of, check_arrays, look_at, raise_for
 from jaxlib_methods.robustness.jacobians import cross_entropy, logit_gram, logits_and_jacobian
 from jaxlib_methods.robustness.scaling import (
     HessianNormScaling,
@@ -35,7 +36,6 @@ __all__ = [
 ]
 
 Scaling = jax.typing.ArrayLike | NetworkJacobianScaling | HessianNormScaling | None
-Bounds = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] | None
 
 
 class AttackResult(NamedTuple):
@@ -169,14 +169,14 @@ def pgd(
     checks.one_of(AttackNorm, norm=norm)
     checks.at_least(1, num_steps=num_steps, num_restarts=num_restarts)
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    _check_arrays(images, labels)
+    check_arrays(images, labels)
     low, high = (-np.inf, np.inf) if bounds is None else bounds
-    amount = lambda name, value: _amount(name, value, images, scalar=norm != "linf")
+    amount = lambda name, value: amount_of(name, value, images, scalar=norm != "linf")
     radius, step_size = amount("radius", radius), amount("step_size", step_size)
     floor = amount("gradient_floor", gradient_floor)
-    _check_least("radius", radius, radius >= 0, "at least 0")
-    _check_least("step_size", step_size, step_size > 0, "above 0")
-    low, high = (_amount("bounds", value, images, scalar=False) for value in (low, high))
+    checks.not_negative(radius=radius)
+    checks.positive(step_size=step_size)
+    low, high = (amount_of("bounds", value, images, scalar=False) for value in (low, high))
     classes = jax.eval_shape(apply_fn, params, images).shape
     if len(classes) != 2 or classes[0] != len(images):
         raise ValueError(f"apply_fn must return logits [batch, d] for {len(images)} images, got shape {classes}")
@@ -185,8 +185,9 @@ def pgd(
         check_min_error(scaling.min_error, classes[1])
     elif scaling is not None and not isinstance(scaling, HessianNormScaling):
         scaling = jnp.asarray(scaling, images.dtype)
-        _check_least("scaling", scaling, (scaling > 0) & jnp.isfinite(scaling), "positive and finite")
-    _raise_for(_look_at(images, labels, low, high, classes[1]), classes[1], bounds)
+        checks.positive(scaling=scaling)
+        checks.finite(scaling=scaling)
+    raise_for(look_at(images, labels, low, high, classes[1]), classes[1], bounds)
 
     result, finite = _attack(
         apply_fn,
@@ -274,50 +275,3 @@ def _attack(
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
-
-
-def _check_arrays(images: jax.Array, labels: jax.Array) -> None:
-    if images.dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(
-            f"images must be float32 or float64, got {images.dtype}; divide integers by 255, or cast inside apply"
-        )
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
-    if images.ndim < 2 or labels.shape != images.shape[:1] or not images.size:
-        raise ValueError(f"images must be [batch, ...] and labels [batch], got {images.shape} and {labels.shape}")
-
-
-def _amount(name: str, value: jax.typing.ArrayLike, images: jax.Array, *, scalar: bool) -> jax.Array:
-    value = jnp.asarray(value, images.dtype)
-    if scalar and value.ndim:
-        raise ValueError(f"{name} of an L2 norm must be a number, got an array of shape {value.shape}")
-    try:
-        fits = np.broadcast_shapes(value.shape, images.shape) == images.shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(f"{name} must broadcast to the images {images.shape}, got shape {value.shape}")
-    return value
-
-
-def _check_least(name: str, value: jax.Array, holds: jax.Array, wanted: str) -> None:
-    if not isinstance(holds, jax.core.Tracer) and not bool(jnp.all(holds)):  # NaN holds nothing
-        raise ValueError(f"{name} must be {wanted}, got {np.asarray(value).tolist()}")
-
-
-@functools.partial(jax.jit, static_argnames="classes")
-def _look_at(images: jax.Array, labels: jax.Array, low: jax.Array, high: jax.Array, classes: int) -> jax.Array:
-    """Whether all values lie in the box, and whether all labels are classes: bool [2]."""
-    low, high = (jnp.broadcast_to(value, images.shape) for value in (low, high))
-    in_box = ((images >= low) & (images <= high)).all()
-    return jnp.stack([in_box, ((labels >= 0) & (labels < classes)).all()])
-
-
-def _raise_for(looked: jax.Array, classes: int, bounds: Bounds) -> None:
-    if isinstance(looked, jax.core.Tracer):
-        return
-    in_box, known = np.asarray(looked)
-    if not in_box:
-        raise ValueError(f"images must lie in the box {bounds}; give the bounds of what apply_fn is given")
-    if not known:
-        raise ValueError(f"labels must lie in [0, {classes - 1}], the classes of the logits")

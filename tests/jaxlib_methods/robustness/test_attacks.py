@@ -229,16 +229,16 @@ def test_masking_is_diagnosed_image_by_image(params):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"radius": -0.1}, ValueError, "radius must be at least 0, got -0.1"),
-        ({"radius": float("nan")}, ValueError, "radius must be"),
+        ({"radius": -0.1}, ValueError, "radius must not be negative, got -0.1"),
+        ({"radius": float("nan")}, ValueError, "radius must not be negative, got nan"),
         ({"radius": jnp.ones((3, 1))}, ValueError, r"radius must broadcast to the images \(32, 4, 4, 1\)"),
         ({"radius": jnp.ones(1), "norm": "l2"}, ValueError, "radius of an L2 norm must be a number"),
-        ({"step_size": 0.0}, ValueError, "step_size must be above 0, got 0.0"),
+        ({"step_size": 0.0}, ValueError, "step_size must be positive, got 0.0"),
         ({"num_steps": 0}, ValueError, "num_steps must be at least 1, got 0"),
         ({"num_restarts": 0}, ValueError, "num_restarts must be at least 1, got 0"),
         ({"norm": "l1"}, ValueError, r"norm must be one of 'linf', 'l2', 'l2_per_channel', got 'l1'"),
         ({"bounds": (0.2, 1.0)}, ValueError, "images must lie in the box"),
-        ({"scaling": -1.0}, ValueError, "scaling must be positive and finite"),
+        ({"scaling": -1.0}, ValueError, "scaling must be positive, got -1.0"),
         ({"scaling": rb.NetworkJacobianScaling(1.0, 0.9)}, ValueError, r"min_error must lie in \(0, 0.8\), got 0.9"),
     ],
 )
