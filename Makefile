@@ -22,7 +22,7 @@ test-oldest: .venv/installed
 	.venv/bin/python $(PYTEST) $(if $(NEWEST),-m contract --ignore=tests/experiments --ignore=tests/benchmarks)
 
 test-newest: .venv-3.12/installed
-	.venv-3.12/bin/python $(PYTEST)
+	.venv-3.12/bin/python $(PYTEST) $(if $(wildcard tests/budgets.json),--check-budgets)
 
 DOCS = $(if $(NEWEST),.venv-3.12,.venv)
 docs: $(DOCS)/docs-installed

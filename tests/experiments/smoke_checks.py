@@ -17,6 +17,15 @@ from experiments.tasks.grid_solvers import labels_of
 OPTIONS = {
     "bsn": {"batch_size": 127, "normalisations": ("gpn",), "depths": (3,), "learning_rates": (1e-3, 0.3, 1e4)},
     "learned_mrf": {"methods": ("trwp",)},
+    "numuon": {
+        "batch_size": 7,
+        "optimizers": ("muon", "numuon"),
+        "learning_rates": (1e-2,),
+        "calibration_windows": 14,
+        "steps": 10,
+        "methods": ("svd", "svd_llm"),
+        "removed": (0.2, 0.6),
+    },
     "quantize": {"batch_size": 97},
     "sentinel": {"seeds": 1},
     "unconstrained_features": {"methods": ("standard", "fixed")},

@@ -10,6 +10,8 @@ import pytest
 import jaxlib_methods
 from tests.library_modules import is_public, module_names
 
+pytestmark = pytest.mark.contract
+
 # Of a kernel its package is the face; the files in it have the names that every kernel's have.
 MODULES = [name for name, _ in module_names() if is_public(name) and not (".kernels." in name and name.count(".") > 2)]
 FAMILIES = sorted(set(jaxlib_methods.__all__) - {"__version__", "citation", "trees", "typing"})

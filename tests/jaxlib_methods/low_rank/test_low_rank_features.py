@@ -20,6 +20,7 @@ def principal(a, rank):
     return vectors[:, -rank:] @ vectors[:, -rank:].T, values, -a.mean(0)
 
 
+@pytest.mark.contract
 def test_the_least_loss_of_a_rank_is_the_sum_of_the_trailing_eigenvalues():
     with jax.enable_x64(True):
         a = jnp.asarray(features())
