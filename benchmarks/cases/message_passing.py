@@ -45,8 +45,8 @@ ITERATIONS = 5  # of the cases `iteration`
 BYTES_PER_COST = 80  # of one TRWP-4 iteration in pair form whose u is rebuilt
 
 
-# Energies of the specification: ISGMR-4 and TRWP-4 at 1, 10 and 50 iterations, then the best bound and the sequentially
-# rounded energy of TRWP at 50, and the energy of TRW-S at 50.
+# Energies of an independent implementation: ISGMR-4 and TRWP-4 at 1, 10 and 50 iterations, then the best bound and the
+# sequentially rounded energy of TRWP at 50, and the energy of TRW-S at 50.
 TARGETS = {
     "tsukuba": ((824694, 621409, 637996), (869363, 339460, 314037), 313315.57, 313699, 314393),
     "map": ((215875, 148969, 148049), (192200, 144356, 143364), 143042.31, 143192, 143197),

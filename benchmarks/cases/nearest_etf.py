@@ -168,7 +168,7 @@ def _solver_case(name: str, K: int, d: int) -> Case:
             "ours, float64": Implementation(_exact(Y, prox, G), (), canonical),
         },
         reference="ours, float64",
-        flops=12.0 * d * K * K + 24.0 * K**3,  # thin SVD and backward, as the specification counts them
+        flops=12.0 * d * K * K + 24.0 * K**3,  # thin SVD and backward, by the usual count
         seconds=5.0,
         min_rounds=3 if slow else 7,
         warm_up=1 if slow else 2,

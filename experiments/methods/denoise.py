@@ -89,7 +89,7 @@ SMOKE: dict[str, Any] = {"iterations": 3, "shrink": 16, "solvers": ("sgm-4", "tr
 
 def targets(config: Config) -> Targets:
     """Our own energies; none is published."""
-    found = grid_mrf.reference_targets(REFERENCE, "independent float32 implementation of our specification")
+    found = grid_mrf.reference_targets(REFERENCE, "an independent float32 implementation of ours")
     return {row: found[row] for row in variants(config) if row in found}
 
 

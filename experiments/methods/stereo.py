@@ -130,7 +130,7 @@ SMOKE: dict[str, Any] = {"iterations": 5, "shrink": 8, "solvers": ("sgm-4", "trw
 
 def targets(config: Config) -> Targets:
     """Published energies, and our own where none is published."""
-    found = grid_mrf.reference_targets(REFERENCE, "independent float32 implementation of our specification")
+    found = grid_mrf.reference_targets(REFERENCE, "an independent float32 implementation of ours")
     for row, metrics in PUBLISHED.items():
         published = {name: Target(value, "Xu et al. 2020, as remembered", "paper") for name, value in metrics.items()}
         found[row] = found.get(row, {}) | published

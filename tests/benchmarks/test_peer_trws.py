@@ -58,7 +58,7 @@ def test_the_fastest_transform_is_a_window_for_short_profiles_and_never_one_that
         np.testing.assert_array_equal(chosen.bounds, named.bounds)
 
 
-# The specification's numbers; the order of float32 operations moves the later ones by less than 0.01 %.
+# Numbers of an independent implementation; the order of float32 operations moves the later ones by less than 0.01 %.
 @pytest.mark.parametrize(
     ("name", "num_labels", "profile", "weight", "first", "fiftieth", "bound"),
     [

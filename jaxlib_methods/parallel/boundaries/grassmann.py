@@ -44,7 +44,7 @@ def gradient_moment(G: jax.Array, U: jax.Array) -> jax.Array:
       >>> gradient_moment(jnp.array([[1.0, 1.0]]), jnp.array([[1.0], [0.0]])).tolist()
       [[1.0], [1.0]]
 
-    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; as the specification infers it
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; our reading
     [ramasinghe2025protocol].
     """
     g = G.reshape(-1, G.shape[-1])
@@ -72,7 +72,7 @@ def grassmann_step(U: jax.Array, Y: jax.Array, step_size: jax.typing.ArrayLike) 
       >>> [round(float(u), 6) for u in grassmann_step(U, jnp.array([[1.0], [1.0]]), 0.1)[:, 0]]
       [0.980581, 0.196116]
 
-    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; as the specification infers it
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; our reading
     [ramasinghe2025protocol].
     """
     D = -2 * (Y - times(U, times(U.T, Y)))
@@ -99,7 +99,7 @@ def change_basis(tree: PyTree, U_old: jax.Array, U_new: jax.Array, constrained: 
       >>> change_basis({"z": jnp.array([[1.0, 2.0]])}, U_old, U_new, {"z": True})["z"].tolist()
       [[2.0, 1.0]]
 
-    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; as the specification infers it
+    Source: Ramasinghe et al. (NeurIPS 2025), arXiv:2506.01260; our reading
     [ramasinghe2025protocol].
     """
     R = times(U_old.T, U_new)

@@ -88,11 +88,11 @@ def test_chain_dynamic_programming_equals_enumeration(seed):
         np.testing.assert_allclose(marginals[i], expected, atol=1e-12)
 
 
-def test_chain_of_the_specification():
+def test_chain_worked_by_hand():
     unaries, potts = [[0, 2], [1, 0], [3, 0]], [[0, 1], [1, 0]]
     solution = ex.solve_chain(unaries, potts)
     assert (solution.labels.tolist(), solution.energy) == ([0, 1, 1], 1.0)
-    # Beliefs [1,2],[2,1],[3,0] of the specification, each with its minimum moved to the optimum.
+    # Beliefs [1,2],[2,1],[3,0], worked by hand, each with its minimum moved to the optimum.
     assert ex.chain_min_marginals(unaries, potts).tolist() == [[1, 2], [2, 1], [4, 1]]
     assert ex.solve_chain([[5.0, 3.0]], potts) == (np.array([1]), 3.0)
 
@@ -122,7 +122,7 @@ def test_maximum_flow_is_the_minimum_energy_and_a_cut_the_energy_of_its_labellin
         assert cut + graph.constant == pytest.approx(_plain_energy(unaries, table, labels, **weights))
 
 
-def test_two_pixels_of_the_specification(maxflow):
+def test_two_pixels_worked_by_hand(maxflow):
     unaries, table = [[[0, 4, 9], [9, 4, 0]]], [[0, 2, 8], [2, 0, 2], [8, 2, 0]]
     graph = cuts.ishikawa_graph(unaries, table)
     capacity = dict(zip(zip(graph.tails.tolist(), graph.heads.tolist(), strict=True), graph.capacities, strict=True))

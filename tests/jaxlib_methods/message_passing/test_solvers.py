@@ -1,4 +1,4 @@
-"""The specification's checks of ISGMR, TRWP, SGM, the chain bound and the roundings."""
+"""Checks of ISGMR, TRWP, SGM, the chain bound and the roundings."""
 
 import jax
 import jax.numpy as jnp

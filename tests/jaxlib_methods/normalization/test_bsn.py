@@ -34,7 +34,7 @@ ACTIVATIONS = {
     "erf": jax.lax.erf,
     "sin": jnp.sin,
 }
-# f: a, b(+), chi(+), v(+), b(-), chi(-), v(-), |mean|, k of the specification
+# f: a, b(+), chi(+), v(+), b(-), chi(-), v(-), |mean|, k by quadrature
 TABLE = {
     "tanh": (1.46741359, 0.38854167, 0.3915, 0.6584, -0.38854167, 0.3915, 0.6584, 0.3885, 1.5835),
     "relu": (1.41421356, 0, 1.0, 3.0, -1.12837917, 0.3634, 0.5683, 0.5642, 2.0),
@@ -141,7 +141,7 @@ def test_rectangular_matrices_are_semi_orthogonal_on_the_short_side():
     assert orthogonality_error(bjorck(noisy, num_steps=5)) < 1e-5
 
 
-def test_bjorck_converges_quadratically_as_in_the_specification(x64):
+def test_bjorck_converges_quadratically_as_published(x64):
     rng = np.random.default_rng(0)
     Q = np.linalg.qr(rng.standard_normal((64, 64)))[0]
     W = jnp.asarray(Q + 0.1 * rng.standard_normal((64, 64)) / 8)

@@ -20,7 +20,7 @@ from jaxlib_methods.optimizers.delays import (
 from jaxlib_methods.optimizers.no_stash import mixed_versions
 
 
-def test_delays_of_the_specifications_table():
+def test_delays_of_a_table_worked_by_hand():
     assert pipeline_delays(8) == (7, 6, 5, 4, 3, 2, 1, 0)
     assert pipeline_delays(8, accumulation=2) == (3, 3, 2, 2, 1, 1, 0, 0)
     assert pipeline_delays(8, accumulation=4) == (1, 1, 1, 1, 0, 0, 0, 0)

@@ -35,7 +35,7 @@ NUMBERS = [
 
 @pytest.mark.contract
 @pytest.mark.parametrize(("b1", "gradients", "expected"), NUMBERS)
-def test_numbers_of_the_specification(b1, gradients, expected):
+def test_numbers_worked_by_hand(b1, gradients, expected):
     np.testing.assert_allclose(iterates(nadam(0.1, b1=b1), gradients), expected, atol=6e-7)
 
 
@@ -56,7 +56,7 @@ def test_is_torchs_nadam(x64):
 
 
 def nadam_loop(gradients, lr=0.1, b1=0.99, b2=0.999, eps=1e-8, psi=0.004, decay=0.01, start=0.5):
-    """The specification's lines in float64."""
+    """The update line by line in float64."""
     w, m, v, Pi, path = start, 0.0, 0.0, 1.0, []
     for t, g in enumerate(np.asarray(gradients, np.float64), start=1):
         w *= 1 - lr * decay

@@ -1,4 +1,4 @@
-"""The nine checks of the specification of SNIP, and what its scores and masks promise."""
+"""Nine checks of SNIP, and what its scores and masks promise."""
 
 import itertools
 

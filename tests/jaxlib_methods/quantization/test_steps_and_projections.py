@@ -1,4 +1,4 @@
-"""The checks of the two specifications, with their numbers: proximal mean-field (pmf) and mirror descent (md)."""
+"""Checks with numbers worked by hand: proximal mean-field (pmf) and mirror descent (md)."""
 
 import jax
 import jax.numpy as jnp

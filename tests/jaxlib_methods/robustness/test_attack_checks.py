@@ -1,4 +1,4 @@
-"""The checks of the specification of temperature-scaled attacks, with its numbers and in its order."""
+"""Checks of temperature-scaled attacks, with numbers worked by hand."""
 
 import jax
 import jax.numpy as jnp

@@ -37,7 +37,7 @@ NAMES = list(potentials(7))
 
 
 def brute_force(u, opposite, table, edge_weight, rho, reverse, step=(1, 0), images=1):
-    """The recursion of the specification, pixel by pixel, with lowest-index ties."""
+    """The recursion, pixel by pixel, with lowest-index ties."""
     positions, _, lines = u.shape
     width = lines // images
     rows, shift = step if not reverse else (-step[0], -step[1])

@@ -9,7 +9,7 @@ from tests.kernels.scanline.scanline_cases import BY_NAME
 
 
 @pytest.mark.contract
-def test_sizes_are_those_of_the_specification():
+def test_sizes_are_those_of_the_published_problems():
     entries = {"tsukuba": 1.77e6, "teddy": 10.1e6, "kitti": 44.7e6, "house": 16.8e6}
     for name, expected in entries.items():
         assert BY_NAME[name].args["u"].size == pytest.approx(expected, rel=0.01)

@@ -1,4 +1,4 @@
-"""SENTINEL's distances, fences and state machine against the numbers of its specification and NumPy loops."""
+"""SENTINEL's distances, fences and state machine against numbers worked by hand and NumPy loops."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Sparse averaging against a loop over replicas in NumPy, and the specification's checks of AsyncMesh."""
+"""Sparse averaging against a loop over replicas in NumPy, and checks of AsyncMesh."""
 
 import functools
 
@@ -93,7 +93,7 @@ partition = jax.jit(functools.partial(_subsets.subsets, "partition"), static_arg
 
 
 def in_numpy(x, rounds, rule, tau, weight, c, increments, fraction, restart=None):
-    """The specification's loop, with a Python queue."""
+    """The loop as the paper writes it, with a Python queue."""
     x = {name: np.array(leaf, np.float64) for name, leaf in x.items()}
     drift = {name: np.zeros_like(leaf) for name, leaf in x.items()}
     queue, applied = [], 0
