@@ -15,7 +15,7 @@ jax.config.update("jax_threefry_partitionable", True)
 
 pytest_plugins = ["tests.cpu_budgets"]
 
-# Half of the suite's time would be LLVM's optimisations of programs that run for a millisecond. XLA reads this with its
+# Much of the time would be spent on optimising programs that run for a millisecond. XLA reads this with its
 # first device; processes that tests start inherit it.
 QUICK_COMPILATION = "--xla_backend_optimization_level=0"
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
