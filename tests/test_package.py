@@ -10,6 +10,7 @@ import pytest
 import jaxlib_methods
 from tests.library_modules import is_public, module_names
 
+pytestmark = pytest.mark.contract
 PACKAGES = [name for name, is_package in module_names() if is_package and is_public(name)]
 
 # Seconds to import the library once JAX is there, on a quiet core a few milliseconds; and what that brings in.
@@ -18,8 +19,6 @@ import sys, time
 import jax
 began = time.process_time()
 import jaxlib_methods
-
-pytestmark = pytest.mark.contract
 print(time.process_time() - began)
 print(*[name for name in sys.modules if name.startswith("jaxlib_methods.")])
 """

@@ -68,5 +68,5 @@ def test_an_own_picture_is_restored(tmp_path):
         image=str(tmp_path / "image.png"), mask=str(tmp_path / "mask.png"), solvers=("sgm-4",), iterations=1
     )
     found = _run(config, tmp_path / "run")
-    assert found["own/median_filter"] == {} and found["own/sgm-4"]["energy@1"] > 0
+    assert [*found] == ["own/sgm-4"] and found["own/sgm-4"]["energy@1"] > 0  # without a truth the filter has no number
     assert (tmp_path / "run/restored/own-sgm-4.png").exists()

@@ -250,7 +250,7 @@ def test_flash_attention_is_asked_for_where_it_exists(monkeypatch):
         ({"kv_heads": 3}, "kv_heads must divide heads, got 3 and 4"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"mlp": "tanh"}, "mlp must be one of 'relu', 'gelu', 'swiglu', got 'tanh'"),
-        ({"attention": "flash"}, "attention must be one of None, 'xla', 'cudnn', got 'flash'"),
+        ({"attention": "flash"}, "attention must be None or one of 'xla', 'cudnn', got 'flash'"),
         ({"position": "rotary", "width": 12}, "even number of features a head, got 3"),
         ({"tied": True}, "a tied head has no bias"),
     ],
